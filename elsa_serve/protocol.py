@@ -1,0 +1,155 @@
+"""What a server needs of an engine: submit a request, receive its token events, abort it, read stats.
+
+`elsa_serve.offload.engine.OffloadEngine` implements `Engine`; so does the fake of the server's tests. Events arrive by
+callback on the engine's own thread and must not block; `stream` turns them into an iterator for synchronous callers.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+FinishReason = Literal["stop", "length", "cancelled", "timeout", "error"]
+EngineState = Literal["loading", "ready", "draining", "stalled", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are drawn. temperature 0 is greedy; top_k 0 and top_p 1 switch those filters off.
+
+    `logprobs` asks for the chosen token's log-probability and those of that many best alternatives (0: the chosen only).
+    They are of the model's own distribution, before temperature and filters.
+    """
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+    ignore_eos: bool = False
+    min_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One sequence to continue. `deadline_s` bounds its whole life in seconds, queueing included."""
+
+    request_id: str
+    prompt_token_ids: Sequence[int]
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    endpoint: str = "generate"
+    deadline_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    token_id: int
+    text: str
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One generated token, or the end of a request.
+
+    `text` is what became printable with this token: empty while a multi-byte character is incomplete or a possible
+    stop string is held back, and more than the token's own text when held text is released. The last event of a
+    request carries `finish_reason`; its `token_id` is None when it brings no token (cancelled, timeout, error).
+    """
+
+    request_id: str
+    token_id: int | None
+    text: str = ""
+    logprob: TokenLogprob | None = None
+    top_logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillProgress:
+    """How far the prompt of a request has come: layers × tokens done, of all (both in tokens, scaled by layers)."""
+
+    request_id: str
+    processed_tokens: int
+    total_tokens: int
+
+
+Event = TokenEvent | PrefillProgress
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    name: str
+    max_context: int  # tokens, prompt and output together
+    vocab_size: int
+    created: int  # seconds since the epoch
+    dtype: str
+    attention: str
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot, cheap to take from any thread. Bytes and seconds; tiers are gpu and host."""
+
+    state: EngineState
+    running: int
+    waiting: int
+    pending_prefill_tokens: int
+    kv_used_bytes: dict[str, int]
+    kv_capacity_bytes: dict[str, int]
+    last_step_monotonic: float | None  # time.monotonic() at the end of the last step, None before the first
+    detail: str = ""
+
+
+class Tokenizer(Protocol):
+    """The part of a transformers tokenizer that the server and the engine use."""
+
+    eos_token_id: int | None
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str: ...
+
+    def apply_chat_template(self, conversation: list[dict[str, str]], **kwargs: Any) -> Any: ...
+
+
+class Engine(Protocol):
+    """Thread-safe: every method may be called from any thread."""
+
+    info: ModelInfo
+    tokenizer: Tokenizer
+
+    def submit(self, request: GenerationRequest, on_event: Callable[[Event], None]) -> None:
+        """Queue a request. Raises ContextTooLong, QueueFull, EngineDraining or EngineFailed (see elsa_serve.errors)."""
+        ...
+
+    def abort(self, request_id: str) -> bool:
+        """Stop a request; its last event has finish_reason "cancelled". False when it is unknown or already finished."""
+        ...
+
+    def stats(self) -> EngineStats: ...
+
+    def shutdown(self, drain_timeout_s: float = 0.0) -> None:
+        """Refuse new requests, let running ones finish for that long, cancel the rest, free everything. Idempotent."""
+        ...
+
+
+def stream(engine: Engine, request: GenerationRequest) -> Iterator[TokenEvent]:
+    """Submit and iterate the token events, to the one with a finish_reason. Closing the iterator early aborts."""
+    events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    engine.submit(request, events.put)
+    finished = False
+    try:
+        while not finished:
+            event = events.get()
+            if isinstance(event, TokenEvent):
+                finished = event.finish_reason is not None
+                yield event
+    finally:
+        if not finished:
+            engine.abort(request.request_id)

@@ -1,0 +1,101 @@
+"""What the engine reports as it works: plain records, taken by `elsa_serve.metrics.Metrics.record`.
+
+Seconds and bytes throughout. Nothing here imports a metrics library, so the engine's hot path depends on none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+Outcome = Literal["ok", "length", "cancelled", "rejected", "client_error", "server_error", "timeout"]
+TransferObject = Literal["weights", "kv"]
+Direction = Literal["h2d", "d2h"]
+Phase = Literal["prefill", "decode", "mixed"]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestReceived:
+    endpoint: str
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRejected:
+    """Refused before it reached the engine, or by its admission control."""
+
+    endpoint: str
+    reason: Literal["queue_full", "draining", "too_long", "body_size", "auth", "invalid"]
+    outcome: Outcome = "rejected"
+
+
+@dataclass(frozen=True, slots=True)
+class RequestFinished:
+    """The end of a received request. Times are None where the phase was never reached."""
+
+    endpoint: str
+    outcome: Outcome
+    prompt_tokens: int
+    output_tokens: int
+    queue_s: float | None
+    prefill_s: float | None
+    decode_s: float | None
+    ttft_s: float | None
+    duration_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """Copies of one kind over one step: stall is the time compute waited for them, hidden the rest of `seconds`."""
+
+    object: TransferObject
+    direction: Direction
+    bytes: int
+    seconds: float
+    stall_s: float
+    hidden_s: float
+    count: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class StepStats:
+    """One pass over the layers."""
+
+    phase: Phase
+    duration_s: float
+    prompt_tokens: int
+    generated_tokens: int
+    attention_backend: str
+    transfers: tuple[Transfer, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class InterTokenLatency:
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Gauges:
+    """The engine's state now."""
+
+    running_prefill: int
+    running_decode: int
+    waiting: int
+    pending_prefill_tokens: int
+    kv_used_bytes: dict[str, int] = field(default_factory=dict)
+    kv_capacity_bytes: dict[str, int] = field(default_factory=dict)
+    gpu_bytes: dict[str, int] = field(default_factory=dict)  # weights, kv, workspace, free
+    host_bytes: dict[str, int] = field(default_factory=dict)  # requested, pinned, pageable, cgroup_limit
+
+
+Record = RequestReceived | RequestRejected | RequestFinished | StepStats | InterTokenLatency | Gauges
+
+
+class MetricsSink(Protocol):
+    def record(self, stats: Record) -> None:
+        """Take one record. Called from the engine's thread and from the server's: thread-safe and quick."""
+        ...
+
+
+class NullSink:
+    def record(self, stats: Record) -> None:
+        return None

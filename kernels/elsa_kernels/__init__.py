@@ -1,0 +1,1 @@
+"""Exact attention kernels on the monoid (m, S, W). Imports with torch and triton alone."""
