@@ -1,0 +1,24 @@
+"""Every environment variable that ELSA-Serve reads: name, default, why. Read when used, never at import.
+
+| name | default | why |
+|---|---|---|
+| ELSA_CACHE_DIR | $XDG_CACHE_HOME/elsa-serve or ~/.cache/elsa-serve | compiled kernels and measured bandwidths |
+| ELSA_API_KEY | unset | comma-separated keys that the server accepts; unset: no authentication |
+| ELSA_COMMIT | unset | the commit a benchmark names where the tree is no git checkout |
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def cache_dir() -> Path:
+    explicit = os.environ.get("ELSA_CACHE_DIR")
+    if explicit:
+        return Path(explicit)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "elsa-serve"
+
+
+def api_keys() -> tuple[str, ...]:
+    return tuple(key.strip() for key in os.environ.get("ELSA_API_KEY", "").split(",") if key.strip())

@@ -1,0 +1,33 @@
+"""Arrows point downward only: load_tests → server → elsa_serve → elsa_kernels."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ABOVE = {
+    "kernels/elsa_kernels": {"elsa_serve", "elsa_server", "load_tests", "transformers", "fastapi", "vllm", "prometheus_client"},
+    "elsa_serve": {"elsa_server", "load_tests", "fastapi", "starlette", "uvicorn", "vllm"},
+    "server/elsa_server": {"load_tests", "vllm", "torch"},
+}
+
+
+def imported(file: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add((node.module or "").split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("package", ABOVE)
+def test_package_imports_nothing_from_above(package):
+    files = sorted((ROOT / package).rglob("*.py"))
+    assert files, f"{package} holds no sources"
+    for file in files:
+        allowed = {"vllm"} if "vllm_plugin" in file.parts else set()
+        wrong = imported(file) & ABOVE[package] - allowed
+        assert not wrong, f"{file.relative_to(ROOT)} imports {sorted(wrong)}"
