@@ -1,0 +1,87 @@
+"""`elsa-serve doctor`: what this machine offers, and why a kernel is or is not among it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import platform
+from collections.abc import Iterator
+from typing import Any
+
+HELP = "show what this machine offers: GPU, kernels with reasons, copy bandwidths, vLLM plugin"
+PACKAGES = ("elsa-serve", "torch", "triton", "transformers", "safetensors", "fastapi", "prometheus-client", "vllm")
+MARK = {True: "yes", False: "no "}
+
+
+def add_command(subparsers: Any) -> None:
+    parser = subparsers.add_parser("doctor", help=HELP, description=HELP)
+    parser.add_argument("--no-bandwidth", action="store_true", help="skip the copy measurements (they take a few seconds)")
+    parser.add_argument("--device", help="cuda, cuda:1 or cpu (default: cuda where there is one)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    import torch
+
+    from elsa_serve.offload.machine import default_device
+
+    device = torch.device(args.device) if args.device else default_device()
+    sections: list[tuple[str, Iterator[str]]] = [
+        ("software", software()),
+        ("machine", machine(device)),
+        ("attention kernels", kernels(device)),
+        ("vLLM plugin", vllm_plugin()),
+    ]
+    if not args.no_bandwidth:
+        sections.insert(3, ("bandwidth", bandwidth(device)))
+    for title, lines in sections:
+        print(title)
+        for line in lines:
+            print("  " + line, flush=True)
+    return 0
+
+
+def software() -> Iterator[str]:
+    yield f"python {platform.python_version()} on {platform.system()} {platform.machine()}"
+    for package in PACKAGES:
+        try:
+            yield f"{package} {importlib.metadata.version(package)}"
+        except importlib.metadata.PackageNotFoundError:
+            yield f"{package} not installed"
+
+
+def kernels(device: Any) -> Iterator[str]:
+    """For typical problems on this device: the implementation that would run, and why others would not."""
+    import torch
+    from elsa_kernels.registry import Problem, UnsupportedProblem, explain, select
+
+    cases = (
+        ("FP32 prefill", torch.float32, "fp32", 4096),
+        ("FP32 prefill, no tensor cores", torch.float32, "ieee", 4096),
+        ("FP16 prefill", torch.float16, "fp32", 4096),
+        ("BF16 prefill", torch.bfloat16, "fp32", 4096),
+        ("FP32 decode", torch.float32, "fp32", 1),
+    )
+    for title, dtype, precision, queries in cases:
+        problem = Problem(
+            B=1, H=32, Hkv=8, Nq=queries, Nk=4096, D=128, dtype=dtype, device=device, precision=precision,
+            causal=True, scale=128**-0.5, q_start=4096 - queries,
+        )  # fmt: skip
+        try:
+            yield f"{title}: {select(problem).name}"
+        except UnsupportedProblem as error:
+            yield f"{title}: none ({error})"
+        for name, reason in explain(problem).items():
+            yield f"    {MARK[reason is None]} {name}" + (f": {reason}" if reason else "")
+
+
+def vllm_plugin() -> Iterator[str]:
+    entries = [e for e in importlib.metadata.entry_points(group="vllm.general_plugins") if e.value.startswith("elsa_")]
+    if not entries:
+        yield "not active: this version of elsa-serve registers no vLLM plugin"
+    for entry in entries:
+        try:
+            entry.load()
+            yield f"active: {entry.name} = {entry.value}"
+        except Exception as error:  # a broken plugin is what the user came here to see
+            yield f"broken: {entry.name} = {entry.value}: {type(error).__name__}: {error}"

@@ -1,0 +1,19 @@
+"""`elsa-serve plan`: what fits where, and how fast it will be, without loading a weight."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from elsa_serve.arguments import add_memory_arguments, add_model_arguments
+
+HELP = "show what fits where at which context, and why, without loading anything"
+EPILOG = "examples:\n  elsa-serve plan ./llama-13b --gpu-memory 24GiB --host-memory 100GiB --context 131072 --dtype float16"
+
+
+def add_command(subparsers: Any) -> None:
+    parser = subparsers.add_parser("plan", help=HELP, description=HELP, epilog=EPILOG)
+    add_model_arguments(parser)
+    add_memory_arguments(parser)
+    parser.add_argument("--device", help="plan for cuda or cpu (default: what this machine has)")
+    parser.set_defaults(run=run)
