@@ -1,0 +1,3 @@
+"""What this machine offers: host limits, GPU facts, copy bandwidths."""
+
+from __future__ import annotations

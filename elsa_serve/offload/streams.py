@@ -1,0 +1,425 @@
+"""Copies that run beside the compute, on CUDA and on a machine without a GPU, behind one seam.
+
+A `Lane` copies in order, asynchronously: a side stream on CUDA, one worker thread on the CPU. Compute waits for a copy
+without blocking the host on CUDA, and blocks on the CPU. Every copy and every wait is timed, so that a step can say
+how much of its copying was hidden behind compute.
+
+The serial twin (`make_streams(device, serial=True)`) copies in the compute stream itself: no overlap, the same results.
+
+A `Streams` object belongs to one thread, the engine's. Each copy holds its tensors until it is known to be complete,
+so that no allocator reuses their memory while a lane still reads or writes it.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Sequence
+
+import torch
+
+from elsa_serve.stats import Direction, Transfer, TransferObject
+
+Pairs = Sequence[tuple[torch.Tensor, torch.Tensor]]  # (destination, source): equal shapes and dtypes
+
+
+class Event(ABC):
+    """A point in the order of work that others can wait for."""
+
+    @abstractmethod
+    def query(self) -> bool:
+        """Whether the point has been reached. Never blocks."""
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Block the host until the point is reached. Raises what the copy raised, if it failed."""
+
+
+class Copy(Event):
+    """A submitted copy; as an event, its completion."""
+
+    object: TransferObject
+    direction: Direction
+    nbytes: int
+
+    @abstractmethod
+    def seconds(self) -> float:
+        """How long the copying itself took, without queueing. Only after completion."""
+
+
+class Lane(ABC):
+    """An ordered queue of copies."""
+
+    @abstractmethod
+    def submit(
+        self, pairs: Pairs, *, object: TransferObject, direction: Direction, after: Sequence[Event] = ()
+    ) -> Copy:
+        """Copy each (destination, source) pair in order, once every event of `after` has been reached.
+
+        Memory that compute has just allocated or is still using must be protected by an event in `after`
+        (`Streams.record()`): a lane knows nothing of the compute stream by itself.
+        """
+
+
+class Streams(ABC):
+    """The compute stream's side of the seam. `make_streams` chooses the implementation."""
+
+    def __init__(self, device: torch.device, serial: bool) -> None:
+        self.device = device
+        self.serial = serial
+        self._lanes: dict[str, Lane] = {}
+
+    def lane(self, name: str) -> Lane:
+        """The lane of this name, made on first use. Copies of different lanes run beside each other."""
+        if name not in self._lanes:
+            self._lanes[name] = self._make_lane(name)
+        return self._lanes[name]
+
+    @abstractmethod
+    def _make_lane(self, name: str) -> Lane: ...
+
+    @abstractmethod
+    def record(self) -> Event:
+        """An event at the compute stream's present end."""
+
+    @abstractmethod
+    def wait(self, event: Event) -> None:
+        """Compute goes on after `event` only. For a Copy, the time compute was held by it is logged as its stall."""
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Block the host until the compute stream is idle (lanes may go on)."""
+
+    @abstractmethod
+    def drain_transfers(self) -> tuple[Transfer, ...]:
+        """Copies completed since the last call, added up by (object, direction); call after the step is synchronised.
+
+        `stall_s` is the time compute was held, `hidden_s` the rest of the copy time. A copy still under way (the
+        prefetch of the next pass) is counted by a later call.
+        """
+
+    def close(self) -> None:
+        """Finish the lanes' work and free what they hold. Idempotent."""
+        self._lanes.clear()
+
+
+def make_streams(device: torch.device | str, serial: bool = False) -> Streams:
+    """Streams of a device: "cuda", "cuda:N" or "cpu"."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return _CudaStreams(device, serial)
+    return _CpuStreams(device, serial)
+
+
+def _nbytes(pairs: Pairs) -> int:
+    return sum(dst.numel() * dst.element_size() for dst, _ in pairs)
+
+
+class _Tally:
+    """Sums of finished copies and stalls by (object, direction)."""
+
+    def __init__(self) -> None:
+        self._sums: dict[tuple[TransferObject, Direction], list[float]] = {}
+
+    def _of(self, copy: Copy) -> list[float]:
+        return self._sums.setdefault((copy.object, copy.direction), [0, 0, 0.0, 0.0])
+
+    def copied(self, copy: Copy) -> None:
+        sums = self._of(copy)
+        sums[0] += 1
+        sums[1] += copy.nbytes
+        sums[2] += copy.seconds()
+
+    def stalled(self, copy: Copy, seconds: float) -> None:
+        self._of(copy)[3] += seconds
+
+    def take(self) -> tuple[Transfer, ...]:
+        sums, self._sums = self._sums, {}
+        return tuple(
+            Transfer(kind, direction, int(nbytes), seconds, stall, max(0.0, seconds - stall), int(count))
+            for (kind, direction), (count, nbytes, seconds, stall) in sums.items()
+        )
+
+
+# --- CUDA ---------------------------------------------------------------------------------------------------------
+
+
+class _EventPool:
+    """CUDA timing events, used again and again: a server runs for months, a step makes hundreds."""
+
+    def __init__(self) -> None:
+        self._free: list[torch.cuda.Event] = []
+
+    def take(self) -> torch.cuda.Event:
+        return self._free.pop() if self._free else torch.cuda.Event(enable_timing=True)
+
+    def give(self, event: torch.cuda.Event) -> None:
+        # Recording it again is safe even while a stream still waits: a wait refers to the record it was issued after.
+        self._free.append(event)
+
+
+class _CudaEvent(Event):
+    def __init__(self, pool: _EventPool, stream: torch.cuda.Stream) -> None:
+        self._pool = pool
+        self.event = pool.take()
+        self.event.record(stream)
+
+    def query(self) -> bool:
+        return self.event.query()
+
+    def synchronize(self) -> None:
+        self.event.synchronize()
+
+    def __del__(self) -> None:
+        self._pool.give(self.event)
+
+
+class _CudaCopy(Copy):
+    def __init__(self, pairs: Pairs, object: TransferObject, direction: Direction, start: _CudaEvent) -> None:
+        self.object, self.direction, self.nbytes = object, direction, _nbytes(pairs)
+        self._pairs: Pairs | None = pairs
+        self._start = start
+        self.end: _CudaEvent | None = None
+        self._seconds: float | None = None
+
+    def query(self) -> bool:
+        """Also lets go of tensors and events once complete."""
+        if self.end is None:
+            return True
+        if not self.end.query():
+            return False
+        self._finish()
+        return True
+
+    def synchronize(self) -> None:
+        if self.end is not None:
+            self.end.synchronize()
+            self._finish()
+
+    def _finish(self) -> None:
+        assert self.end is not None
+        self._seconds = self._start.event.elapsed_time(self.end.event) / 1e3
+        self._pairs = self.end = None
+
+    def seconds(self) -> float:
+        if self._seconds is None:
+            self.synchronize()
+        return self._seconds or 0.0
+
+
+class _CudaLane(Lane):
+    def __init__(self, owner: _CudaStreams, stream: torch.cuda.Stream | None) -> None:
+        self._owner = owner
+        self._stream = stream  # None: the compute stream, whichever is current (the serial twin)
+
+    def submit(
+        self, pairs: Pairs, *, object: TransferObject, direction: Direction, after: Sequence[Event] = ()
+    ) -> Copy:
+        pool = self._owner.pool
+        stream = self._stream or torch.cuda.current_stream(self._owner.device)
+        for event in after:
+            _wait_on(stream, event)
+        with torch.cuda.stream(stream), torch.inference_mode():
+            copy = _CudaCopy(pairs, object, direction, _CudaEvent(pool, stream))
+            for dst, src in pairs:
+                dst.copy_(src, non_blocking=True)
+            copy.end = _CudaEvent(pool, stream)
+        self._owner.submitted(copy)
+        return copy
+
+
+def _wait_on(stream: torch.cuda.Stream, event: Event) -> None:
+    inner = event.end if isinstance(event, _CudaCopy) else event
+    if inner is not None:
+        assert isinstance(inner, _CudaEvent)
+        stream.wait_event(inner.event)
+
+
+class _CudaStreams(Streams):
+    def __init__(self, device: torch.device, serial: bool) -> None:
+        if device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        super().__init__(device, serial)
+        self.pool = _EventPool()
+        self._copies: deque[_CudaCopy] = deque()
+        self._stalls: deque[tuple[_CudaCopy, _CudaEvent, _CudaEvent]] = deque()
+        self._tally = _Tally()
+
+    def _make_lane(self, name: str) -> Lane:
+        return _CudaLane(self, None if self.serial else torch.cuda.Stream(self.device))
+
+    def submitted(self, copy: _CudaCopy) -> None:
+        self._copies.append(copy)
+        self._reap()
+
+    def _reap(self) -> None:
+        """Count finished work and let go of it; the lanes finish out of order among each other, so look at all."""
+        open_copies = [copy for copy in self._copies if not self._counted(copy)]
+        self._copies = deque(open_copies)
+        while self._stalls and self._stalls[0][2].query():
+            copy, before, after = self._stalls.popleft()
+            self._tally.stalled(copy, before.event.elapsed_time(after.event) / 1e3)
+
+    def _counted(self, copy: _CudaCopy) -> bool:
+        if not copy.query():
+            return False
+        self._tally.copied(copy)
+        if self.serial:  # the compute stream did the copying, so all of it held compute
+            self._tally.stalled(copy, copy.seconds())
+        return True
+
+    def record(self) -> Event:
+        return _CudaEvent(self.pool, torch.cuda.current_stream(self.device))
+
+    def wait(self, event: Event) -> None:
+        stream = torch.cuda.current_stream(self.device)
+        if not isinstance(event, _CudaCopy) or self.serial:
+            _wait_on(stream, event)
+            return
+        if event.query():
+            return
+        before = _CudaEvent(self.pool, stream)
+        _wait_on(stream, event)
+        self._stalls.append((event, before, _CudaEvent(self.pool, stream)))
+
+    def synchronize(self) -> None:
+        torch.cuda.current_stream(self.device).synchronize()
+
+    def drain_transfers(self) -> tuple[Transfer, ...]:
+        self._reap()
+        return self._tally.take()
+
+    def close(self) -> None:
+        for copy in self._copies:
+            copy.synchronize()
+        self._copies.clear()
+        self._stalls.clear()
+        super().close()
+
+
+# --- CPU ----------------------------------------------------------------------------------------------------------
+
+
+class _CpuEvent(Event):
+    """Compute on the CPU is done when the call returns: every recorded point has been reached."""
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        return None
+
+
+class _CpuCopy(Copy):
+    def __init__(self, pairs: Pairs, object: TransferObject, direction: Direction, after: Sequence[Event]) -> None:
+        self.object, self.direction, self.nbytes = object, direction, _nbytes(pairs)
+        self._pairs, self._after = pairs, after
+        self._done = threading.Event()
+        self._seconds = 0.0
+        self._error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            for event in self._after:
+                event.synchronize()
+            start = time.perf_counter()
+            with torch.inference_mode():
+                for dst, src in self._pairs:
+                    dst.copy_(src)
+            self._seconds = time.perf_counter() - start
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._pairs, self._after = (), ()
+            self._done.set()
+
+    def query(self) -> bool:
+        return self._done.is_set()
+
+    def synchronize(self) -> None:
+        self._done.wait()
+        if self._error is not None:
+            raise self._error
+
+    def seconds(self) -> float:
+        self.synchronize()
+        return self._seconds
+
+
+class _CpuLane(Lane):
+    def __init__(self, name: str, owner: _CpuStreams) -> None:
+        self._owner = owner
+        self._queue: queue.SimpleQueue[_CpuCopy | None] = queue.SimpleQueue()
+        self._worker: threading.Thread | None = None
+        if not owner.serial:
+            self._worker = threading.Thread(target=self._work, name=f"elsa-lane-{name}", daemon=True)
+            self._worker.start()
+
+    def _work(self) -> None:
+        while (copy := self._queue.get()) is not None:
+            copy.run()
+            del copy  # hold nothing while waiting for the next
+
+    def submit(
+        self, pairs: Pairs, *, object: TransferObject, direction: Direction, after: Sequence[Event] = ()
+    ) -> Copy:
+        copy = _CpuCopy(pairs, object, direction, after)
+        if self._worker is None:
+            copy.run()
+            copy.synchronize()
+        else:
+            self._queue.put(copy)
+        self._owner.submitted(copy)
+        return copy
+
+    def close(self) -> None:
+        if self._worker is not None:
+            self._queue.put(None)
+            self._worker.join()
+            self._worker = None
+
+
+class _CpuStreams(Streams):
+    def __init__(self, device: torch.device, serial: bool) -> None:
+        super().__init__(device, serial)
+        self._copies: list[_CpuCopy] = []
+        self._tally = _Tally()
+
+    def _make_lane(self, name: str) -> Lane:
+        return _CpuLane(name, self)
+
+    def submitted(self, copy: _CpuCopy) -> None:
+        self._copies.append(copy)
+        if self.serial:
+            self._tally.stalled(copy, copy.seconds())
+
+    def record(self) -> Event:
+        return _CpuEvent()
+
+    def wait(self, event: Event) -> None:
+        start = time.perf_counter()
+        event.synchronize()
+        if isinstance(event, _CpuCopy) and not self.serial:
+            self._tally.stalled(event, time.perf_counter() - start)
+
+    def synchronize(self) -> None:
+        return None
+
+    def drain_transfers(self) -> tuple[Transfer, ...]:
+        open_copies = []
+        for copy in self._copies:
+            if copy.query():
+                self._tally.copied(copy)
+            else:
+                open_copies.append(copy)
+        self._copies = open_copies
+        return self._tally.take()
+
+    def close(self) -> None:
+        for lane in self._lanes.values():
+            assert isinstance(lane, _CpuLane)
+            lane.close()
+        super().close()
