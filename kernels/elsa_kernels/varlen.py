@@ -1,0 +1,90 @@
+"""Packed sequences of different lengths: checks, and the walk over them as single problems."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import torch
+
+from elsa_kernels import checks
+from elsa_kernels.registry import Operands, Problem
+
+
+def check(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+) -> None:
+    """Check everything that can be checked without reading the offsets, which may lie on a GPU."""
+    checks.check_dtype(q)
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dim() != 3:
+            raise ValueError(f"{name} has shape {list(tensor.shape)}; packed sequences need [tokens, heads, D]")
+        checks.check_same(name, tensor, q)
+    if k.shape != v.shape or k.shape[-1] != q.shape[-1]:
+        raise ValueError(
+            f"q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)} disagree; k and v need one shape and q's D"
+        )
+    checks.check_heads(q.shape[1], k.shape[1])
+    for name, offsets in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if offsets.dtype != torch.int32 or offsets.dim() != 1:
+            raise TypeError(f"{name} is {offsets.dtype} {list(offsets.shape)}; it must be int32 [sequences + 1]")
+    if cu_seqlens_q.shape != cu_seqlens_k.shape or cu_seqlens_q.numel() < 1:
+        raise ValueError(
+            f"cu_seqlens_q has {cu_seqlens_q.numel()} entries and cu_seqlens_k {cu_seqlens_k.numel()}; "
+            "both need sequences + 1"
+        )
+    if max_seqlen_q < 0 or max_seqlen_k < 0:
+        raise ValueError(f"max_seqlen_q {max_seqlen_q} and max_seqlen_k {max_seqlen_k} must not be negative")
+
+
+def sequences(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    alibi_slopes: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    causal: bool,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    precision: str,
+    return_state: bool,
+) -> Iterator[tuple[slice, Problem, Operands]]:
+    """Each sequence as its rows in q and one problem with B = 1. Reads the offsets: one synchronisation on a GPU."""
+    q_offsets = _offsets("cu_seqlens_q", cu_seqlens_q, q.shape[0])
+    k_offsets = _offsets("cu_seqlens_k", cu_seqlens_k, k.shape[0])
+    for s in range(len(q_offsets) - 1):
+        rows, keys = slice(q_offsets[s], q_offsets[s + 1]), slice(k_offsets[s], k_offsets[s + 1])
+        operands = Operands(
+            q=q[rows].transpose(0, 1).unsqueeze(0),
+            k=k[keys].transpose(0, 1).unsqueeze(0),
+            v=v[keys].transpose(0, 1).unsqueeze(0),
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+        )
+        problem = checks.build_problem(
+            operands,
+            causal=causal,
+            scale=scale,
+            q_start=None,
+            window=window,
+            softcap=softcap,
+            precision=precision,
+            return_state=return_state,
+        )
+        yield rows, problem, operands
+
+
+def _offsets(name: str, tensor: torch.Tensor, total: int) -> list[int]:
+    offsets: list[int] = tensor.tolist()
+    if offsets[0] != 0 or offsets[-1] != total or any(a > b for a, b in pairwise(offsets)):
+        raise ValueError(f"{name} must rise from 0 to the number of packed tokens, {total}; it holds {offsets[:8]}…")
+    return offsets
