@@ -1,31 +1,148 @@
-"""The weights' way to the device: resident layers once, the others through a ring of slots, ahead of the compute."""
+"""The weights' way to the device: resident layers once, the others through a ring of slots, ahead of the compute.
+
+    stream = WeightStream(weights, resident=plan.resident_layers, slots=plan.slots, streams=streams)
+    for i in range(layers):
+        with stream.layer(i) as decoder_layer:
+            hidden = decoder_layer(hidden, ...)
+
+With S slots, S − 1 layers are on their way while one computes. The ring wraps around: during the last layers of a pass
+the first layers of the next are already being copied.
+
+Invariant: a slot is overwritten only after an event recorded behind the last compute that reads it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
-from elsa_serve.offload.streams import Streams
-from elsa_serve.offload.weights import ModelWeights
+from elsa_serve.offload.streams import Copy, Event, Streams
+from elsa_serve.offload.weights import LayerBinding, ModelWeights, flat_views
+
+Parameters = Mapping[str, nn.Parameter]
 
 
 class WeightStream:
+    """Binds one decoder layer after the other to its weights on the device.
+
+    `resident` layers are uploaded once; at least 2 `slots` are needed for the others (1 works, without any overlap).
+    Raises ValueError for slots or layers out of range. Belongs to one thread.
+    """
+
     def __init__(self, weights: ModelWeights, resident: Collection[int], slots: int, streams: Streams) -> None:
-        raise NotImplementedError
+        self._store = weights.store
+        self._layers = weights.decoder_layers
+        self._streams = streams
+        self._lane = streams.lane("weights")
+        count = len(self._layers)
+        if not all(0 <= index < count for index in resident):
+            raise ValueError(f"resident layers {sorted(resident)} are not all in 0 … {count - 1}")
+        self._streamed = [index for index in range(count) if index not in set(resident)]
+        if self._streamed and slots < 1:
+            raise ValueError(f"{len(self._streamed)} streamed layers need at least one slot, not {slots}")
+        self._bindings = [LayerBinding(layer) for layer in self._layers]
+        self._resident, self._resident_nbytes = self._upload(sorted(set(resident)), weights.device)
+        size = max((weights.store.layers[index].numel() for index in self._streamed), default=0)
+        self._slots = [torch.empty(size, dtype=torch.uint8, device=weights.device) for _ in range(slots if size else 0)]
+        self._views: dict[tuple[int, int], Parameters] = {}  # (slot, layer), built on first use
+        self._copies: list[Copy | None] = [None] * len(self._slots)  # the last copy into each slot
+        self._released: list[Event] = [streams.record()] * len(self._slots)  # behind the last compute on each slot
+        self._run_ahead: deque[Event] = deque()
+        self._max_run_ahead = max(2, slots)
+        self._position = 0  # the layer that comes next
+        self._used = self._submitted = 0  # streamed layers taken from, and sent into, the ring since it began
+        self._prefetch()
 
-    @contextmanager
-    def layer(self, index: int) -> Iterator[nn.Module]:
-        """Bind layer `index` to its weights on the device and yield the module. Call in order, 0 … last, then 0 again."""
-        raise NotImplementedError
-
-    def rewind(self) -> None:
-        """The next layer will be 0: call when a pass was cut short."""
+    def _upload(self, resident: list[int], device: torch.device) -> tuple[dict[int, Parameters], int]:
+        """Copy the resident layers to the device, once and for good."""
+        parameters: dict[int, Parameters] = {}
+        nbytes = 0
+        for index in resident:
+            flat = self._store.layers[index].to(device, copy=True)
+            parameters[index] = _as_parameters(flat, self._store.layouts[index])
+            nbytes += flat.numel()
+        return parameters, nbytes
 
     @property
     def device_nbytes(self) -> int:
-        raise NotImplementedError
+        """Device memory held: slots and resident layers."""
+        return self._resident_nbytes + sum(slot.numel() for slot in self._slots)
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[nn.Module]:
+        """Bind layer `index` to its weights on the device and yield the module; its parameters are meta afterwards.
+
+        Layers come in order, 0 … last, then 0 again. The host runs at most `slots` layers ahead of the device, so that
+        what it decides between layers (a cancellation) takes effect soon.
+        """
+        if index != self._position:
+            raise RuntimeError(f"layer {index} asked for, but layer {self._position} is next: call rewind() first")
+        while len(self._run_ahead) >= self._max_run_ahead:
+            self._run_ahead.popleft().synchronize()
+        resident = self._resident.get(index)
+        self._bindings[index].bind(resident if resident is not None else self._arrived(index))
+        try:
+            yield self._layers[index]
+        finally:
+            self._bindings[index].unbind()
+            done = self._streams.record()
+            self._run_ahead.append(done)
+            self._position = (index + 1) % len(self._layers)
+            if resident is None:
+                self._release(done)
+
+    def _arrived(self, index: int) -> Parameters:
+        """Make compute wait for the layer's copy; the layer's parameters in its slot."""
+        slot = self._used % len(self._slots)
+        copy = self._copies[slot]
+        if copy is not None:
+            self._streams.wait(copy)
+        key = slot, index
+        if key not in self._views:
+            nbytes = self._store.layers[index].numel()
+            self._views[key] = _as_parameters(self._slots[slot][:nbytes], self._store.layouts[index])
+        return self._views[key]
+
+    def _release(self, done: Event) -> None:
+        self._released[self._used % len(self._slots)] = done
+        self._used += 1
+        self._prefetch()
+
+    def _prefetch(self) -> None:
+        """Send layers into the ring until every slot is taken."""
+        while self._submitted < self._used + len(self._slots):
+            slot = self._submitted % len(self._slots)
+            host = self._store.layers[self._streamed[self._submitted % len(self._streamed)]]
+            pair = (self._slots[slot][: host.numel()], host)
+            self._copies[slot] = self._lane.submit(
+                [pair], object="weights", direction="h2d", after=[self._released[slot]]
+            )
+            self._submitted += 1
+
+    def rewind(self) -> None:
+        """Begin again at layer 0 when a pass was cut short. What was prefetched for the rest of it is discarded."""
+        if self._position == 0:
+            return
+        self._position = 0
+        if self._used % max(1, len(self._streamed)) == 0:
+            return  # the ring stands at the first streamed layer already
+        # The lane copies in order, so the discarded layers arrive before the new ones overwrite them.
+        self._used = self._submitted = 0
+        self._prefetch()
 
     def close(self) -> None:
-        """Wait for copies under way and free the slots. Idempotent."""
+        """Wait for copies under way and free the device memory. Idempotent."""
+        for copy in self._copies:
+            if copy is not None:
+                copy.synchronize()
+        self._streams.synchronize()
+        self._copies, self._slots, self._views, self._resident = [], [], {}, {}
+        self._resident_nbytes = 0
+
+
+def _as_parameters(flat: torch.Tensor, layout: Mapping) -> Parameters:
+    return {name: nn.Parameter(view, requires_grad=False) for name, view in flat_views(flat, layout).items()}

@@ -1,16 +1,30 @@
-"""A checkpoint as transformers' own model on the meta device, each decoder layer's weights in one flat host buffer."""
+"""A checkpoint as transformers' own model on the meta device, each decoder layer's weights in one flat host buffer.
+
+One buffer a layer means one copy a layer. The model keeps transformers' modules and code; only where a parameter's
+bytes lie is ours: embeddings, final norm and head stay on the device, a decoder layer's parameters are bound to device
+memory while the layer runs (`LayerBinding`) and are meta tensors otherwise.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
+from tqdm import tqdm
+
+from elsa_serve.errors import CheckpointError
+from elsa_serve.offload.checkpoint import Checkpoint, load_config
+from elsa_serve.offload.host import HostBuffer
 
 LoadFormat = Literal["auto", "safetensors", "dummy"]
+ALIGNMENT = 256  # bytes; what CUDA's own allocator gives, and what every vector load and TMA descriptor needs
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,28 +35,87 @@ class TensorSpec:
     shape: torch.Size
     dtype: torch.dtype
 
+    @property
+    def nbytes(self) -> int:
+        return self.shape.numel() * self.dtype.itemsize
+
 
 Layout = Mapping[str, TensorSpec]  # by the parameter's name inside its layer, such as "self_attn.q_proj.weight"
+
+
+def make_layout(layer: nn.Module) -> tuple[dict[str, TensorSpec], int]:
+    """The layout of a layer's parameters in order of definition, and the bytes it takes."""
+    layout: dict[str, TensorSpec] = {}
+    end = 0
+    for name, parameter in layer.named_parameters():
+        spec = TensorSpec(end, parameter.shape, parameter.dtype)
+        layout[name] = spec
+        end = spec.offset + -(-spec.nbytes // ALIGNMENT) * ALIGNMENT
+    return layout, end
+
+
+def flat_views(flat: torch.Tensor, layout: Layout) -> dict[str, torch.Tensor]:
+    """The parameters inside a flat uint8 buffer, without copying."""
+    return {
+        name: flat[spec.offset : spec.offset + spec.nbytes].view(spec.dtype).view(spec.shape)
+        for name, spec in layout.items()
+    }
+
+
+class LayerBinding:
+    """Puts parameters into a decoder layer's modules and takes them out again."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        meta = dict(layer.named_parameters())
+        names = {id(parameter): name for name, parameter in meta.items()}  # one name for a shared parameter
+        self._places = [
+            (module._parameters, leaf, names[id(parameter)])
+            for module in layer.modules()
+            for leaf, parameter in module._parameters.items()
+            if parameter is not None
+        ]
+        self._meta = meta
+
+    def bind(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        for slots, leaf, name in self._places:
+            slots[leaf] = parameters[name]
+
+    def unbind(self) -> None:
+        self.bind(self._meta)
 
 
 class LayerStore:
     """The decoder layers' weights on the host: one flat uint8 tensor a layer, page-locked where there is a GPU."""
 
-    layers: Sequence[torch.Tensor]
-    layouts: Sequence[Layout]
+    def __init__(self, layouts: Sequence[Layout], sizes: Sequence[int], *, pin: bool) -> None:
+        self.layouts = tuple(layouts)
+        self.pinned = pin
+        self.nbytes = sum(sizes)
+        self._buffers: list[HostBuffer] = []
+        try:
+            for size in sizes:
+                self._buffers.append(HostBuffer(size, pin=pin))
+        except BaseException:
+            self.close()
+            raise
+        self.layers: tuple[torch.Tensor, ...] = tuple(buffer.tensor for buffer in self._buffers)
 
-    @property
-    def nbytes(self) -> int:
-        raise NotImplementedError
+    def views(self, index: int) -> dict[str, torch.Tensor]:
+        return flat_views(self.layers[index], self.layouts[index])
 
     def close(self) -> None:
         """Unlock and free the buffers. Idempotent."""
+        self.layers = ()
+        for buffer in self._buffers:
+            buffer.close()
+        self._buffers = []
 
 
+@dataclass(slots=True)
 class ModelWeights:
     """A model whose decoder layers lie in host memory (parameters on meta) and whose rest lies on `device`."""
 
-    model: nn.Module  # transformers' CausalLM
+    model: nn.Module  # transformers' CausalLM, in eval mode
     config: Any
     decoder_layers: Sequence[nn.Module]
     store: LayerStore
@@ -50,7 +123,10 @@ class ModelWeights:
     dtype: torch.dtype
     device_nbytes: int  # embeddings, final norm, head, buffers
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Free the host buffers; the model can no longer run. Idempotent."""
+        self.store.close()
+        self.decoder_layers = ()
 
 
 def load_model(
@@ -63,5 +139,239 @@ def load_model(
     seed: int = 0,
     progress: bool = True,
 ) -> ModelWeights:
-    """Load a Hugging Face checkpoint directory. Raises CheckpointError naming the value and the remedy."""
-    raise NotImplementedError
+    """Load a Hugging Face checkpoint directory, tensor by tensor, straight into its place.
+
+    dtype "auto" keeps the checkpoint's own. load_format "dummy" draws random weights of any config.json, as transformers
+    would initialise them. Raises CheckpointError naming the value and the remedy.
+    """
+    device = torch.device(device)
+    config = load_config(source)
+    checkpoint = None if load_format == "dummy" else Checkpoint(Path(source))
+    chosen = choose_dtype(dtype, config, checkpoint)
+    model = build_meta_model(config, chosen, attn_implementation)
+    layers = find_decoder_layers(model)
+    layouts, sizes = zip(*(make_layout(layer) for layer in layers))
+    # transformers' rule for buffers writes a module's weights too, so it runs while those are still meta tensors
+    materialise_buffers(model, device)
+    device_nbytes = _materialise_outside(model, layers, device)
+    store = LayerStore(layouts, sizes, pin=device.type == "cuda")
+    weights = ModelWeights(model, config, layers, store, device, chosen, device_nbytes)
+    try:
+        if checkpoint is None:
+            _fill_random(weights, seed, progress)
+        else:
+            _fill_from(checkpoint, weights, progress)
+    except BaseException:
+        weights.close()
+        raise
+    return weights
+
+
+def choose_dtype(wanted: torch.dtype | Literal["auto"], config: Any, checkpoint: Checkpoint | None) -> torch.dtype:
+    """The dtype asked for, else the config's, else the stored one, else float32."""
+    if isinstance(wanted, torch.dtype):
+        chosen = wanted
+    elif isinstance(config.dtype, torch.dtype):
+        chosen = config.dtype
+    else:
+        chosen = checkpoint.stored_dtype() if checkpoint is not None else torch.float32
+    if chosen not in (torch.float32, torch.float16, torch.bfloat16):
+        raise CheckpointError(f"cannot run in {chosen}; choose --dtype float32, bfloat16 or float16")
+    return chosen
+
+
+def build_meta_model(config: Any, dtype: torch.dtype, attn_implementation: str | None = None) -> nn.Module:
+    """transformers' causal language model of this config, without a byte of weights."""
+    from transformers import AutoModelForCausalLM
+
+    options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+    except (ValueError, KeyError, ImportError) as error:
+        raise CheckpointError(
+            f"transformers cannot build a causal model of type {config.model_type!r}: {error}"
+        ) from error
+    return model.eval().requires_grad_(False)
+
+
+def find_decoder_layers(model: Any) -> list[nn.Module]:
+    """The decoder layers in order: the longest list of modules that transformers says must not be split."""
+    unsplit = set(model._no_split_modules or ())
+    lists = [
+        list(module)
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList) and len(module) and all(type(m).__name__ in unsplit for m in module)
+    ]
+    if not lists:
+        raise CheckpointError(
+            f"found no decoder layers in {type(model).__name__}; the offload engine runs decoder-only models "
+            "whose layers are a ModuleList"
+        )
+    return max(lists, key=len)
+
+
+def materialise_buffers(model: Any, device: torch.device) -> None:
+    """Give every buffer (rotary frequencies, embedding scales) memory on `device` and the value transformers gives it."""
+    for module in model.modules():
+        names = [name for name, buffer in module._buffers.items() if buffer is not None and buffer.is_meta]
+        for name in names:
+            buffer = torch.zeros_like(module._buffers[name], device=device)
+            module._buffers[name] = buffer.fill_(float("nan")) if buffer.is_floating_point() else buffer
+        if names:
+            with torch.no_grad():
+                model._init_weights(module)
+        for name in names:
+            if name in module._non_persistent_buffers_set and bool(module._buffers[name].isnan().any()):
+                raise CheckpointError(
+                    f"transformers does not say how to make buffer {name!r} of {type(module).__name__}; "
+                    "this architecture cannot be offloaded yet"
+                )
+
+
+def _materialise_outside(model: nn.Module, layers: Sequence[nn.Module], device: torch.device) -> int:
+    """Zeroed device memory for every parameter outside the decoder layers, tied ones once. Returns bytes, buffers too."""
+    inside = {id(module) for layer in layers for module in layer.modules()}
+    made: dict[int, nn.Parameter] = {}
+    meta: list[nn.Parameter] = []  # keeps the old parameters alive, so that no id is used twice
+    for module in model.modules():
+        if id(module) in inside:
+            continue
+        for name, parameter in module._parameters.items():
+            if parameter is None or not parameter.is_meta:
+                continue
+            if id(parameter) not in made:
+                meta.append(parameter)
+                made[id(parameter)] = nn.Parameter(torch.zeros_like(parameter, device=device), requires_grad=False)
+            module._parameters[name] = made[id(parameter)]
+    tensors = [*made.values(), *model.buffers()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+# --- filling ------------------------------------------------------------------------------------------------------
+
+
+def _destinations(weights: ModelWeights) -> dict[str, torch.Tensor]:
+    """Where every tensor of the state dict goes, by its name in the model. Tied names share a tensor."""
+    prefixes = {id(module): name for name, module in weights.model.named_modules()}
+    places: dict[str, torch.Tensor] = {}
+    for index, layer in enumerate(weights.decoder_layers):
+        prefix = prefixes[id(layer)]
+        places |= {f"{prefix}.{name}": view for name, view in weights.store.views(index).items()}
+    for name, tensor in weights.model.state_dict(keep_vars=True).items():
+        if not tensor.is_meta:
+            places[name] = tensor.data
+    return places
+
+
+def _fill_from(checkpoint: Checkpoint, weights: ModelWeights, progress: bool) -> None:
+    places = _destinations(weights)
+    sources = _match_names(checkpoint, places, weights)
+    total = sum(places[name].numel() * places[name].element_size() for name in sources.values())
+    with tqdm(total=total, unit="B", unit_scale=True, desc="loading weights", disable=not progress) as bar:
+        announced = False
+        for source, tensor in checkpoint.tensors(set(sources)):
+            name = sources[source]
+            place = places[name]
+            if tensor.dtype != place.dtype and not announced:
+                announced = True
+                logger.warning("converting weights from %s to %s", _name(tensor.dtype), _name(place.dtype))
+            _copy_checked(place, tensor, source)
+            bar.update(place.numel() * place.element_size())
+
+
+def _copy_checked(place: torch.Tensor, tensor: torch.Tensor, name: str) -> None:
+    if tensor.shape != place.shape:
+        raise CheckpointError(
+            f"{name} has shape {list(tensor.shape)}, but config.json makes it {list(place.shape)}; "
+            "the weights belong to another model or revision: download both again"
+        )
+    place.copy_(tensor)
+    narrower = place.dtype == torch.float16 and tensor.dtype != torch.float16
+    if narrower and not bool(place.isfinite().all()) and bool(tensor.isfinite().all()):
+        raise CheckpointError(
+            f"{name} has values beyond float16's 65504 (it is stored as {_name(tensor.dtype)}); "
+            "use --dtype bfloat16 or float32"
+        )
+
+
+def _match_names(checkpoint: Checkpoint, places: Mapping[str, torch.Tensor], weights: ModelWeights) -> dict[str, str]:
+    """Checkpoint name -> model name. A checkpoint of the base model lacks its prefix; tied weights may be stored once."""
+    stored = _StoredNames(checkpoint, places, weights.model)
+    sources: dict[str, str] = {}
+    filled: set[int] = set()
+    for name, place in places.items():
+        if stored(name) in checkpoint and place.data_ptr() not in filled:
+            sources[stored(name)] = name
+            filled.add(place.data_ptr())
+    persistent = {name for name, _ in weights.model.named_buffers()}
+    missing = [n for n, p in places.items() if p.data_ptr() not in filled and p.numel() and n not in persistent]
+    if missing:
+        raise CheckpointError(
+            f"the checkpoint in {checkpoint.directory} lacks {len(missing)} of {len(places)} tensors of "
+            f"{type(weights.model).__name__}, such as {missing[0]} (stored as {stored(missing[0])}); it is incomplete, or "
+            "of an architecture whose weights transformers rearranges on loading"
+        )
+    known = {stored(name) for name in places}
+    extra = [name for name in checkpoint.files if name not in known and not name.endswith("rotary_emb.inv_freq")]
+    if extra:
+        logger.warning("%d tensors of the checkpoint are not used by this model, such as %s", len(extra), extra[0])
+    return sources
+
+
+class _StoredNames:
+    """Maps a model's tensor name to the checkpoint's, after looking which prefix the checkpoint uses."""
+
+    def __init__(self, checkpoint: Checkpoint, places: Mapping[str, torch.Tensor], model: Any) -> None:
+        base = f"{model.base_model_prefix}."
+        schemes = (("", ""), (base, ""), ("", base), ("", "language_model."))
+        self._old, self._new = max(schemes, key=lambda s: sum(_renamed(n, *s) in checkpoint for n in places))
+
+    def __call__(self, name: str) -> str:
+        return _renamed(name, self._old, self._new)
+
+
+def _renamed(name: str, old: str, new: str) -> str:
+    return new + name.removeprefix(old)
+
+
+def _fill_random(weights: ModelWeights, seed: int, progress: bool) -> None:
+    """transformers' own initialisation. On a GPU drawn there and copied down, a layer at a time."""
+    model: Any = weights.model
+    on_gpu = weights.device.type == "cuda"
+    layers = [*weights.decoder_layers]
+    inside = {id(module) for layer in layers for module in layer.modules()}
+    with (
+        torch.random.fork_rng(devices=[weights.device] if on_gpu else []),
+        torch.no_grad(),
+        tqdm(total=weights.store.nbytes, unit="B", unit_scale=True, desc="random weights", disable=not progress) as bar,
+    ):
+        torch.manual_seed(seed)
+        for module in _with_parameters(model):
+            if id(module) not in inside:
+                model._init_weights(module)
+        for index, layer in enumerate(layers):
+            host = weights.store.layers[index]
+            flat = torch.zeros_like(host, device=weights.device) if on_gpu else host
+            _init_layer(model, layer, flat, weights.store.layouts[index])
+            if on_gpu:
+                host.copy_(flat)
+            bar.update(host.numel())
+
+
+def _init_layer(model: Any, layer: nn.Module, flat: torch.Tensor, layout: Layout) -> None:
+    binding = LayerBinding(layer)
+    binding.bind({name: nn.Parameter(view, requires_grad=False) for name, view in flat_views(flat, layout).items()})
+    try:
+        for module in _with_parameters(layer):
+            model._init_weights(module)
+    finally:
+        binding.unbind()
+
+
+def _with_parameters(root: nn.Module) -> Iterator[nn.Module]:
+    return (module for module in root.modules() if any(p is not None for p in module._parameters.values()))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

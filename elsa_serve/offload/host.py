@@ -1,0 +1,62 @@
+"""Host memory of exactly the size asked for, page-locked where a GPU will copy from it.
+
+torch's pinned allocator rounds every request up to a power of two, up to twice the memory of a model. Here anonymous
+pages are mapped and then registered with CUDA, so a buffer costs its own size and no more.
+"""
+
+from __future__ import annotations
+
+import mmap
+
+import torch
+
+from elsa_serve.errors import BudgetError
+from elsa_serve.offload.units import format_size
+
+
+class HostBuffer:
+    """`nbytes` of zeroed host memory as a flat uint8 tensor. Keep the buffer as long as its tensor is in use."""
+
+    def __init__(self, nbytes: int, *, pin: bool) -> None:
+        self.nbytes = nbytes
+        # Private, so that it counts as the process's own memory and not as a tmpfs file's.
+        self._map = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):  # fewer pages to lock; no copy-on-write under a DMA
+            if hasattr(mmap, advice):
+                _advise(self._map, getattr(mmap, advice))
+        self.tensor = torch.frombuffer(self._map, dtype=torch.uint8)[:nbytes]
+        self._pinned = False
+        if pin and nbytes:
+            _register(self.tensor)
+            self._pinned = True
+
+    @property
+    def pinned(self) -> bool:
+        return self._pinned
+
+    def close(self) -> None:
+        """Unlock, and give the memory back once no view of the tensor is left. Idempotent."""
+        if self._pinned:
+            self._pinned = False
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(self.tensor.data_ptr()))
+        self.tensor = torch.empty(0, dtype=torch.uint8)
+
+    def __del__(self) -> None:
+        if getattr(self, "_pinned", False):
+            self.close()
+
+
+def _advise(memory: mmap.mmap, advice: int) -> None:
+    try:
+        memory.madvise(advice)
+    except OSError:
+        return  # a kernel without this advice: slower to lock, nothing else
+
+
+def _register(tensor: torch.Tensor) -> None:
+    status = torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.numel(), 0)
+    if int(status) != 0:
+        raise BudgetError(
+            f"CUDA refused to page-lock {format_size(tensor.numel())} of host memory (error {int(status)}); "
+            "lower --host-memory, or raise the container's memory limit"
+        )
