@@ -1,0 +1,74 @@
+"""Names in transformers' tables, and switching a loaded model between attention implementations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from elsa_serve.errors import UsageError
+from elsa_serve.hf.attention import elsa_attention, elsa_or_sdpa_attention
+from elsa_serve.hf.masks import elsa_mask
+
+NAMES = {"elsa": elsa_attention, "elsa_or_sdpa": elsa_or_sdpa_attention}
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+
+def register() -> None:
+    """Make `elsa` and `elsa_or_sdpa` valid values of `attn_implementation`. Safe to call again."""
+    for name, function in NAMES.items():
+        AttentionInterface.register(name, function)
+        AttentionMaskInterface.register(name, elsa_mask)
+
+
+@contextmanager
+def use_attention(model: Model, name: str = "elsa", *, fallback: str | None = None) -> Iterator[Model]:
+    """Run a loaded model with another attention implementation inside the block, and restore its own afterwards.
+
+        with use_attention(model, "elsa"):
+            model.generate(**inputs)
+
+    name: any implementation that transformers knows. fallback: None, so that what elsa cannot do is an error, or
+    "sdpa", so that SDPA runs there instead (with name "elsa", the same as name "elsa_or_sdpa"). Sub-models (text and
+    vision towers) are switched and restored too. The model must not run in another thread meanwhile, and a cache filled
+    inside the block can be used outside it. Raises UsageError for a model that does not dispatch its attention through
+    transformers' interface, and for an unknown name or fallback.
+    """
+    if fallback is not None:
+        if fallback != "sdpa" or name != "elsa":
+            raise UsageError(f'use_attention has the fallback "sdpa" for "elsa" alone, not {fallback!r} for {name!r}')
+        name = "elsa_or_sdpa"
+    if name in NAMES and not model.is_backend_compatible():
+        raise UsageError(
+            f"{type(model).__name__} does not ask transformers' AttentionInterface for its attention, so {name!r} would "
+            "not run; keep the model's own attention"
+        )
+    before = _implementations(model)
+    try:
+        _switch(model, name)
+        yield model
+    finally:
+        model.set_attn_implementation(before)
+
+
+def _switch(model: PreTrainedModel, name: str) -> None:
+    try:
+        model.set_attn_implementation(name)
+    except ValueError as error:
+        raise UsageError(f"{type(model).__name__} does not take attention implementation {name!r}: {error}") from error
+    if model.config._attn_implementation != name:  # transformers only logs this refusal
+        raise UsageError(f"{type(model).__name__} cannot change its attention to {name!r} once loaded")
+
+
+def _implementations(model: PreTrainedModel) -> dict[str, str]:
+    """The attention implementation of the model ("") and of each sub-configuration by name."""
+    config = model.config
+    names = {"": config._attn_implementation}
+    for key in config.sub_configs:
+        sub = getattr(config, key, None)
+        if sub is not None:
+            names[key] = sub._attn_implementation
+    return names
