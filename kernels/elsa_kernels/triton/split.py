@@ -1,0 +1,154 @@
+"""FP32 tensors as pairs of FP16 planes (hi, lo) under power-of-two scales: what tensor cores multiply at FP32 accuracy.
+
+x·s = hi + lo up to 2^-23 of x, or 2^-40 of the channel's largest value where that is more; s is the power of two that
+brings that value into [2^14, 2^15). One scale per (batch, key head, channel), so an outlier channel costs the others nothing; for K the
+inverse is folded into the query's own scale, for V it is undone per output column. Multiplying by a power of two is
+exact, so the planes hold every FP32 input, subnormals included. Infinities and NaN are left out of the choice of
+scale, and come through as hi = ±∞ or NaN and lo = NaN: whatever they touch turns NaN, which the forward kernel detects.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+# Largest magnitude of a scaled value is below 2^(TARGET + 1): half of what FP16 holds.
+TARGET = tl.constexpr(14)
+MAX_EXPONENT = tl.constexpr(126)  # of a scale, so that it and its inverse are normal FP32 numbers
+_ROWS = 64  # of a tile
+_AMAX_TILES = 8  # tiles whose maxima one program reduces before its atomics
+
+
+@dataclass(frozen=True, slots=True)
+class Planes:
+    """K and V as FP16 pairs. Planes [B, Hkv, Nk, D] float16, contiguous; scales [B, Hkv, D] float32, powers of two.
+
+    k·k_scale = k_hi + k_lo, and likewise v (scales broadcast over the keys).
+    """
+
+    k_hi: torch.Tensor
+    k_lo: torch.Tensor
+    k_scale: torch.Tensor
+    v_hi: torch.Tensor
+    v_lo: torch.Tensor
+    v_scale: torch.Tensor
+
+
+@triton.jit
+def exponent(x):
+    """floor(log2|x|) as int32 for normal x, −127 for subnormal x, −1024 for zero, infinities and NaN."""
+    bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    counts = (bits > 0) & (bits < 0x7F800000)
+    return tl.where(counts, (bits >> 23) - 127, -1024)
+
+
+@triton.jit
+def power_of_two(e):
+    """2^e as float32, for −126 ≤ e ≤ 127."""
+    return ((e + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def split_pair(x):
+    """x (float32, |x| < 65504) as float16 (hi, lo); hi + lo is off by at most 2^-23·|x| or 2^-25, whichever is more."""
+    hi = x.to(tl.float16)
+    return hi, (x - hi.to(tl.float32)).to(tl.float16)
+
+
+@triton.jit
+def _column_amax(
+    X, base, stride_n, row0, N, D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr
+):
+    cols = tl.arange(0, BD)
+    largest = tl.zeros([BD], tl.int32)
+    for t in range(TILES):
+        rows = row0 + t * ROWS + tl.arange(0, ROWS)
+        inside = (rows[:, None] < N) & (cols[None, :] < D)
+        x = tl.load(X + base + rows.to(tl.int64)[:, None] * stride_n + cols[None, :], mask=inside, other=0.0)
+        bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        bits = tl.where(bits < 0x7F800000, bits, 0)
+        largest = tl.maximum(largest, tl.max(bits, 0))
+    return largest
+
+
+@triton.jit
+def _amax_kernel(
+    K, V, KMAX, VMAX, skb, skh, skn, svb, svh, svn, Hkv, N,
+    D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Largest finite |k| and |v| per (batch, head, channel), as the bits of a non-negative float (they order alike)."""
+    i_bh = tl.program_id(1).to(tl.int64)
+    b, h = i_bh // Hkv, i_bh % Hkv
+    row0 = tl.program_id(0) * (ROWS * TILES)
+    cols = tl.arange(0, BD)
+    k_max = _column_amax(K, b * skb + h * skh, skn, row0, N, D, BD, ROWS, TILES)
+    v_max = _column_amax(V, b * svb + h * svh, svn, row0, N, D, BD, ROWS, TILES)
+    # A maximum does not depend on the order of its atomics.
+    tl.atomic_max(KMAX + i_bh * D + cols, k_max, mask=cols < D)
+    tl.atomic_max(VMAX + i_bh * D + cols, v_max, mask=cols < D)
+
+
+@triton.jit
+def _channel_scale(MAX, i_bh, D: tl.constexpr, BD: tl.constexpr):
+    cols = tl.arange(0, BD)
+    largest = tl.load(MAX + i_bh * D + cols, mask=cols < D, other=0)
+    e = TARGET - ((largest >> 23) - 127)
+    return power_of_two(tl.where(largest > 0, tl.minimum(e, MAX_EXPONENT), 0))
+
+
+@triton.jit
+def _write_planes(
+    X, HI, LO, scale, base, stride_n, i_bh, row0, N, D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr
+):
+    cols = tl.arange(0, BD)
+    rows = row0 + tl.arange(0, ROWS)
+    inside = (rows[:, None] < N) & (cols[None, :] < D)
+    x = tl.load(X + base + rows.to(tl.int64)[:, None] * stride_n + cols[None, :], mask=inside, other=0.0)
+    hi, lo = split_pair(x * scale[None, :])
+    o_plane = (i_bh * N + rows.to(tl.int64))[:, None] * D + cols[None, :]
+    tl.store(HI + o_plane, hi, mask=inside)
+    tl.store(LO + o_plane, lo, mask=inside)
+
+
+@triton.jit
+def _split_kernel(
+    K, V, KMAX, VMAX, K_HI, K_LO, K_SCALE, V_HI, V_LO, V_SCALE, skb, skh, skn, svb, svh, svn, Hkv, N,
+    D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    i_bh = tl.program_id(1).to(tl.int64)
+    b, h = i_bh // Hkv, i_bh % Hkv
+    row0 = tl.program_id(0) * ROWS
+    cols = tl.arange(0, BD)
+    k_scale, v_scale = _channel_scale(KMAX, i_bh, D, BD), _channel_scale(VMAX, i_bh, D, BD)
+    if row0 == 0:
+        tl.store(K_SCALE + i_bh * D + cols, k_scale, mask=cols < D)
+        tl.store(V_SCALE + i_bh * D + cols, v_scale, mask=cols < D)
+    _write_planes(K, K_HI, K_LO, k_scale, b * skb + h * skh, skn, i_bh, row0, N, D, BD, ROWS)
+    _write_planes(V, V_HI, V_LO, v_scale, b * svb + h * svh, svn, i_bh, row0, N, D, BD, ROWS)
+
+
+def split_kv(k: torch.Tensor, v: torch.Tensor) -> Planes:
+    """Split k and v [B, Hkv, Nk, D] float32 (last dimension contiguous, Nk ≥ 1) into planes: one read for the scales,
+    one read and one write for the planes."""
+    B, Hkv, N, D = k.shape
+    BD = triton.next_power_of_2(D)
+    planes = Planes(
+        *(torch.empty((B, Hkv, N, D), dtype=torch.float16, device=k.device) for _ in range(2)),
+        torch.empty((B, Hkv, D), dtype=torch.float32, device=k.device),
+        *(torch.empty((B, Hkv, N, D), dtype=torch.float16, device=k.device) for _ in range(2)),
+        torch.empty((B, Hkv, D), dtype=torch.float32, device=k.device),
+    )
+    amax = torch.zeros((2, B, Hkv, D), dtype=torch.int32, device=k.device)
+    strides = (*k.stride()[:3], *v.stride()[:3])
+    _amax_kernel[(triton.cdiv(N, _ROWS * _AMAX_TILES), B * Hkv)](
+        k, v, amax[0], amax[1], *strides, Hkv, N, D=D, BD=BD, ROWS=_ROWS, TILES=_AMAX_TILES
+    )
+    _split_kernel[(triton.cdiv(N, _ROWS), B * Hkv)](
+        k, v, amax[0], amax[1],
+        planes.k_hi, planes.k_lo, planes.k_scale, planes.v_hi, planes.v_lo, planes.v_scale,
+        *strides, Hkv, N, D=D, BD=BD, ROWS=_ROWS,
+    )  # fmt: skip
+    return planes
