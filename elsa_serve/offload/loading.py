@@ -1,0 +1,220 @@
+"""Everything an engine needs, built in order of cost: refusals first, then the plan, then weights and pools."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from elsa_serve.errors import CheckpointError, UsageError
+from elsa_serve.offload import attention as attentions
+from elsa_serve.offload import device as devices
+from elsa_serve.offload import machine
+from elsa_serve.offload.checkpoint import Checkpoint, load_config
+from elsa_serve.offload.host import HostBuffer
+from elsa_serve.offload.kv import ALIGNMENT, HostKV, KVPool, KVShape
+from elsa_serve.offload.output import eos_token_ids
+from elsa_serve.offload.plan import Geometry, Plan, make_plan
+from elsa_serve.offload.ring import WeightStream
+from elsa_serve.offload.step import PassRunner
+from elsa_serve.offload.streams import Streams, make_streams
+from elsa_serve.offload.tokenizer import load_tokenizer
+from elsa_serve.offload.units import parse_size
+from elsa_serve.offload.weights import LoadFormat, ModelWeights, choose_dtype, load_model
+from elsa_serve.protocol import Tokenizer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """How an engine is set up; None leaves the choice to the planner or the machine.
+
+    Memory sizes are bytes or text such as "24GiB". `weights` are already loaded ones of this very model and dtype, which
+    the engine then uses and leaves alone at its end.
+    """
+
+    model_dir: Path
+    device: str | torch.device | None = None
+    dtype: str | torch.dtype = "auto"
+    gpu_memory: str | int | None = None
+    host_memory: str | int | None = None
+    context: int | None = None
+    max_batch: int = 8
+    resident_layers: int | None = None
+    slots: int | None = None
+    chunk_tokens: int | None = None
+    attention: str = "elsa"
+    serial: bool = False
+    load_format: LoadFormat = "auto"
+    seed: int = 0
+    progress: bool = True
+    weights: ModelWeights | None = None
+
+
+@dataclass(slots=True)
+class LoadedModel:
+    plan: Plan
+    tokenizer: Tokenizer
+    eos_ids: frozenset[int]
+    weights: ModelWeights
+    owns_weights: bool
+    streams: Streams
+    stream: WeightStream
+    pool: KVPool
+    host_kv: HostKV
+    host_buffer: HostBuffer
+    runner: PassRunner
+    allocator_bytes: int  # what torch's allocator may reserve on the device
+
+    @property
+    def layers(self) -> int:
+        return len(self.weights.decoder_layers)
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.plan.geometry.vocab)
+
+    def close(self) -> None:
+        """Free everything, the device's budget included."""
+        device = self.weights.device
+        self.runner.close()
+        self.stream.close()
+        self.streams.close()
+        self.pool.close()
+        self.host_kv.close()
+        self.host_buffer.close()
+        if self.owns_weights:
+            self.weights.close()
+        devices.unlimit_memory(device)
+
+
+def load(options: EngineOptions, poll: Callable[[], None]) -> LoadedModel:
+    """Raises CheckpointError, BudgetError or UsageError before anything large is read, where it can."""
+    device = torch.device(options.device) if options.device is not None else machine.default_device()
+    config = options.weights.config if options.weights else load_config(options.model_dir)
+    attentions.check_model(config, options.attention)
+    dtype = options.weights.dtype if options.weights else _dtype(options, config)
+    plan = _plan(options, device, config, dtype)
+    tokenizer = load_tokenizer(options.model_dir, plan.geometry.vocab, dummy=options.load_format == "dummy")
+    allocator_bytes = plan.gpu_budget - plan.gpu_bytes.get("CUDA context", 0)
+    devices.limit_memory(device, allocator_bytes)
+    weights = options.weights or _weights(options, device, dtype)
+    try:
+        return _assemble(options, plan, tokenizer, weights, allocator_bytes, poll)
+    except BaseException:
+        if options.weights is None:
+            weights.close()
+        devices.unlimit_memory(device)
+        raise
+
+
+def _dtype(options: EngineOptions, config: Any) -> torch.dtype:
+    wanted = options.dtype
+    if isinstance(wanted, str):
+        if wanted != "auto" and wanted not in DTYPES:
+            raise UsageError(f"unknown dtype {wanted!r}; choose auto, {', '.join(DTYPES)}")
+        wanted = DTYPES.get(wanted, wanted)
+    checkpoint = None if options.load_format == "dummy" else Checkpoint(options.model_dir)
+    return choose_dtype(wanted, config, checkpoint)  # type: ignore[arg-type]
+
+
+def _plan(options: EngineOptions, device: torch.device, config: Any, dtype: torch.dtype) -> Plan:
+    gpu = _size(options.gpu_memory) or machine.default_gpu_budget(device)
+    host = _size(options.host_memory) or machine.default_host_budget(device, gpu)
+    return make_plan(
+        Geometry.from_config(config, dtype),
+        gpu_budget=gpu,
+        host_budget=host,
+        context=options.context,
+        batch=options.max_batch,
+        resident_layers=options.resident_layers,
+        slots=options.slots,
+        chunk_tokens=options.chunk_tokens,
+        device_type=device.type,
+    )
+
+
+def _size(size: str | int | None) -> int | None:
+    return None if size is None else parse_size(size)
+
+
+def _weights(options: EngineOptions, device: torch.device, dtype: torch.dtype) -> ModelWeights:
+    attentions.register()
+    return load_model(
+        options.model_dir,
+        dtype=dtype,
+        device=device,
+        load_format=options.load_format,
+        attn_implementation=attentions.NAME,
+        seed=options.seed,
+        progress=options.progress,
+    )
+
+
+def _assemble(
+    options: EngineOptions,
+    plan: Plan,
+    tokenizer: Tokenizer,
+    weights: ModelWeights,
+    allocator_bytes: int,
+    poll: Callable[[], None],
+) -> LoadedModel:
+    device, geometry = weights.device, plan.geometry
+    _check_interface(weights)
+    streams = make_streams(device, serial=options.serial)
+    stream = WeightStream(weights, plan.resident_layers, plan.slots, streams)
+    shape = KVShape(geometry.layers, geometry.kv_heads, geometry.head_dim, weights.dtype)
+    gpu_pool = torch.empty(plan.kv_gpu_bytes, dtype=torch.uint8, device=device)
+    host_buffer = HostBuffer(_padded(plan.kv_host_bytes), pin=device.type == "cuda")
+    pool = KVPool(shape, gpu_pool, host_buffer.tensor, plan.kv_gpu_layers)
+    capacity = plan.context if plan.kv_host_bytes else 0
+    host_kv = HostKV(shape, streams, capacity=capacity, max_batch=options.max_batch)
+    runner = PassRunner(
+        weights.model,
+        weights.decoder_layers,
+        stream,
+        host_kv,
+        streams,
+        attentions.ATTEND[options.attention],
+        chunk_tokens=plan.chunk_tokens,
+        poll=poll,
+    )
+    return LoadedModel(
+        plan=plan,
+        tokenizer=tokenizer,
+        eos_ids=eos_token_ids(_generation_config(options.model_dir), weights.config, tokenizer),
+        weights=weights,
+        owns_weights=options.weights is None,
+        streams=streams,
+        stream=stream,
+        pool=pool,
+        host_kv=host_kv,
+        host_buffer=host_buffer,
+        runner=runner,
+        allocator_bytes=allocator_bytes,
+    )
+
+
+def _padded(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def _check_interface(weights: ModelWeights) -> None:
+    model: Any = weights.model
+    if not model.is_backend_compatible():
+        raise CheckpointError(
+            f"{type(model).__name__} does not ask transformers' AttentionInterface for its attention, so its KV cannot be "
+            "kept elsewhere; the offload engine runs models that do, such as LLaMA, Mistral, Qwen and Gemma 2"
+        )
+
+
+def _generation_config(directory: Path) -> Any:
+    from transformers import GenerationConfig
+
+    if not (directory / "generation_config.json").exists():
+        return None
+    return GenerationConfig.from_pretrained(directory, local_files_only=True)

@@ -1,0 +1,308 @@
+"""One pass over the layers: a packed batch through transformers' own model, layer by layer, chunk by chunk.
+
+The outer forward of the model stays untouched. Each decoder layer's `forward` is replaced by one that binds the
+layer's streamed weights and sends the packed tokens through in chunks, so that activations stay bounded whatever the
+prompt's length, and all tokens pass layer l before any passes layer l + 1.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from elsa_serve.offload.attention import Attend, AttentionOptions, attending
+from elsa_serve.offload.kv import HostKV, RequestKV, Visit
+from elsa_serve.offload.ring import WeightStream
+from elsa_serve.offload.streams import Event, Streams
+
+# Chunks that the host may issue ahead of the device: enough to keep it busy, few enough that a cancelled request stops
+# soon and that reported progress is real.
+RUN_AHEAD = 4
+
+
+class PassAbandoned(Exception):
+    """Every request of the pass was given up."""
+
+
+@dataclass(eq=False, slots=True)
+class Part:
+    """One request's share of a pass: `tokens` after those its KV holds. `given_up` may turn true during the pass."""
+
+    kv: RequestKV
+    tokens: Sequence[int]
+    given_up: Callable[[], bool] = lambda: False
+    on_progress: Callable[[int], None] | None = None  # layers × tokens done, of this part
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Rows [low, high) of a chunk: tokens `start` … of a part (positions `part.kv.length + start` …)."""
+
+    part: Part
+    low: int
+    high: int
+    start: int
+    final: bool  # the part's last tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Rows [low, high) of the packed batch that pass a layer together."""
+
+    low: int
+    high: int
+    segments: tuple[Segment, ...]
+
+    def given_up(self) -> bool:
+        return all(segment.part.given_up() for segment in self.segments)
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """A pass's metadata, built once. `last_rows` are the packed rows whose logits are wanted, one a part."""
+
+    parts: tuple[Part, ...]
+    chunks: tuple[Chunk, ...]
+    token_ids: list[int]
+    positions: list[int]
+    last_rows: list[int]
+
+    @staticmethod
+    def build(parts: Sequence[Part], chunk_tokens: int) -> StepPlan:
+        """Single tokens (decode) share the first chunks; each longer part is chunked by itself, in order."""
+        ordered = sorted(parts, key=lambda part: len(part.tokens) > 1)
+        token_ids = [token for part in ordered for token in part.tokens]
+        positions = [part.kv.length + i for part in ordered for i in range(len(part.tokens))]
+        chunks: list[Chunk] = []
+        last_rows: list[int] = []
+        row = 0
+        single = [part for part in ordered if len(part.tokens) == 1]
+        for i in range(0, len(single), chunk_tokens):
+            group = single[i : i + chunk_tokens]
+            segments = tuple(Segment(part, j, j + 1, 0, True) for j, part in enumerate(group))
+            chunks.append(Chunk(row, row + len(group), segments))
+            last_rows += range(row, row + len(group))
+            row += len(group)
+        for part in ordered[len(single) :]:
+            total = len(part.tokens)
+            for start in range(0, total, chunk_tokens):
+                size = min(chunk_tokens, total - start)
+                segment = Segment(part, 0, size, start, start + size == total)
+                chunks.append(Chunk(row + start, row + start + size, (segment,)))
+            row += total
+            last_rows.append(row - 1)
+        return StepPlan(tuple(ordered), tuple(chunks), token_ids, positions, last_rows)
+
+    def visits(self, layers: int) -> list[Visit]:
+        """The layers on the host in the order in which the pass computes them."""
+        return [
+            Visit(part.kv, layer, len(part.tokens))
+            for layer in range(layers)
+            for part in self.parts
+            if part.kv.layers[layer].tier == "host"
+        ]
+
+
+@dataclass(slots=True)
+class _Running:
+    plan: StepPlan
+    issued: deque[tuple[Event, Chunk]] = field(default_factory=deque)
+    done: dict[int, int] = field(default_factory=dict)  # id(part) -> layers × tokens
+
+
+class PassRunner:
+    """Runs passes over a loaded model. One at a time, on one thread."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[nn.Module],
+        weights: WeightStream,
+        host_kv: HostKV,
+        streams: Streams,
+        attend: Attend,
+        *,
+        chunk_tokens: int,
+        poll: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`poll` is called before each chunk of each layer: the engine's heartbeat, and its look at cancellations."""
+        self._model, self._layers = model, list(layers)
+        self._weights, self._host_kv, self._streams = weights, host_kv, streams
+        self._attend, self._chunk_tokens, self._poll = attend, chunk_tokens, poll
+        self._running: _Running | None = None
+        for index, layer in enumerate(self._layers):
+            layer.forward = _LayerForward(self, index, layer.forward)
+
+    def run(self, parts: Sequence[Part]) -> dict[int, torch.Tensor]:
+        """One pass. Returns logits rows [V] (float32, CPU) by id(part) and advances each part's KV length.
+
+        Parts given up on the way are left out and keep their length. Raises PassAbandoned when none is left. After any
+        exception the KV of all parts is as before the pass.
+        """
+        plan = StepPlan.build(parts, self._chunk_tokens)
+        self._running = _Running(plan)
+        try:
+            with torch.inference_mode():
+                self._host_kv.begin(plan.visits(len(self._layers)))
+                rows = self._forward(plan).float().cpu()
+                self._host_kv.end()
+        except BaseException:
+            self._recover()
+            raise
+        finally:
+            self._running = None
+        results = {}
+        for part, row in zip(plan.parts, rows):
+            if not part.given_up():
+                part.kv.length += len(part.tokens)
+                results[id(part)] = row
+        return results
+
+    def _recover(self) -> None:
+        self._weights.rewind()
+        self._host_kv.abandon()
+
+    def _forward(self, plan: StepPlan) -> torch.Tensor:
+        """Logits [parts, V] on the device."""
+        device = self._streams.device
+        ids = torch.tensor([plan.token_ids], device=device)
+        positions = torch.tensor([plan.positions], device=device)
+        output = self._model(input_ids=ids, position_ids=positions, use_cache=False)
+        return output.logits[0]
+
+    def layer(
+        self, index: int, inner: Callable[..., Any], hidden: torch.Tensor, kwargs: dict[str, Any]
+    ) -> torch.Tensor:
+        """Send hidden [1, T, hidden] through layer `index`, in place; the last one returns the wanted rows alone."""
+        running = self._running
+        if running is None:
+            raise RuntimeError("the model's layers run only inside a pass of the engine")
+        plan = running.plan
+        with self._weights.layer(index):
+            for chunk in plan.chunks:
+                self._poll()
+                if chunk.given_up():
+                    if all(part.given_up() for part in plan.parts):
+                        raise PassAbandoned
+                    continue
+                self._chunk(index, inner, hidden, kwargs, chunk)
+                self._pace(running, chunk)
+        if index == len(self._layers) - 1:
+            self._pace(running, None)
+            return hidden[:, plan.last_rows]
+        return hidden
+
+    def _chunk(
+        self, index: int, inner: Callable[..., Any], hidden: torch.Tensor, kwargs: dict[str, Any], chunk: Chunk
+    ) -> None:
+        total = hidden.shape[1]
+        rows = slice(chunk.low, chunk.high)
+        with attending(_ChunkAttention(self._host_kv, self._attend, chunk)):
+            output = inner(hidden[:, rows], **{name: _rows(value, rows, total) for name, value in kwargs.items()})
+        hidden[:, rows] = output[0] if isinstance(output, tuple) else output
+
+    def _pace(self, running: _Running, chunk: Chunk | None) -> None:
+        """Note an issued chunk and wait for an early one; None waits for all."""
+        if chunk is not None:
+            running.issued.append((self._streams.record(), chunk))
+        while len(running.issued) > (RUN_AHEAD if chunk is not None else 0):
+            event, computed = running.issued.popleft()
+            event.synchronize()
+            for segment in computed.segments:
+                part = segment.part
+                if part.on_progress is not None:
+                    running.done[id(part)] = running.done.get(id(part), 0) + segment.high - segment.low
+                    part.on_progress(running.done[id(part)])
+
+    def close(self) -> None:
+        """Give the layers their own forward back."""
+        for layer in self._layers:
+            if isinstance(layer.forward, _LayerForward):
+                del layer.forward
+        self._layers = []
+
+
+class _LayerForward:
+    """What a decoder layer's `forward` becomes."""
+
+    def __init__(self, runner: PassRunner, index: int, inner: Callable[..., Any]) -> None:
+        self._runner, self._index, self._inner = runner, index, inner
+
+    def __call__(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return self._runner.layer(self._index, self._inner, hidden_states, kwargs)
+
+
+class _ChunkAttention:
+    """Stores a chunk's KV and attends request by request. Rows of requests given up are left as they come."""
+
+    def __init__(self, host_kv: HostKV, attend: Attend, chunk: Chunk) -> None:
+        self._host_kv, self._attend, self._chunk_of = host_kv, attend, chunk
+
+    def __call__(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: AttentionOptions
+    ) -> torch.Tensor:
+        segments = self._chunk_of.segments
+        if len(segments) == 1:
+            return self._segment(layer, segments[0], q, k, v, options).transpose(1, 2)
+        parts = [
+            self._segment(
+                layer, s, q[:, :, s.low : s.high], k[:, :, s.low : s.high], v[:, :, s.low : s.high], options
+            ).transpose(1, 2)
+            for s in segments
+        ]
+        return torch.cat(parts, 1)
+
+    def _segment(
+        self,
+        layer: int,
+        segment: Segment,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        options: AttentionOptions,
+    ) -> torch.Tensor:
+        """q [1, H, n, D], k and v [1, Hkv, n, D] -> [1, H, n, D]."""
+        kv = segment.part.kv
+        if segment.part.given_up():
+            return torch.zeros_like(q)
+        on_host = kv.layers[layer].tier == "host"
+        block = self._host_kv.take(kv, layer) if on_host else kv.layers[layer].data
+        first = kv.length + segment.start
+        last = first + q.shape[2]
+        block[0, :, first:last] = k[0]
+        block[1, :, first:last] = v[0]
+        out = self._attend(q, block[None, 0, :, :last], block[None, 1, :, :last], options)
+        if on_host and segment.final:
+            self._host_kv.give(kv, layer)
+        return out
+
+
+def _rows(value: Any, rows: slice, total: int) -> Any:
+    """The chunk's rows of whatever is per token ([1, T, …]) in a layer's arguments; the rest as it is."""
+    if isinstance(value, torch.Tensor):
+        return value[:, rows] if value.ndim >= 2 and value.shape[:2] == (1, total) else value
+    if isinstance(value, tuple | list):
+        return type(value)(_rows(item, rows, total) for item in value)
+    if isinstance(value, dict):
+        return {name: _rows(item, rows, total) for name, item in value.items()}
+    return value
+
+
+class Throttle:
+    """Lets a call through at most every `seconds`."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds, self._last = seconds, -float("inf")
+
+    def ready(self) -> bool:
+        now = time.monotonic()
+        if now - self._last < self._seconds:
+            return False
+        self._last = now
+        return True
