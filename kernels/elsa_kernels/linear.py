@@ -1,0 +1,210 @@
+"""FP32-accurate linear layers on tensor cores: Y = X·Wᵀ + b with every operand split into an FP16 pair.
+
+Weights are split once (`split_rows`), in the bytes of FP32; activations on the way in. Every 64 of K is summed on the
+tensor core and added in FP32 outside it. Error against FP64 at or under that of torch's FP32 GEMM; no TF32 anywhere.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+try:
+    import triton
+    import triton.knobs
+
+    _TRITON_MISSING = None
+except ImportError as error:
+    _TRITON_MISSING = str(error)
+
+GROUP = 8  # rows of tiles that share W's tiles in L2
+
+
+@dataclass(frozen=True, slots=True)
+class SplitMatrix:
+    """A FP32 matrix [R, K] as (hi + lo)·2^exponent: hi, lo [R, K] FP16, exponent [R] int32, nonfinite [R] int32."""
+
+    hi: torch.Tensor
+    lo: torch.Tensor
+    exponent: torch.Tensor
+    nonfinite: torch.Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.hi.shape
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (self.hi, self.lo, self.exponent, self.nonfinite))
+
+    def to_float32(self) -> torch.Tensor:
+        """[R, K] float32: the represented values, within 2^-22 of the split matrix's."""
+        return torch.ldexp(self.hi.float() + self.lo.float(), self.exponent[:, None])
+
+
+def split_rows(x: torch.Tensor) -> SplitMatrix:
+    """Split x [R, K] float32 (contiguous rows) row by row. Needs a CUDA device, or Triton's interpreter."""
+    _check_matrix(x, "x")
+    rows, inner = x.shape
+    hi, lo = (torch.empty(rows, inner, dtype=torch.float16, device=x.device) for _ in range(2))
+    exponent, nonfinite = (torch.empty(rows, dtype=torch.int32, device=x.device) for _ in range(2))
+    if rows and inner:
+        from elsa_kernels.triton.linear_kernel import split_rows_kernel
+
+        block = min(triton.next_power_of_2(inner), 4096)
+        split_rows_kernel[(rows,)](x, hi, lo, exponent, nonfinite, inner, x.stride(0), BLOCK=block, num_warps=8)
+    else:
+        exponent.zero_(), nonfinite.zero_()
+    return SplitMatrix(hi, lo, exponent, nonfinite)
+
+
+def split_weight(weight: torch.Tensor) -> SplitMatrix:
+    """Split a weight [N, K] once. Refuses one that holds Inf or NaN: ValueError naming the first such row."""
+    split = split_rows(weight)
+    bad = split.nonfinite.nonzero()
+    if bad.numel():
+        raise ValueError(
+            f"the weight holds Inf or NaN in {bad.numel()} of its rows, first in row {int(bad[0])}: "
+            "it cannot be split; use torch's own linear layer for it"
+        )
+    return split
+
+
+def linear(
+    x: torch.Tensor, weight: torch.Tensor | SplitMatrix, bias: torch.Tensor | None = None, *, impl: str | None = None
+) -> torch.Tensor:
+    """x [..., K] float32 times weight [N, K] (float32, or split once), plus bias [N]: [..., N] float32.
+
+    impl: "gluon" (compute capability 9.0), "triton" (8.0 and newer), "torch" (unsplit weights only); None chooses.
+    An Inf or NaN in x gives what FP32 arithmetic gives, in its own row only.
+    """
+    N, K = weight.shape
+    if x.dtype != torch.float32:
+        raise ValueError(f"x is {x.dtype}: linear takes float32; use torch.nn.functional.linear for other dtypes")
+    if x.shape[-1] != K:
+        raise ValueError(f"x has {x.shape[-1]} features, the weight [N, K] takes {K}")
+    impl = _choose(x, K, impl)
+    if impl == "torch":
+        if isinstance(weight, SplitMatrix):
+            raise ValueError('impl "torch" needs the unsplit weight')
+        return F.linear(x, weight, bias)
+    split = weight if isinstance(weight, SplitMatrix) else split_weight(weight)
+    rows = x.reshape(-1, K)
+    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+    out = torch.empty(rows.shape[0], N, dtype=torch.float32, device=x.device)
+    if out.numel():
+        _run(rows, split, bias, out, impl)
+    return out.view(*x.shape[:-1], N)
+
+
+def matmul(a: torch.Tensor, b: torch.Tensor, *, impl: str | None = None) -> torch.Tensor:
+    """a [M, K] times b [K, N], both float32: [M, N] float32."""
+    return linear(a, b.t().contiguous(), impl=impl)
+
+
+def _choose(x: torch.Tensor, K: int, impl: str | None) -> str:
+    refusals = {name: _refusal(name, x, K) for name in ("gluon", "triton", "torch")}
+    if impl is None:
+        return next(name for name, reason in refusals.items() if reason is None)
+    if impl not in refusals:
+        raise ValueError(f"unknown implementation {impl!r} of linear; known: {', '.join(refusals)}")
+    if refusals[impl] is not None:
+        raise ValueError(f"implementation {impl!r} of linear does not take this problem: {refusals[impl]}")
+    return impl
+
+
+def _refusal(name: str, x: torch.Tensor, K: int) -> str | None:
+    if name == "torch":
+        return None
+    if _TRITON_MISSING is not None:
+        return f"triton is not installed ({_TRITON_MISSING})"
+    if x.device.type == "cpu":
+        interpreted = name == "triton" and triton.knobs.runtime.interpret
+        return None if interpreted else "x is on the CPU"
+    if x.device.type != "cuda":
+        return f"x is on {x.device.type}"
+    capability = torch.cuda.get_device_capability(x.device)
+    if name == "gluon":
+        if capability[0] != 9:
+            return f"needs compute capability 9.0, the device has {capability[0]}.{capability[1]}"
+        if K % 8:
+            return f"K = {K} is not a multiple of 8, as the tensor memory accelerator needs"
+        if x.numel() // K <= 32:
+            return "at most 32 rows: the small tiles of the Triton form read the weights faster"
+    elif capability < (8, 0):
+        return f"needs compute capability 8.0, the device has {capability[0]}.{capability[1]}"
+    return None
+
+
+def _run(x: torch.Tensor, w: SplitMatrix, bias: torch.Tensor | None, out: torch.Tensor, impl: str) -> None:
+    from elsa_kernels.triton.linear_kernel import repair_kernel
+
+    split = split_rows(x)
+    (_run_gluon if impl == "gluon" else _run_triton)(split, w, bias, out)
+    (M, N), K = out.shape, x.shape[1]
+    repair_kernel[(M, triton.cdiv(N, 64))](
+        x, x.stride(0), split.nonfinite, w.hi, w.lo, w.exponent, bias, out, N, K, BN=64, BK=64, BIAS=bias is not None
+    )
+
+
+def _run_triton(x: SplitMatrix, w: SplitMatrix, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    from elsa_kernels.triton.linear_kernel import linear_kernel
+
+    M, N = out.shape
+    BM, BN, BK, warps, stages = (16, 32, 128, 4, 4) if M <= 32 else (128, 128, 64, 8, 3)
+    grid = (triton.cdiv(M, BM) * triton.cdiv(N, BN),)
+    linear_kernel[grid](
+        x.hi, x.lo, x.exponent, w.hi, w.lo, w.exponent, bias, out, M, N, x.shape[1],
+        BM=BM, BN=BN, BK=BK, GROUP=GROUP, BIAS=bias is not None, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class GluonTile:
+    """Tile of the Hopper form: `consumers` warp groups of 64 rows, BN columns, BK of K between promotions."""
+
+    consumers: int = 2
+    BN: int = 128
+    BK: int = 64
+    stages: int = 3
+    registers: int = 232
+    overlap: bool = True
+
+
+def _run_gluon(
+    x: SplitMatrix, w: SplitMatrix, bias: torch.Tensor | None, out: torch.Tensor, tile: GluonTile | None = None
+) -> None:
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from elsa_kernels.gluon.linear_kernel import linear_kernel
+
+    tile = tile or GluonTile()
+
+    def descriptor(plane: torch.Tensor, rows: int) -> TensorDescriptor:
+        box = [rows, tile.BK]
+        return TensorDescriptor.from_tensor(plane, box, gl.NVMMASharedLayout.get_default_for(box, gl.float16))
+
+    (M, N), K = out.shape, x.shape[1]
+    tiles = triton.cdiv(M, tile.consumers * 64) * triton.cdiv(N, tile.BN)
+    linear_kernel[(min(tiles, _multiprocessors(out.device.index)),)](
+        descriptor(x.hi, 64), descriptor(x.lo, 64), descriptor(w.hi, tile.BN), descriptor(w.lo, tile.BN),
+        out, x.exponent, w.exponent, bias if bias is not None else out, M, N, K,
+        CONSUMERS=tile.consumers, BN=tile.BN, BK=tile.BK, STAGES=tile.stages, GROUP=GROUP, BIAS=bias is not None,
+        OVERLAP=tile.overlap, REGISTERS=tile.registers, num_warps=4,
+    )  # fmt: skip
+
+
+@functools.cache
+def _multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _check_matrix(x: torch.Tensor, name: str) -> None:
+    if x.dim() != 2 or x.dtype != torch.float32:
+        raise ValueError(f"{name} is {tuple(x.shape)} {x.dtype}: expected a float32 matrix")
+    if x.stride(-1) != 1:
+        raise ValueError(f"{name} has column stride {x.stride(-1)}: expected contiguous rows")

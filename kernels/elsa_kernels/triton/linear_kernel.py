@@ -1,0 +1,113 @@
+"""Splitting rows into FP16 pairs, and X·Wᵀ from such pairs in plain Triton (sm_80 and newer, and the interpreter)."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def split_rows_kernel(x, hi, lo, exponent, nonfinite, K, stride, BLOCK: tl.constexpr):
+    """x [R, K] FP32 → hi, lo [R, K] FP16 and exponent [R] with x = (hi + lo)·2^exponent; one program a row.
+
+    The row's largest finite value lands in [2^14, 2^15), so that lo keeps eleven bits below hi's eleven down to 2^-39
+    of it. An Inf or NaN stays in hi, with lo = 0, and sets nonfinite [R].
+    """
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    largest = tl.zeros([BLOCK], tl.float32)
+    special = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, K, BLOCK):
+        value = tl.load(x + row * stride + start + columns, mask=start + columns < K, other=0.0)
+        finite = tl.abs(value) < float("inf")
+        largest = tl.maximum(largest, tl.where(finite, tl.abs(value), 0.0))
+        special = special | tl.where(finite, 0, 1)
+    # From the float's bits; clamped so that 2^(14 - e) is a normal number: below 2^-112 the scale stays.
+    e = tl.maximum(tl.max(largest, axis=0).to(tl.int32, bitcast=True) >> 23, 15) - 127
+    up = ((141 - e) << 23).to(tl.float32, bitcast=True)
+    for start in range(0, K, BLOCK):
+        mask = start + columns < K
+        value = tl.load(x + row * stride + start + columns, mask=mask, other=0.0)
+        finite = tl.abs(value) < float("inf")
+        scaled = tl.where(finite, value * up, value)
+        high = scaled.to(tl.float16)
+        low = tl.where(finite, scaled - high.to(tl.float32), 0.0).to(tl.float16)
+        tl.store(hi + row * K + start + columns, high, mask=mask)
+        tl.store(lo + row * K + start + columns, low, mask=mask)
+    tl.store(exponent + row, e - 14)
+    tl.store(nonfinite + row, tl.max(special, axis=0))
+
+
+@triton.jit
+def _apply_exponent(value, e):
+    """value·2^e in two exact halves, neither of which overflows where the result does not."""
+    half = e >> 1
+    value = value * ((half + 127) << 23).to(tl.float32, bitcast=True)
+    return value * ((e - half + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def linear_kernel(
+    x_hi, x_lo, x_exponent, w_hi, w_lo, w_exponent, bias, out, M, N, K,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """out [M, N] = X·Wᵀ (+ bias); every BK of K is three products from zero, added to the sum outside the tensor core."""
+    tiles_m = tl.cdiv(M, BM)
+    tiles_n = tl.cdiv(N, BN)
+    index = tl.program_id(0)
+    per_group = GROUP * tiles_n
+    first = (index // per_group) * GROUP
+    height = tl.minimum(GROUP, tiles_m - first)
+    m = first + (index % per_group) % height
+    n = (index % per_group) // height
+    rows = m * BM + tl.arange(0, BM)
+    cols = n * BN + tl.arange(0, BN)
+    inner = tl.arange(0, BK)
+    o_x = rows.to(tl.int64)[:, None] * K + inner[None, :]
+    o_w = cols.to(tl.int64)[None, :] * K + inner[:, None]
+    m_rows = (rows < M)[:, None]
+    m_cols = (cols < N)[None, :]
+    acc = tl.zeros([BM, BN], tl.float32)
+    for start in range(0, K, BK):
+        m_inner = start + inner < K
+        b_x1 = tl.load(x_lo + o_x + start, mask=m_rows & m_inner[None, :], other=0.0)  # [BM, BK]
+        b_x0 = tl.load(x_hi + o_x + start, mask=m_rows & m_inner[None, :], other=0.0)
+        b_w0 = tl.load(w_hi + o_w + start, mask=m_cols & m_inner[:, None], other=0.0)  # [BK, BN]
+        b_w1 = tl.load(w_lo + o_w + start, mask=m_cols & m_inner[:, None], other=0.0)
+        part = tl.dot(b_x1, b_w0, input_precision="ieee", out_dtype=tl.float32)
+        part = tl.dot(b_x0, b_w1, part, input_precision="ieee", out_dtype=tl.float32)
+        part = tl.dot(b_x0, b_w0, part, input_precision="ieee", out_dtype=tl.float32)
+        acc += part
+    e = tl.load(x_exponent + rows, mask=rows < M, other=0)[:, None]
+    e += tl.load(w_exponent + cols, mask=cols < N, other=0)[None, :]
+    acc = _apply_exponent(acc, e)
+    if BIAS:
+        acc += tl.load(bias + cols, mask=cols < N, other=0.0)[None, :]
+    tl.store(out + rows.to(tl.int64)[:, None] * N + cols[None, :], acc, mask=m_rows & m_cols)
+
+
+@triton.jit
+def repair_kernel(
+    x, stride, nonfinite, w_hi, w_lo, w_exponent, bias, out, N, K, BN: tl.constexpr, BK: tl.constexpr, BIAS: tl.constexpr
+):  # fmt: skip
+    """Recompute the rows of out whose x holds an Inf or NaN, as FP32 arithmetic has them: pairs would give Inf − Inf."""
+    row = tl.program_id(0).to(tl.int64)
+    if tl.load(nonfinite + row) != 0:
+        cols = tl.program_id(1) * BN + tl.arange(0, BN)
+        inner = tl.arange(0, BK)
+        mask = cols < N
+        e = tl.load(w_exponent + cols, mask=mask, other=0)
+        acc = tl.zeros([BN], tl.float32)
+        for start in range(0, K, BK):
+            m_inner = start + inner < K
+            offsets = cols.to(tl.int64)[:, None] * K + start + inner[None, :]
+            pair = mask[:, None] & m_inner[None, :]
+            w = tl.load(w_hi + offsets, mask=pair, other=0.0).to(tl.float32)
+            w += tl.load(w_lo + offsets, mask=pair, other=0.0).to(tl.float32)
+            w = _apply_exponent(w, e[:, None])
+            value = tl.load(x + row * stride + start + inner, mask=m_inner, other=0.0)
+            # Past the end 0·0 adds nothing; an Inf in x is never multiplied by the padding.
+            acc += tl.sum(tl.where(pair, value[None, :] * w, 0.0), axis=1)
+        if BIAS:
+            acc += tl.load(bias + cols, mask=mask, other=0.0)
+        tl.store(out + row * N + cols, acc, mask=mask)
