@@ -1,3 +1,233 @@
-"""What this machine offers: host limits, GPU facts, copy bandwidths."""
+"""What this machine offers: host memory and its limits, GPU facts, and bandwidths measured here.
+
+Bandwidths take a few seconds to measure, so they are kept in `ELSA_CACHE_DIR/rates.json` by device name.
+"""
 
 from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from elsa_serve import envs
+from elsa_serve.offload.host import HostBuffer
+
+_NO_LIMIT = 1 << 60  # cgroup v1 writes "no limit" as a number of this size
+BUDGET_SHARE = 0.9  # of what is free, where the user names no budget
+CPU_DEVICE_SHARE = 0.25  # without a GPU, the part of free memory that plays the device
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Bytes per second and FLOP per second. Defaults are a guess at a data-centre GPU; `source` says which they are."""
+
+    h2d: float = 50e9
+    d2h: float = 50e9
+    device_memory: float = 3.0e12
+    host_memory: float = 100e9
+    flops: float = 500e12
+    source: str = "assumed, not measured"
+
+
+@dataclass(frozen=True, slots=True)
+class HostMemory:
+    """Bytes. `limit` is the smaller of the machine's memory and the cgroup's limit, `available` what is free of it."""
+
+    total: int
+    cgroup_limit: int | None
+    limit: int
+    available: int
+
+
+@dataclass(frozen=True, slots=True)
+class GpuFacts:
+    name: str
+    capability: tuple[int, int]
+    multiprocessors: int
+    total: int  # bytes
+    free: int  # bytes
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+# --- memory -------------------------------------------------------------------------------------------------------
+
+
+def host_memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> HostMemory:
+    """Memory of this machine and of the container it runs in (cgroup v2, then v1)."""
+    info = _meminfo(proc / "meminfo")
+    total, available = info["MemTotal"], info["MemAvailable"]
+    limit, used = _cgroup_limit(proc, cgroup)
+    if limit is None or limit >= total:
+        return HostMemory(total, limit, total, available)
+    return HostMemory(total, limit, limit, max(0, min(available, limit - used)))
+
+
+def _meminfo(file: Path) -> dict[str, int]:
+    try:
+        lines = file.read_text().splitlines()
+    except OSError:  # not Linux
+        pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return {"MemTotal": pages, "MemAvailable": pages}
+    fields = (line.split() for line in lines)
+    return {words[0].rstrip(":"): int(words[1]) * 1024 for words in fields if len(words) == 3}
+
+
+def _cgroup_limit(proc: Path, root: Path) -> tuple[int | None, int]:
+    """The tightest limit of this process's cgroup and its parents, and the bytes used there without file cache."""
+    found: list[tuple[int, int]] = []
+    for folder, limit_name, used_name in _cgroup_folders(proc, root):
+        limit, used = _number(folder / limit_name), _number(folder / used_name)
+        if limit is not None and limit < _NO_LIMIT:
+            found.append((limit, max(0, (used or 0) - _file_cache(folder))))
+    return min(found, key=lambda pair: pair[0] - pair[1]) if found else (None, 0)
+
+
+def _cgroup_folders(proc: Path, root: Path) -> list[tuple[Path, str, str]]:
+    own: dict[str, str] = {}
+    try:
+        for line in (proc / "self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            own |= dict.fromkeys(controllers.split(","), path.strip("/"))
+    except (OSError, ValueError):
+        own = {}
+    v2 = [(root, own.get("", ""), "memory.max", "memory.current")]
+    v1 = [(root / "memory", own.get("memory", ""), "memory.limit_in_bytes", "memory.usage_in_bytes")]
+    folders = []
+    for top, path, limit, used in v2 + v1:
+        here = top / path
+        while True:
+            folders.append((here, limit, used))
+            if here == top or top not in here.parents:
+                break
+            here = here.parent
+    return folders
+
+
+def _number(file: Path) -> int | None:
+    try:
+        return int(file.read_text().strip())
+    except (OSError, ValueError):  # absent, or "max"
+        return None
+
+
+def _file_cache(folder: Path) -> int:
+    """Clean file pages count as used but are given back on demand."""
+    try:
+        words = dict(line.split()[:2] for line in (folder / "memory.stat").read_text().splitlines())
+        return int(words.get("inactive_file", 0)) + int(words.get("active_file", 0))
+    except (OSError, ValueError):
+        return 0
+
+
+def gpu_facts(device: torch.device) -> GpuFacts:
+    properties = torch.cuda.get_device_properties(device)
+    free, total = torch.cuda.mem_get_info(device)
+    capability = (properties.major, properties.minor)
+    return GpuFacts(properties.name, capability, properties.multi_processor_count, total, free)
+
+
+def default_gpu_budget(device: torch.device) -> int:
+    """Bytes on the device where the user names none."""
+    if device.type == "cuda":
+        return int(BUDGET_SHARE * gpu_facts(device).free)
+    return int(CPU_DEVICE_SHARE * host_memory().available)
+
+
+def default_host_budget(device: torch.device, gpu_budget: int) -> int:
+    """Bytes of host memory where the user names none. Without a GPU, the device's part comes out of the same memory."""
+    available = int(BUDGET_SHARE * host_memory().available)
+    return available if device.type == "cuda" else max(0, available - gpu_budget)
+
+
+# --- rates --------------------------------------------------------------------------------------------------------
+
+
+def assumed_rates(dtype: torch.dtype) -> Rates:
+    """A data-centre GPU's, for planning on another machine. FP32 without TF32 has a tenth of the arithmetic."""
+    return Rates(flops=50e12) if dtype == torch.float32 else Rates()
+
+
+def rates(device: torch.device, dtype: torch.dtype, *, refresh: bool = False) -> Rates:
+    """This machine's rates: from the cache, else measured now (about two seconds) and kept."""
+    key = f"{_device_name(device)}, {str(dtype).removeprefix('torch.')}"
+    file = envs.cache_dir() / "rates.json"
+    known = _read_cache(file)
+    if not refresh and key in known:
+        return Rates(**known[key])
+    measured = measure_bandwidths(device, dtype)
+    known[key] = asdict(measured)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(known, indent=1))
+    except OSError:
+        return measured  # a read-only home: measure again next time
+    return measured
+
+
+def _read_cache(file: Path) -> dict[str, dict]:
+    try:
+        known = json.loads(file.read_text())
+        for entry in known.values():
+            Rates(**entry)
+        return known
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.processor() or platform.machine()} with {torch.get_num_threads()} threads"
+
+
+def measure_bandwidths(
+    device: torch.device, dtype: torch.dtype = torch.float32, nbytes: int = 256 << 20, size: int = 0
+) -> Rates:
+    """Copies of `nbytes` each way from page-locked memory, copies inside either memory, and one large matmul.
+
+    Bandwidths count bytes copied, except inside a memory, where a copy reads and writes and counts twice. `size` is the
+    matmul's edge (0: 8192 on a GPU, 1024 on a CPU).
+    """
+    on_gpu = device.type == "cuda"
+    size = size or (8192 if on_gpu else 1024)
+    host, other = HostBuffer(nbytes, pin=on_gpu), HostBuffer(nbytes, pin=False)
+    place = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+    twin = torch.zeros_like(place)
+    left = torch.ones(size, size, dtype=dtype, device=device)
+    out = torch.empty_like(left)
+    try:
+        return Rates(
+            h2d=nbytes / _seconds(lambda: place.copy_(host.tensor, non_blocking=True), on_gpu),
+            d2h=nbytes / _seconds(lambda: host.tensor.copy_(place, non_blocking=True), on_gpu),
+            device_memory=2 * nbytes / _seconds(lambda: twin.copy_(place), on_gpu),
+            host_memory=2 * nbytes / _seconds(lambda: other.tensor.copy_(host.tensor), False),
+            flops=2 * size**3 / _seconds(lambda: torch.matmul(left, left, out=out), on_gpu),
+            source=f"measured on {_device_name(device)}",
+        )
+    finally:
+        host.close()
+        other.close()
+
+
+def _seconds(work: Callable[[], object], on_gpu: bool, repeats: int = 5) -> float:
+    """The best of some runs after one that does not count."""
+    work()
+    best = float("inf")
+    for _ in range(repeats):
+        if on_gpu:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        work()
+        if on_gpu:
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return best

@@ -141,8 +141,8 @@ def load_model(
 ) -> ModelWeights:
     """Load a Hugging Face checkpoint directory, tensor by tensor, straight into its place.
 
-    dtype "auto" keeps the checkpoint's own. load_format "dummy" draws random weights of any config.json, as transformers
-    would initialise them. Raises CheckpointError naming the value and the remedy.
+    dtype "auto" keeps the checkpoint's own. load_format "dummy" draws random weights of any config.json, as
+    transformers would initialise them. Raises CheckpointError naming the value and the remedy.
     """
     device = torch.device(device)
     config = load_config(source)
@@ -212,7 +212,7 @@ def find_decoder_layers(model: Any) -> list[nn.Module]:
 
 
 def materialise_buffers(model: Any, device: torch.device) -> None:
-    """Give every buffer (rotary frequencies, embedding scales) memory on `device` and the value transformers gives it."""
+    """Give every buffer (rotary frequencies, embedding scales) memory on `device` and transformers' value for it."""
     for module in model.modules():
         names = [name for name, buffer in module._buffers.items() if buffer is not None and buffer.is_meta]
         for name in names:
@@ -230,7 +230,7 @@ def materialise_buffers(model: Any, device: torch.device) -> None:
 
 
 def _materialise_outside(model: nn.Module, layers: Sequence[nn.Module], device: torch.device) -> int:
-    """Zeroed device memory for every parameter outside the decoder layers, tied ones once. Returns bytes, buffers too."""
+    """Zeroed device memory for every parameter outside the decoder layers, tied ones once. Bytes, with buffers."""
     inside = {id(module) for layer in layers for module in layer.modules()}
     made: dict[int, nn.Parameter] = {}
     meta: list[nn.Parameter] = []  # keeps the old parameters alive, so that no id is used twice
@@ -296,7 +296,7 @@ def _copy_checked(place: torch.Tensor, tensor: torch.Tensor, name: str) -> None:
 
 
 def _match_names(checkpoint: Checkpoint, places: Mapping[str, torch.Tensor], weights: ModelWeights) -> dict[str, str]:
-    """Checkpoint name -> model name. A checkpoint of the base model lacks its prefix; tied weights may be stored once."""
+    """Checkpoint name -> model name. A base model's checkpoint lacks its prefix; tied weights may be stored once."""
     stored = _StoredNames(checkpoint, places, weights.model)
     sources: dict[str, str] = {}
     filled: set[int] = set()
@@ -309,8 +309,8 @@ def _match_names(checkpoint: Checkpoint, places: Mapping[str, torch.Tensor], wei
     if missing:
         raise CheckpointError(
             f"the checkpoint in {checkpoint.directory} lacks {len(missing)} of {len(places)} tensors of "
-            f"{type(weights.model).__name__}, such as {missing[0]} (stored as {stored(missing[0])}); it is incomplete, or "
-            "of an architecture whose weights transformers rearranges on loading"
+            f"{type(weights.model).__name__}, such as {missing[0]} (stored as {stored(missing[0])}); it is incomplete, "
+            "or of an architecture whose weights transformers rearranges on loading"
         )
     known = {stored(name) for name in places}
     extra = [name for name in checkpoint.files if name not in known and not name.endswith("rotary_emb.inv_freq")]
