@@ -11,8 +11,12 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
-    group.add_argument("model", type=Path, metavar="MODEL_DIR", help="directory of a Hugging Face checkpoint (safetensors)")
-    group.add_argument("--dtype", choices=DTYPES, default="auto", help="weights and activations (default: the checkpoint's)")
+    group.add_argument(
+        "model", type=Path, metavar="MODEL_DIR", help="directory of a Hugging Face checkpoint (safetensors)"
+    )
+    group.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="weights and activations (default: the checkpoint's)"
+    )
     group.add_argument(
         "--context",
         type=int,
@@ -39,9 +43,14 @@ def add_memory_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--max-batch", type=int, default=8, metavar="N", help="requests that share a pass (default: 8)")
     group.add_argument(
-        "--resident-layers", type=int, metavar="N", help="layers kept on the device (default: as many as fit; 0 streams all)"
+        "--resident-layers",
+        type=int,
+        metavar="N",
+        help="layers kept on the device (default: as many as fit; 0 streams all)",
     )
-    group.add_argument("--slots", type=int, metavar="N", help="layer slots of the streaming ring, at least 2 (default: planned)")
+    group.add_argument(
+        "--slots", type=int, metavar="N", help="layer slots of the streaming ring, at least 2 (default: planned)"
+    )
     group.add_argument(
         "--chunk-tokens", type=int, metavar="N", help="prompt tokens that pass a layer at a time (default: planned)"
     )
@@ -50,11 +59,18 @@ def add_memory_arguments(parser: argparse.ArgumentParser) -> None:
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("engine")
     group.add_argument(
-        "--attention", choices=("elsa", "sdpa"), default="elsa", help="attention kernels (default: elsa); sdpa is for comparison"
+        "--attention",
+        choices=("elsa", "sdpa"),
+        default="elsa",
+        help="attention kernels (default: elsa); sdpa is for comparison",
     )
-    group.add_argument("--serial", action="store_true", help="copy and compute in turn: slow, same tokens, for checking")
+    group.add_argument(
+        "--serial", action="store_true", help="copy and compute in turn: slow, same tokens, for checking"
+    )
     group.add_argument("--device", help="cuda, cuda:1 or cpu (default: cuda where there is one)")
-    group.add_argument("--seed", type=int, default=0, help="seed of dummy weights and of requests that bring none (default: 0)")
+    group.add_argument(
+        "--seed", type=int, default=0, help="seed of dummy weights and of requests that bring none (default: 0)"
+    )
 
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:

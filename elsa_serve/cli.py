@@ -93,7 +93,9 @@ def build_parser() -> Parser:
         add_command(commands)
     for command in commands.choices.values():
         command.set_defaults(parser=command)
-        command.add_argument("--config", type=Path, metavar="FILE", help="YAML file of flags; the command line wins over it")
+        command.add_argument(
+            "--config", type=Path, metavar="FILE", help="YAML file of flags; the command line wins over it"
+        )
     return parser
 
 

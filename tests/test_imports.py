@@ -7,7 +7,15 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ABOVE = {
-    "kernels/elsa_kernels": {"elsa_serve", "elsa_server", "load_tests", "transformers", "fastapi", "vllm", "prometheus_client"},
+    "kernels/elsa_kernels": {
+        "elsa_serve",
+        "elsa_server",
+        "load_tests",
+        "transformers",
+        "fastapi",
+        "vllm",
+        "prometheus_client",
+    },
     "elsa_serve": {"elsa_server", "load_tests", "fastapi", "starlette", "uvicorn", "vllm"},
     "server/elsa_server": {"load_tests", "vllm", "torch"},
 }

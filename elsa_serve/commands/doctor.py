@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import os
 import platform
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +16,9 @@ MARK = {True: "yes", False: "no "}
 
 def add_command(subparsers: Any) -> None:
     parser = subparsers.add_parser("doctor", help=HELP, description=HELP)
-    parser.add_argument("--no-bandwidth", action="store_true", help="skip the copy measurements (they take a few seconds)")
+    parser.add_argument(
+        "--no-bandwidth", action="store_true", help="skip the copy measurements (they take a few seconds)"
+    )
     parser.add_argument("--device", help="cuda, cuda:1 or cpu (default: cuda where there is one)")
     parser.set_defaults(run=run)
 
@@ -85,3 +88,35 @@ def vllm_plugin() -> Iterator[str]:
             yield f"active: {entry.name} = {entry.value}"
         except Exception as error:  # a broken plugin is what the user came here to see
             yield f"broken: {entry.name} = {entry.value}: {type(error).__name__}: {error}"
+
+
+def machine(device: Any) -> Iterator[str]:
+    from elsa_serve.offload.machine import gpu_facts, host_memory
+    from elsa_serve.offload.units import format_size
+
+    memory = host_memory()
+    yield f"{os.cpu_count()} CPU cores; vector instructions torch uses: {torch_cpu_capability()}"
+    limit = "no cgroup limit" if memory.cgroup_limit is None else f"cgroup limit {format_size(memory.cgroup_limit)}"
+    yield f"host memory {format_size(memory.total)}, {limit}, {format_size(memory.available)} available"
+    if device.type != "cuda":
+        yield "no GPU in use: the same engine runs on the CPU, with layers copied within host memory"
+        return
+    gpu = gpu_facts(device)
+    capability = ".".join(map(str, gpu.capability))
+    yield f"{gpu.name}, compute capability {capability}, {gpu.multiprocessors} multiprocessors"
+    yield f"device memory {format_size(gpu.total)}, {format_size(gpu.free)} free"
+
+
+def torch_cpu_capability() -> str:
+    import torch
+
+    return torch.backends.cpu.get_cpu_capability()
+
+
+def bandwidth(device: Any) -> Iterator[str]:
+    from elsa_serve.offload.machine import measure_bandwidths
+
+    rates = measure_bandwidths(device)
+    yield f"host to device {rates.h2d / 1e9:.1f} GB/s, device to host {rates.d2h / 1e9:.1f} GB/s (page-locked, each alone)"
+    yield f"inside host memory {rates.host_memory / 1e9:.1f} GB/s, inside device memory {rates.device_memory / 1e9:.1f} GB/s"
+    yield f"FP32 matrix product {rates.flops / 1e12:.1f} TFLOP/s"

@@ -14,7 +14,9 @@ from elsa_serve.errors import UsageError
 from elsa_serve.protocol import Engine, GenerationRequest, SamplingParams, TokenEvent, stream
 
 HELP = "answer one prompt on the terminal"
-EPILOG = "examples:\n  elsa-serve generate ./llama-13b --gpu-memory 24GiB --prompt-file contract.txt --chat --max-tokens 200"
+EPILOG = (
+    "examples:\n  elsa-serve generate ./llama-13b --gpu-memory 24GiB --prompt-file contract.txt --chat --max-tokens 200"
+)
 
 
 def add_command(subparsers: Any) -> None:
@@ -29,7 +31,9 @@ def add_command(subparsers: Any) -> None:
     sampling.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default: 0)")
     sampling.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling (default: 1, off)")
     sampling.add_argument("--top-k", type=int, default=0, metavar="K", help="keep the K best tokens (default: 0, off)")
-    sampling.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
+    sampling.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable"
+    )
     add_memory_arguments(parser)
     add_engine_arguments(parser)
     parser.set_defaults(run=run)

@@ -33,7 +33,8 @@ def _tile(index, tiles_m, tiles_n, GROUP: gl.constexpr):
 
 @gluon.jit
 def _produce(x_hi, x_lo, w_hi, w_lo, xh, xl, wh, wl, full, free, tiles_m, tiles_n, steps,
-             CONSUMERS: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr):  # fmt: skip
+             CONSUMERS: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
+             GROUP: gl.constexpr):  # fmt: skip
     BYTES: gl.constexpr = 2 * 2 * (CONSUMERS * ROWS + BN) * BK
     i = 0
     for index in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
@@ -101,9 +102,9 @@ def _consume(xh, xl, wh, wl, full, free, out, x_exponent, w_exponent, bias, M, N
 
 @gluon.jit
 def linear_kernel(x_hi, x_lo, w_hi, w_lo, out, x_exponent, w_exponent, bias, M, N, K,
-                  CONSUMERS: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
-                  BIAS: gl.constexpr, OVERLAP: gl.constexpr, REGISTERS: gl.constexpr):  # fmt: skip
-    """out [M, N] = (x_hi + x_lo) [M, K] · (w_hi + w_lo) [N, K]ᵀ · 2^(x_exponent [M] + w_exponent [N]) (+ bias [N]), in FP32."""
+                  CONSUMERS: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
+                  GROUP: gl.constexpr, BIAS: gl.constexpr, OVERLAP: gl.constexpr, REGISTERS: gl.constexpr):  # fmt: skip
+    """out [M, N] = (x_hi + x_lo) [M, K] · (w_hi + w_lo) [N, K]ᵀ · 2^(x_exponent [M] + w_exponent [N]) (+ bias [N])."""
     tiles_m = gl.cdiv(M, CONSUMERS * ROWS)
     tiles_n = gl.cdiv(N, BN)
     steps = gl.cdiv(K, BK)

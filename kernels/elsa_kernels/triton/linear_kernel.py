@@ -51,7 +51,7 @@ def linear_kernel(
     x_hi, x_lo, x_exponent, w_hi, w_lo, w_exponent, bias, out, M, N, K,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """out [M, N] = X·Wᵀ (+ bias); every BK of K is three products from zero, added to the sum outside the tensor core."""
+    """out [M, N] = X·Wᵀ (+ bias); each BK of K is three products from zero, added outside the tensor core."""
     tiles_m = tl.cdiv(M, BM)
     tiles_n = tl.cdiv(N, BN)
     index = tl.program_id(0)
@@ -88,9 +88,10 @@ def linear_kernel(
 
 @triton.jit
 def repair_kernel(
-    x, stride, nonfinite, w_hi, w_lo, w_exponent, bias, out, N, K, BN: tl.constexpr, BK: tl.constexpr, BIAS: tl.constexpr
+    x, stride, nonfinite, w_hi, w_lo, w_exponent, bias, out, N, K,
+    BN: tl.constexpr, BK: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Recompute the rows of out whose x holds an Inf or NaN, as FP32 arithmetic has them: pairs would give Inf − Inf."""
+    """Recompute the rows of out whose x holds an Inf or NaN, as FP32 has them: pairs would give Inf − Inf."""
     row = tl.program_id(0).to(tl.int64)
     if tl.load(nonfinite + row) != 0:
         cols = tl.program_id(1) * BN + tl.arange(0, BN)
