@@ -1,4 +1,4 @@
-"""The `elsa-serve` command. Packages above this one add commands through the entry-point group "elsa_serve.commands"."""
+"""The `elsa-serve` command. Packages add commands to it through the entry-point group "elsa_serve.commands"."""
 
 from __future__ import annotations
 

@@ -2,8 +2,7 @@
 
 import sys
 
-if sys.version_info < (3, 11):
-    found = ".".join(map(str, sys.version_info[:3]))
+if sys.version_info < (3, 11):  # noqa: UP036 (an older Python is the case this file is for)
     sys.exit(
-        f"Python {found} is too old: ELSA-Serve needs 3.11 or newer. Try: make PYTHON=python3.12 {' '.join(sys.argv[1:])}"
+        "Python %d.%d is too old: ELSA-Serve needs 3.11 or newer. Try: make PYTHON=python3.12" % sys.version_info[:2]
     )

@@ -117,6 +117,7 @@ def bandwidth(device: Any) -> Iterator[str]:
     from elsa_serve.offload.machine import measure_bandwidths
 
     rates = measure_bandwidths(device)
-    yield f"host to device {rates.h2d / 1e9:.1f} GB/s, device to host {rates.d2h / 1e9:.1f} GB/s (page-locked, each alone)"
-    yield f"inside host memory {rates.host_memory / 1e9:.1f} GB/s, inside device memory {rates.device_memory / 1e9:.1f} GB/s"
+    copied = "page-locked, each alone" if device.type == "cuda" else "both in host memory"
+    yield f"host to device {rates.h2d / 1e9:.1f} GB/s, device to host {rates.d2h / 1e9:.1f} GB/s ({copied})"
+    yield f"inside host memory {rates.host_memory / 1e9:.1f} GB/s, device memory {rates.device_memory / 1e9:.1f} GB/s"
     yield f"FP32 matrix product {rates.flops / 1e12:.1f} TFLOP/s"
