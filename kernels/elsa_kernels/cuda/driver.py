@@ -1,0 +1,55 @@
+"""The few calls of the CUDA driver that launching a compiled kernel takes, on torch's context and stream."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import sys
+
+import torch
+
+_MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_DEFAULT_SHARED = 48 * 1024  # beyond it a kernel has to opt in
+
+
+class DriverError(RuntimeError):
+    """A call of the CUDA driver failed."""
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+
+
+def _check(status: int, what: str) -> None:
+    if status:
+        name = ctypes.c_char_p()
+        _library().cuGetErrorName(status, ctypes.byref(name))
+        raise DriverError(f"{what}: {(name.value or b'?').decode()} ({status})")
+
+
+class Module:
+    """Machine code loaded into the current device's context, which torch has made by the time tensors exist."""
+
+    def __init__(self, cubin: bytes) -> None:
+        self._handle = ctypes.c_void_p()
+        _check(_library().cuModuleLoadData(ctypes.byref(self._handle), cubin), "loading a kernel")
+
+    def function(self, name: str, shared_bytes: int) -> ctypes.c_void_p:
+        """The kernel `name`, allowed to use `shared_bytes` of dynamic shared memory."""
+        function = ctypes.c_void_p()
+        _check(_library().cuModuleGetFunction(ctypes.byref(function), self._handle, name.encode()), f"finding {name}")
+        if shared_bytes > _DEFAULT_SHARED:
+            status = _library().cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED, shared_bytes)
+            _check(status, f"giving {name} {shared_bytes} bytes of shared memory")
+        return function
+
+
+def launch(
+    function: ctypes.c_void_p, blocks: int, threads: int, shared_bytes: int, params: ctypes.Structure
+) -> None:
+    """Launch a kernel that takes one structure by value, on torch's current stream."""
+    stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+    arguments = (ctypes.c_void_p * 1)(ctypes.addressof(params))
+    status = _library().cuLaunchKernel(function, blocks, 1, 1, threads, 1, 1, shared_bytes, stream, arguments, None)
+    _check(status, "launching a kernel")

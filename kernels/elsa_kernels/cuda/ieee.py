@@ -1,0 +1,103 @@
+"""`cuda_ieee`: FP32 attention on CUDA cores alone (FFMA, no tensor core), compiled at first use."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from importlib.resources import files
+
+import torch
+
+from elsa_kernels.cuda import driver, nvrtc
+from elsa_kernels.cuda.tiles import Tile
+from elsa_kernels.registry import Operands, Problem
+from elsa_kernels.state import State
+
+NO_LIMIT = 1 << 29  # positions stay far enough under 2³¹ for sums of two of them
+
+
+class Params(ctypes.Structure):
+    """`struct Params` of attention_ieee.cu, field by field."""
+
+    _fields_ = (
+        [(name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "m_out", "s_out")]
+        + [(name, ctypes.c_void_p) for name in ("alibi", "bias", "sinks", "kv_range")]
+        + [(f"{tensor}_{axis}", ctypes.c_longlong) for tensor in "qkv" for axis in "bhn"]
+        + [(f"bias_{axis}", ctypes.c_longlong) for axis in "bhnk"]
+        + [("redo", ctypes.c_void_p)]
+        + [(name, ctypes.c_int) for name in ("B", "H", "Hkv", "Nq", "Nk", "d", "q_start", "causal", "window", "blocks")]
+        + [(name, ctypes.c_float) for name in ("scale", "softcap")]
+    )
+
+
+def source() -> str:
+    return files("elsa_kernels.cuda").joinpath("attention_ieee.cu").read_text()
+
+
+@functools.cache
+def kernels(device: int, tile: Tile, vector: int, logits: bool) -> tuple[ctypes.c_void_p, ctypes.c_void_p]:
+    """The plain and the guarded kernel on `device`, compiled or taken from the cache."""
+    major, minor = torch.cuda.get_device_capability(device)
+    cubin = nvrtc.cached_cubin(source(), 10 * major + minor, tile.defines(vector=vector, logits=logits))
+    module = driver.Module(cubin)
+    return (
+        module.function("attention_ieee", tile.shared_bytes),
+        module.function("attention_ieee_guarded", tile.shared_bytes),
+    )
+
+
+def _aligned(*tensors: torch.Tensor) -> bool:
+    """Whether every row of every tensor can be read 16 bytes at a time."""
+    return all(
+        t.data_ptr() % 16 == 0 and t.shape[-1] % 4 == 0 and all(s % 4 == 0 for s in t.stride()[:-1]) for t in tensors
+    )
+
+
+def _pointer(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _float(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.float()
+
+
+def run_tile(problem: Problem, operands: Operands, tile: Tile) -> torch.Tensor | State:
+    """Run one problem with the given tile shape."""
+    q, k, v = operands.q, operands.k, operands.v
+    B, H, Nq, D = q.shape
+    device = q.device
+    alibi, sinks, bias = _float(operands.alibi_slopes), _float(operands.sinks), _float(operands.bias)
+    if bias is not None:
+        bias = bias.expand(B, H, Nq, problem.Nk)
+    if alibi is not None:
+        alibi = alibi.contiguous()
+    if sinks is not None:
+        sinks = sinks.contiguous()
+    kv_range = None if operands.kv_range is None else operands.kv_range.contiguous()
+    out = torch.empty((B, H, Nq, D), dtype=torch.float32, device=device)
+    m = S = None
+    if problem.return_state:
+        m, S = (torch.empty((B, H, Nq), dtype=torch.float32, device=device) for _ in range(2))
+    blocks = -(-Nq // tile.rows) * B * H
+    redo = torch.empty(blocks, dtype=torch.uint8, device=device)
+    params = Params(
+        *(_pointer(t) for t in (q, k, v, out, m, S, alibi, bias, sinks, kv_range)),
+        *(s for t in (q, k, v) for s in t.stride()[:3]),
+        *(bias.stride() if bias is not None else (0, 0, 0, 0)),
+        redo.data_ptr(),
+        *(B, H, problem.Hkv, Nq, problem.Nk, D, problem.q_start, int(problem.causal)),
+        min(problem.window or 0, NO_LIMIT),
+        blocks,
+        problem.scale,
+        problem.softcap or 0.0,
+    )
+    logits = problem.softcap is not None or alibi is not None or bias is not None or not problem.scale > 0
+    with torch.cuda.device(device):
+        index = torch.cuda.current_device()
+        plain, guarded = kernels(index, tile, 4 if _aligned(q, k, v) else 1, logits)
+        driver.launch(plain, blocks, tile.threads, tile.shared_bytes, params)
+        again = min(blocks, torch.cuda.get_device_properties(index).multi_processor_count)
+        driver.launch(guarded, again, tile.threads, tile.shared_bytes, params)
+    if m is not None and S is not None:
+        return State(m, S, out)
+    return out.to(q.dtype)
