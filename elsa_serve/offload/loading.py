@@ -33,8 +33,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class EngineOptions:
     """How an engine is set up; None leaves the choice to the planner or the machine.
 
-    Memory sizes are bytes or text such as "24GiB". `weights` are already loaded ones of this very model and dtype, which
-    the engine then uses and leaves alone at its end.
+    Memory sizes are bytes or text such as "24GiB". `weights` are already loaded ones of this very model and dtype (with
+    `attn_implementation=attention.NAME`), which the engine then uses and leaves alone at its end.
     """
 
     model_dir: Path
@@ -207,8 +207,8 @@ def _check_interface(weights: ModelWeights) -> None:
     model: Any = weights.model
     if not model.is_backend_compatible():
         raise CheckpointError(
-            f"{type(model).__name__} does not ask transformers' AttentionInterface for its attention, so its KV cannot be "
-            "kept elsewhere; the offload engine runs models that do, such as LLaMA, Mistral, Qwen and Gemma 2"
+            f"{type(model).__name__} does not ask transformers' AttentionInterface for its attention, so its KV cannot "
+            "be kept elsewhere; the offload engine runs models that do, such as LLaMA, Mistral, Qwen and Gemma 2"
         )
 
 

@@ -77,7 +77,7 @@ class Scheduler:
         with self._lock:
             if len(self._waiting) >= self._max_queue:
                 raise QueueFull(
-                    f"{len(self._waiting)} requests wait already, and the queue holds {self._max_queue}: try again later",
+                    f"{len(self._waiting)} requests wait, and the queue holds {self._max_queue}: try again later",
                     retry_after_s=self.retry_after_s(),
                 )
             self._by_id[sequence.request.request_id] = sequence

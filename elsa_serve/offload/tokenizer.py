@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from elsa_serve.errors import CheckpointError
 from elsa_serve.protocol import Tokenizer
@@ -37,7 +37,7 @@ def load_tokenizer(directory: Path, vocab_size: int, *, dummy: bool) -> Tokenize
     named = directory if directory.is_dir() else directory.parent
     if any((named / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
         try:
-            return AutoTokenizer.from_pretrained(named, local_files_only=True)
+            return cast(Tokenizer, AutoTokenizer.from_pretrained(named, local_files_only=True))
         except Exception as error:
             raise CheckpointError(f"transformers cannot read the tokenizer in {named}: {error}") from error
     if not dummy:

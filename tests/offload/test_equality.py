@@ -1,0 +1,148 @@
+"""The engine's tokens against transformers', and against its own: placement and overlap must not change one of them."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from elsa_serve.protocol import Event, TokenEvent
+from engine_models import (
+    FAMILIES,
+    generate,
+    make_engine,
+    prompt_of,
+    reference,
+    request_of,
+    save_checkpoint,
+    tokens_of,
+)
+
+STREAMED: dict[str, Any] = {"resident_layers": 0, "chunk_tokens": 16}
+# The device's budget holds the ring, two working buffers and the KV of one or two layers; the rest goes to the host.
+KV_ON_HOST: dict[str, Any] = {"resident_layers": 0, "chunk_tokens": 16, "context": 200, "gpu_memory": "1000KiB"}
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return {family: save_checkpoint(family, root / family) for family in FAMILIES}
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    return request.param
+
+
+def options_for(device: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The same placement on a GPU, whose budget also carries the context's reserve."""
+    if device == "cpu":
+        return {"device": device, **options}
+    from elsa_serve.offload.plan import CUDA_CONTEXT
+    from elsa_serve.offload.units import parse_size
+
+    budget = parse_size(options.get("gpu_memory", "64MiB")) + CUDA_CONTEXT
+    return {"device": device, **options, "gpu_memory": budget}
+
+
+def expected(family: str, prompt: list[int], count: int) -> list[int]:
+    """transformers' greedy tokens, eager attention in FP32."""
+    ids = torch.tensor([prompt])
+    out = reference(family).generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, eos_token_id=None
+    )
+    return out[0, len(prompt) :].tolist()
+
+
+def run(directory: Path, prompt: list[int], count: int = 12, **options: Any) -> list[int]:
+    engine = make_engine(directory, **options)
+    try:
+        events = generate(engine, prompt, max_tokens=count)
+        assert events[-1].finish_reason == "length", events[-1].error
+        return tokens_of(events)
+    finally:
+        engine.shutdown()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("attention", ["elsa", "sdpa"])
+def test_greedy_tokens_are_those_of_transformers(
+    family: str, attention: str, device: str, checkpoints: dict[str, Path]
+) -> None:
+    if family == "gemma2" and attention == "sdpa":
+        pytest.skip("SDPA has no softcap; the engine refuses it (test_engine)")
+    prompt = prompt_of(61, seed=1)
+    options = options_for(device, {**STREAMED, "attention": attention})
+    assert run(checkpoints[family], prompt, **options) == expected(family, prompt, 12)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("serial", [False, True])
+def test_placement_and_overlap_do_not_change_tokens(
+    family: str, serial: bool, device: str, checkpoints: dict[str, Path]
+) -> None:
+    prompt = prompt_of(50, seed=2)
+    resident = run(checkpoints[family], prompt, **options_for(device, {"resident_layers": 5, "chunk_tokens": 16}))
+    assert len(set(resident)) > 3  # a model that repeats itself would hide a wrong order of layers or tokens
+    for options in (STREAMED, KV_ON_HOST, {**STREAMED, "resident_layers": 2, "slots": 2}):
+        tokens = run(checkpoints[family], prompt, **options_for(device, {**options, "serial": serial}))
+        assert tokens == resident, options
+
+
+def test_kv_really_lies_on_the_host(device: str, checkpoints: dict[str, Path]) -> None:
+    engine = make_engine(checkpoints["llama"], **options_for(device, KV_ON_HOST))
+    try:
+        assert 0 < len(engine.plan.kv_gpu_layers) < 5
+        used: dict[str, int] = {}
+
+        def look(event: Event) -> None:
+            if isinstance(event, TokenEvent) and event.finish_reason is None:
+                used.update(engine.stats().kv_used_bytes)
+            elif isinstance(event, TokenEvent):
+                done.set()
+
+        done = threading.Event()
+        engine.submit(request_of(prompt_of(180), max_tokens=4), look)
+        assert done.wait(20)
+        assert used["gpu"] > 0
+        assert used["host"] > 0
+    finally:
+        engine.shutdown()
+
+
+@pytest.mark.parametrize("options", [STREAMED, {**KV_ON_HOST, "host_memory": "900KiB"}], ids=["gpu", "host"])
+def test_requests_that_join_and_leave_get_the_tokens_they_get_alone(
+    options: dict[str, Any], device: str, checkpoints: dict[str, Path]
+) -> None:
+    """Seven requests of different lengths through a batch of three: joins, leaves, mixed passes and waiting."""
+    options = options_for(device, {**options, "max_batch": 3})
+    prompts = [prompt_of(length, seed=length) for length in (40, 3, 17, 1, 90, 33, 8)]
+    counts = [9, 14, 3, 20, 6, 1, 11]
+    engine = make_engine(checkpoints["llama"], **options)
+    try:
+        alone = [tokens_of(generate(engine, p, max_tokens=n)) for p, n in zip(prompts, counts)]
+        results: list[list[TokenEvent]] = [[] for _ in prompts]
+        done = [threading.Event() for _ in prompts]
+
+        def listener(index: int) -> Any:
+            def take(event: Event) -> None:
+                if isinstance(event, TokenEvent):
+                    results[index].append(event)
+                    if event.finish_reason is not None:
+                        done[index].set()
+
+            return take
+
+        for index, (prompt, count) in enumerate(zip(prompts, counts)):
+            engine.submit(request_of(prompt, max_tokens=count), listener(index))
+        assert all(event.wait(30) for event in done)
+        assert [tokens_of(events) for events in results] == alone
+        assert set(engine.stats().kv_used_bytes.values()) == {0}
+    finally:
+        engine.shutdown()
+    assert alone == [expected("llama", p, n) for p, n in zip(prompts, counts)]
