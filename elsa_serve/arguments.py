@@ -36,7 +36,7 @@ def add_memory_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--gpu-memory",
         metavar="SIZE",
-        help="budget on the device, such as 24GiB; enforced (default: 90%% of what is free there; on a CPU, part of RAM)",
+        help="budget on the device, such as 24GiB; enforced (default: 90%% of its free memory; on a CPU, part of RAM)",
     )
     group.add_argument(
         "--host-memory", metavar="SIZE", help="budget in host memory (default: 90%% of what the cgroup leaves free)"
