@@ -174,7 +174,7 @@ def make_plan(
     if context is not None and context > geometry.max_context:
         raise BudgetError(
             f"--context {context} exceeds the model's maximum of {geometry.max_context} tokens "
-            f"(max_position_embeddings with its rope scaling); use --context {geometry.max_context} or less, or set rope_scaling in config.json"
+            f"(max_position_embeddings with its rope scaling); use less, or set rope_scaling in config.json"
         )
     request = _Request(
         geometry,
@@ -214,21 +214,34 @@ def _remedy(request: _Request, wanted: int) -> str:
 
 
 def _place(request: _Request, context: int) -> Plan:
-    """A plan without predictions. Raises BudgetError naming what does not fit."""
+    """A plan without predictions, in smaller chunks where memory is tight. Raises BudgetError."""
+    chunk = request.chunk_tokens or _choose_chunk(request.geometry, request.gpu_budget)
+    while True:
+        try:
+            return _place_chunked(request, context, min(chunk, context))
+        except BudgetError:
+            if request.chunk_tokens or chunk <= MIN_CHUNK:
+                raise
+            chunk //= 2
+
+
+def _place_chunked(request: _Request, context: int, chunk: int) -> Plan:
     geometry = request.geometry
-    chunk = request.chunk_tokens or _choose_chunk(geometry, request.gpu_budget, context)
     slots = request.slots or _choose_slots(geometry, request.gpu_budget)
-    items = _fixed_items(request, context, min(chunk, context))
+    items = _fixed_items(request, context, chunk)
     kv_host = working = 0
     if geometry.weights_bytes > request.host_budget:
         raise BudgetError(_host_message(request, 0))
-    resident, free = _reserve(request, items, slots, 0)
-    wanted = geometry.kv_bytes(context) * request.batch
-    kv_gpu = wanted if free >= wanted else 0
-    if not kv_gpu:
-        working = KV_WORKING_BUFFERS * geometry.kv_layer_bytes(context)
-        resident, free = _reserve(request, items, slots, working)
+    resident = request.resident or 0
+    ring = slots if resident < geometry.layers else 0
+    free = request.gpu_budget - sum(items.values()) - (ring + resident) * geometry.layer_bytes
+    kv_gpu = wanted = geometry.kv_bytes(context) * request.batch
+    if free < wanted:
         layer = geometry.kv_layer_bytes(context)
+        working = KV_WORKING_BUFFERS * layer
+        free -= working
+        if free < 0:
+            raise BudgetError(_device_message(request, items, ring, resident, working))
         kv_gpu = free // layer * layer
         kv_host = _host_kv(request, wanted - kv_gpu)
         _check_one_context(request, context, kv_gpu, kv_host)
@@ -253,7 +266,7 @@ def _place(request: _Request, context: int) -> Plan:
         resident_layers=_spread(resident, geometry.layers),
         slots=slots,
         prefetch_depth=max(0, slots - 1),
-        chunk_tokens=min(chunk, context),
+        chunk_tokens=chunk,
         kv_tokens=(kv_gpu + kv_host) * context // geometry.kv_bytes(context),
         kv_gpu_layers=_spread(on_gpu, geometry.layers),
         kv_gpu_bytes=kv_gpu,
@@ -305,37 +318,31 @@ def chunk_bytes(geometry: Geometry, chunk: int, context: int) -> int:
     return norm + max(attention, mlp)
 
 
-def _choose_chunk(geometry: Geometry, gpu_budget: int, context: int) -> int:
+def _choose_chunk(geometry: Geometry, gpu_budget: int) -> int:
     """The largest power of two whose own activations stay a small part of the budget."""
     chunk = MAX_CHUNK
     while chunk > MIN_CHUNK and chunk_bytes(geometry, chunk, 0) > gpu_budget // CHUNK_SHARE:
         chunk //= 2
-    return min(chunk, context)
+    return chunk
 
 
 def _choose_slots(geometry: Geometry, gpu_budget: int) -> int:
     return 3 if geometry.layers > 3 and 3 * geometry.layer_bytes * THIRD_SLOT_SHARE <= gpu_budget else 2
 
 
-def _reserve(request: _Request, items: dict[str, int], slots: int, working: int) -> tuple[int, int]:
-    """The resident layers that were asked for, and what is free for KV after all that must be on the device."""
-    geometry = request.geometry
-    resident = request.resident or 0
-    ring = slots if resident < geometry.layers else 0
+def _device_message(request: _Request, items: dict[str, int], ring: int, resident: int, working: int) -> str:
+    layer = request.geometry.layer_bytes
     needed = {
         **items,
-        f"{ring} layer slots": ring * geometry.layer_bytes,
-        f"{resident} resident layers": resident * geometry.layer_bytes,
+        f"{ring} layer slots": ring * layer,
+        f"{resident} resident layers": resident * layer,
         "KV on its way": working,
     }
-    free = request.gpu_budget - sum(needed.values())
-    if free < 0:
-        parts = ", ".join(f"{name} {format_size(n)}" for name, n in needed.items() if n)
-        raise BudgetError(
-            f"a budget of {format_size(request.gpu_budget)} on the device (--gpu-memory) is too small: "
-            f"{format_size(sum(needed.values()))} are needed at least ({parts})"
-        )
-    return resident, free
+    parts = ", ".join(f"{name} {format_size(n)}" for name, n in needed.items() if n)
+    return (
+        f"a budget of {format_size(request.gpu_budget)} on the device (--gpu-memory) is too small: "
+        f"{format_size(sum(needed.values()))} are needed at least ({parts})"
+    )
 
 
 def _host_kv(request: _Request, wanted: int) -> int:

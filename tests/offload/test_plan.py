@@ -1,0 +1,285 @@
+"""The planner: budgets kept to the byte, refusals whose numbers are true, predictions that follow the placement."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from offload_models import make_config
+from transformers import LlamaConfig
+
+from elsa_serve.errors import BudgetError
+from elsa_serve.offload.machine import Rates
+from elsa_serve.offload.plan import Geometry, Plan, make_plan, max_context, render
+from elsa_serve.offload.ring import WeightStream
+from elsa_serve.offload.streams import make_streams
+from elsa_serve.offload.weights import load_model
+
+GIB = 2**30
+RATES = Rates(h2d=50e9, d2h=50e9, device_memory=3e12, host_memory=100e9, flops=500e12, source="of this test")
+
+
+def llama_13b(dtype: torch.dtype = torch.float16) -> Geometry:
+    rope = {"rope_type": "linear", "factor": 32.0, "rope_theta": 1e4}
+    config = LlamaConfig(
+        hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40, vocab_size=32000,
+        max_position_embeddings=4096, rope_parameters=rope,
+    )  # fmt: skip
+    return Geometry.from_config(config, dtype)
+
+
+LLAMA_13B = llama_13b()
+
+
+def plan_13b(**options: Any) -> Plan:
+    options = {"gpu_budget": 8 * GIB, "host_budget": 110 * GIB, "context": 32768, "rates": RATES} | options
+    return make_plan(options.pop("geometry", LLAMA_13B), **options)
+
+
+def test_geometry_of_llama_13b() -> None:
+    geometry = LLAMA_13B
+    assert (geometry.layers, geometry.heads, geometry.kv_heads, geometry.head_dim) == (40, 40, 40, 128)
+    assert geometry.weights_bytes == pytest.approx(25.4e9, rel=0.01)
+    assert geometry.outside_bytes == pytest.approx(2 * 32000 * 5120 * 2, rel=0.001)
+    assert geometry.kv_bytes(1) == 800 * 1024
+    assert geometry.max_context == 131072
+    assert llama_13b(torch.float32).weights_bytes == pytest.approx(2 * geometry.weights_bytes, rel=0.001)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+def test_geometry_agrees_with_the_loaded_model(family: str, tmp_path: Path) -> None:
+    config = make_config(family)
+    config.save_pretrained(tmp_path)
+    geometry = Geometry.from_config(config, torch.float32)
+    weights = load_model(tmp_path, dtype=torch.float32, device="cpu", load_format="dummy", progress=False)
+    assert geometry.layer_bytes == weights.store.layers[0].numel()
+    assert geometry.weights_bytes == weights.store.nbytes
+    assert geometry.outside_bytes <= weights.device_nbytes <= geometry.outside_bytes + 1024  # buffers besides
+    weights.close()
+
+
+@pytest.mark.parametrize(
+    ("rope", "expected"),
+    [
+        ({"rope_type": "default"}, 4096),
+        ({"rope_type": "linear", "factor": 4.0}, 16384),
+        ({"rope_type": "dynamic", "factor": 2.0}, 8192),
+        ({"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 4096}, 32768),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}, 4096),
+        ({"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 4096}, 4096),
+        (
+            {"full_attention": {"rope_type": "linear", "factor": 2.0}, "sliding_attention": {"rope_type": "default"}},
+            8192,
+        ),
+    ],
+)
+def test_max_context_respects_rope_scaling(rope: dict[str, Any], expected: int) -> None:
+    class Config:
+        max_position_embeddings = 4096
+        rope_parameters = rope
+
+    assert max_context(Config()) == expected
+
+
+# --- placement ----------------------------------------------------------------------------------------------------
+
+
+def test_eight_gib_streams_every_layer_and_keeps_the_budget() -> None:
+    plan = plan_13b()
+    assert plan.resident_layers == ()
+    assert plan.slots == 2
+    assert plan.prefetch_depth == 1
+    assert sum(plan.gpu_bytes.values()) <= 8 * GIB
+    assert plan.kv_gpu_bytes == len(plan.kv_gpu_layers) * LLAMA_13B.kv_layer_bytes(32768)
+    assert plan.kv_gpu_bytes + plan.kv_host_bytes == LLAMA_13B.kv_bytes(32768)
+    assert plan.kv_tokens == 32768
+
+
+def test_more_memory_goes_to_kv_first_and_then_to_layers() -> None:
+    shares = [plan_13b(gpu_budget=size * GIB) for size in (8, 16, 24, 36, 48, 60)]
+    assert [p.kv_gpu_bytes for p in shares] == sorted(p.kv_gpu_bytes for p in shares)
+    assert [len(p.resident_layers) for p in shares] == sorted(len(p.resident_layers) for p in shares)
+    assert all(p.kv_host_bytes == 0 for p in shares if p.resident_layers)
+    assert 0 < len(shares[3].resident_layers) < 40
+    assert shares[-1].resident_layers == tuple(range(40))
+    assert shares[-1].slots == 0
+
+
+def test_resident_layers_are_spread_evenly() -> None:
+    layers = plan_13b(gpu_budget=36 * GIB, resident_layers=8).resident_layers
+    assert layers == (0, 5, 10, 15, 20, 25, 30, 35)
+
+
+def test_what_was_asked_for_is_kept() -> None:
+    plan = plan_13b(gpu_budget=100 * GIB, resident_layers=0, slots=5, chunk_tokens=1000)
+    assert (plan.resident_layers, plan.slots, plan.chunk_tokens) == ((), 5, 1000)
+    assert plan.gpu_bytes["layer slots"] == 5 * LLAMA_13B.layer_bytes
+
+
+def test_chunks_shrink_with_the_budget_and_never_exceed_the_context() -> None:
+    chunks = [plan_13b(gpu_budget=size * GIB, context=4096).chunk_tokens for size in (4, 8, 24)]
+    assert chunks == sorted(chunks)
+    assert chunks[0] < 4096
+    assert plan_13b(gpu_budget=24 * GIB, context=300).chunk_tokens == 300
+
+
+def test_a_batch_takes_what_the_host_has_left_and_says_so() -> None:
+    plan = plan_13b(batch=8)
+    assert 32768 < plan.kv_tokens < 8 * 32768
+    assert 0 <= plan.host_budget - sum(plan.host_bytes.values()) < 4096
+    small = plan_13b(batch=2, context=1024)
+    assert small.kv_tokens >= 2048
+
+
+def test_without_a_gpu_no_context_is_reserved() -> None:
+    assert plan_13b(device_type="cpu").gpu_bytes["CUDA context"] == 0
+    assert plan_13b().gpu_bytes["CUDA context"] > 0
+
+
+def test_the_ring_takes_what_was_planned(tmp_path: Path) -> None:
+    config = make_config("llama", layers=6)
+    config.save_pretrained(tmp_path)
+    geometry = Geometry.from_config(config, torch.float32)
+    budget = geometry.outside_bytes + 800_000
+    plan = make_plan(geometry, gpu_budget=budget, host_budget=10**8, context=64, resident_layers=1, device_type="cpu")
+    weights = load_model(tmp_path, dtype=torch.float32, device="cpu", load_format="dummy", progress=False)
+    streams = make_streams("cpu")
+    ring = WeightStream(weights, plan.resident_layers, plan.slots, streams)
+    assert ring.device_nbytes == plan.gpu_bytes["layer slots"] + plan.gpu_bytes["resident layers"]
+    ring.close()
+    streams.close()
+    weights.close()
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    gpu=st.integers(1 * GIB, 90 * GIB),
+    host=st.integers(1 * GIB, 200 * GIB),
+    context=st.integers(1, 131072),
+    batch=st.integers(1, 16),
+    resident=st.none() | st.integers(0, 40),
+    slots=st.none() | st.integers(2, 6),
+    chunk=st.none() | st.integers(1, 10000),
+    fp32=st.booleans(),
+)
+def test_every_plan_keeps_its_budgets_or_is_refused(
+    gpu: int,
+    host: int,
+    context: int,
+    batch: int,
+    resident: int | None,
+    slots: int | None,
+    chunk: int | None,
+    fp32: bool,
+) -> None:
+    geometry = replace(LLAMA_13B, dtype=torch.float32, layer_bytes=LLAMA_13B.layer_bytes * 2) if fp32 else LLAMA_13B
+    geometry = replace(geometry, weights_bytes=geometry.layer_bytes * 40)
+    try:
+        plan = make_plan(
+            geometry, gpu_budget=gpu, host_budget=host, context=context, batch=batch, resident_layers=resident,
+            slots=slots, chunk_tokens=chunk, rates=RATES,
+        )  # fmt: skip
+    except BudgetError:
+        return
+    assert sum(plan.gpu_bytes.values()) <= gpu
+    assert sum(plan.host_bytes.values()) <= host
+    assert min(*plan.gpu_bytes.values(), *plan.host_bytes.values()) >= 0
+    layer = geometry.kv_layer_bytes(context)
+    assert plan.kv_gpu_bytes // layer + plan.kv_host_bytes // layer >= geometry.layers  # one full request fits
+    assert plan.gpu_bytes["KV"] + plan.host_bytes["KV"] <= geometry.kv_bytes(context) * batch
+    assert resident is None or len(plan.resident_layers) == resident
+    assert plan.slots >= 2 or len(plan.resident_layers) == 40
+    assert plan.ttft_s > 0
+    assert plan.s_per_token > 0
+
+
+# --- refusals -----------------------------------------------------------------------------------------------------
+
+
+def test_a_context_too_large_names_the_largest_that_fits_and_it_does_fit() -> None:
+    with pytest.raises(BudgetError, match="--gpu-memory") as caught:
+        plan_13b(context=131072)
+    largest = int(re.search(r"largest context that fits is (\d+) tokens", str(caught.value))[1])  # type: ignore[index]
+    assert plan_13b(context=largest).context == largest
+    with pytest.raises(BudgetError):
+        plan_13b(context=largest + 1)
+
+
+def test_the_least_that_is_needed_is_enough() -> None:
+    with pytest.raises(BudgetError) as caught:
+        plan_13b(gpu_budget=3 * GIB, slots=2)
+    least = float(re.search(r"([\d.]+) GiB are needed at least", str(caught.value))[1])  # type: ignore[index]
+    with pytest.raises(BudgetError):
+        plan_13b(gpu_budget=int((least - 0.1) * GIB), slots=2)
+    assert plan_13b(gpu_budget=int((least + 0.1) * GIB), slots=2).kv_gpu_bytes == 0
+
+
+def test_a_gpu_too_small_for_two_layers() -> None:
+    with pytest.raises(BudgetError, match=r"1\.5 GiB on the device.*2 layer slots 1\.2 GiB.*no context fits"):
+        plan_13b(gpu_budget=int(1.5 * GIB))
+
+
+def test_a_host_too_small_for_the_weights() -> None:
+    with pytest.raises(BudgetError, match=r"20\.0 GiB in host memory.*23\.6 GiB are needed"):
+        plan_13b(host_budget=20 * GIB)
+
+
+def test_a_host_too_small_for_the_kv() -> None:
+    with pytest.raises(BudgetError, match=r"30\.0 GiB in host memory.*KV \d.*largest context that fits is"):
+        plan_13b(host_budget=30 * GIB)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"context": 131073}, "--context 131073 exceeds the model's maximum of 131072"),
+        ({"context": 0}, "--context 0 is too small"),
+        ({"slots": 1}, "--slots 1 is too small; it must be at least 2"),
+        ({"batch": 0}, "--max-batch 0 is too small"),
+        ({"chunk_tokens": 0}, "--chunk-tokens 0 is too small"),
+        ({"resident_layers": 41}, "--resident-layers 41 is not in 0 … 40"),
+        ({"resident_layers": 30}, "use fewer --resident-layers"),
+    ],
+)
+def test_values_out_of_range(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(BudgetError, match=re.escape(message)):
+        plan_13b(**options)
+
+
+# --- prediction and print -----------------------------------------------------------------------------------------
+
+
+def test_predicted_times_follow_the_slowest_pipe() -> None:
+    plan = plan_13b()
+    kv_host = LLAMA_13B.kv_bytes(32768) * (40 - len(plan.kv_gpu_layers)) / 40
+    assert plan.ttft_s == pytest.approx(LLAMA_13B.prefill_flops(32768) / 500e12)
+    assert plan.s_per_token == pytest.approx((LLAMA_13B.weights_bytes + kv_host) / 50e9, rel=1e-6)
+    assert plan.bottleneck == {"prefill": "compute", "decode": "copies to the device"}
+    slow = plan_13b(rates=replace(RATES, h2d=5e9))
+    assert slow.bottleneck == {"prefill": "copies to the device", "decode": "copies to the device"}
+    resident = plan_13b(gpu_budget=100 * GIB)
+    assert resident.bottleneck == {"prefill": "compute", "decode": "device memory"}
+    assert resident.step_bytes is not None
+    assert not any(resident.step_bytes.values())
+
+
+def test_more_device_memory_is_never_predicted_slower() -> None:
+    times = [plan_13b(gpu_budget=size * GIB).s_per_token for size in (6, 8, 12, 16, 24, 32, 40, 48, 60)]
+    assert times == sorted(times, reverse=True)
+
+
+def test_render_shows_every_item_the_tiers_and_the_times() -> None:
+    plan = plan_13b(gpu_budget=24 * GIB)
+    text = render(plan)
+    for name, nbytes in (*plan.gpu_bytes.items(), *plan.host_bytes.items()):
+        assert (name in text) or not nbytes
+    for words in ("budget 24.0 GiB", "32768 of 131072", "27 of 40", "3 slots", "2.54 s", "of this test", "compute"):
+        assert words in text
+    assert max(map(len, text.splitlines())) <= 160
+    assert "not needed, all layers are resident" in render(plan_13b(gpu_budget=100 * GIB))
