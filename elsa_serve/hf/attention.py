@@ -1,4 +1,4 @@
-"""The attention functions that transformers calls in each layer: `elsa`, and `elsa_or_sdpa` with an announced fallback."""
+"""The attention functions that transformers calls in each layer: `elsa`, and `elsa_or_sdpa`, which may fall back."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ def elsa_attention(
 ) -> tuple[torch.Tensor, None]:
     """`attn_implementation="elsa"`: exact attention by `elsa_kernels`, strict about what it cannot do.
 
-    query [B, H, Nq, D], key [B, Hkv, Nk, D], value [B, Hkv, Nk, Dv]; attention_mask as made by `elsa_mask`, or any dense
-    boolean or additive [B|1, H|1, Nq|1, Nk], or None: then `is_causal` (or the module's) with the last query at the last
-    key. position_bias [B|1, H|1, Nq|1, Nk] is added to the logits, s_aux [H] are attention sinks. Returns
+    query [B, H, Nq, D], key [B, Hkv, Nk, D], value [B, Hkv, Nk, Dv]; attention_mask as made by `elsa_mask`, or any
+    dense boolean or additive [B|1, H|1, Nq|1, Nk], or None: then `is_causal` (or the module's) with the last query at
+    the last key. position_bias [B|1, H|1, Nq|1, Nk] is added to the logits, s_aux [H] are attention sinks. Returns
     [B, Nq, H, Dv] in query's dtype, and None for the attention weights, which are never formed.
 
     Raises UsageError for attention weights, dropout and training (the kernels are forward-only; outside training mode
@@ -73,7 +73,7 @@ def elsa_or_sdpa_attention(
     s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """`attn_implementation="elsa_or_sdpa"`: as `elsa`, but PyTorch's SDPA runs where elsa refuses, said once per reason.
+    """`attn_implementation="elsa_or_sdpa"`: as `elsa`, but SDPA runs where elsa refuses, said once per reason.
 
     SDPA runs in training, with dropout, and for shapes no kernel takes. It knows neither softcap nor sinks, and it
     returns no attention weights: there the refusal stands.
@@ -137,8 +137,8 @@ def _visible(
         return Visible(False, None, None, None, _dense_bias(mask, query, key, position_bias))
     if kwargs.get("cu_seq_lens_q") is not None:
         raise UsageError(
-            "elsa attention got cu_seq_lens_q with a mask that does not separate the packed sequences; pass position_ids "
-            "that start again at 0 in each sequence, without attention_mask and with use_cache=False"
+            "elsa attention got cu_seq_lens_q with a mask that does not separate the packed sequences; pass "
+            "position_ids that start again at 0 in each sequence, without attention_mask and with use_cache=False"
         )
     if mask is None:
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
@@ -159,8 +159,8 @@ def _dense_bias(
 ) -> torch.Tensor:
     if mask.ndim != 4 or mask.shape[-1] != key.shape[2] or not (mask.is_floating_point() or mask.dtype == torch.bool):
         raise UsageError(
-            f"elsa attention takes a boolean or additive mask [B, 1, {query.shape[2]}, {key.shape[2]}] in its layers, not "
-            f"{mask.dtype} {tuple(mask.shape)}; pass the 2D padding mask to the model, not to the layer"
+            f"elsa attention takes a boolean or additive mask [B, 1, {query.shape[2]}, {key.shape[2]}] in its layers, "
+            f"not {mask.dtype} {tuple(mask.shape)}; pass the 2D padding mask to the model, not to the layer"
         )
     bias = additive(mask, query.dtype) if mask.dtype == torch.bool else mask
     return bias if position_bias is None else bias + position_bias
@@ -177,12 +177,10 @@ def _run(
 ) -> torch.Tensor:
     """[B, H, Nq, Dv]. Head dimensions of queries and values may differ (latent attention): the smaller is padded."""
     D, Dv = query.shape[-1], value.shape[-1]
-    if D != Dv:
+    if Dv != D:
         scale = D**-0.5 if scale is None else scale  # of the unpadded dimension
         query, key, value = (nn.functional.pad(x, (0, max(D, Dv) - x.shape[-1])) for x in (query, key, value))
     if sinks is not None and sinks.dtype != torch.float64:
         sinks = sinks.float()
-    out = elsa_kernels.attention(
-        query, key, value, **visible._asdict(), scale=scale, softcap=softcap, sinks=sinks
-    )
+    out = elsa_kernels.attention(query, key, value, **visible._asdict(), scale=scale, softcap=softcap, sinks=sinks)
     return out[..., :Dv]

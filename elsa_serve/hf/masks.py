@@ -39,7 +39,7 @@ class StructuredMask(torch.Tensor):
     _kv_range: torch.Tensor  # int32 [B, 2], or [0, 2] where every key exists: a wrapper needs one tensor inside
 
     # Outputs of operations are plain tensors, and torch.compile traces the class without entering this hook.
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(
@@ -49,7 +49,7 @@ class StructuredMask(torch.Tensor):
         mask.causal, mask.window, mask.q_start, mask._kv_range = causal, window, q_start, kv_range
         return mask
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return (
             f"StructuredMask(shape={tuple(self.shape)}, causal={self.causal}, window={self.window}, "
             f"q_start={self.q_start}, kv_range={self.kv_range})"
@@ -82,14 +82,16 @@ class StructuredMask(torch.Tensor):
 
     @staticmethod
     def __tensor_unflatten__(inner: dict, context: tuple, outer_size: Sequence[int], outer_stride: Any) -> Any:
-        return StructuredMask(outer_size, *context, inner["_kv_range"])
+        causal, window, q_start = context
+        return StructuredMask(outer_size, causal, window, q_start, inner["_kv_range"])
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
-        if func in _KEEP_STRUCTURE and kwargs.get("dtype", torch.bool) == torch.bool:
+        if func in _KEEP_STRUCTURE and kwargs.get("dtype") in (None, torch.bool):
             mask: StructuredMask = args[0]
-            moved = func(mask._kv_range, *args[1:], **{k: v for k, v in kwargs.items() if k in ("device", "non_blocking")})
+            where = {k: v for k, v in kwargs.items() if k in ("device", "non_blocking")}
+            moved = func(mask._kv_range, **where)
             return cls(mask.shape, mask.causal, mask.window, mask.q_start, moved)
         args, kwargs = torch.utils._pytree.tree_map_only(cls, cls.dense, (args, kwargs))
         return func(*args, **kwargs)
@@ -134,8 +136,10 @@ def recognise(function: MaskFunction) -> Pattern | None:
         return Pattern(behind=None, ahead=0)
     if function is masking_utils.bidirectional_mask_function:
         return Pattern(behind=None, ahead=None)
+    if torch.compiler.is_compiling():  # which cannot read closures
+        return None
     code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None)
-    if code is None or cells is None:  # also under torch.compile, which hides the closure
+    if code is None or cells is None:
         return None
     free = dict(zip(code.co_freevars, (cell.cell_contents for cell in cells)))
     if code is _AND_CODE and "mask_functions" in free:
@@ -178,14 +182,18 @@ def elsa_mask(
     """
     padding = _local_padding(attention_mask, kv_length, kv_offset)
     structured = _structured(
-        (batch_size, 1, q_length, kv_length), q_offset - kv_offset, recognise(mask_function), padding, torch.device(device)
+        (batch_size, 1, q_length, kv_length),
+        q_offset - kv_offset,
+        recognise(mask_function),
+        padding,
+        torch.device(device),
     )
     if structured is not None:
         return structured
     if q_length > 1 and not _tracing():
         warnings.warn(
-            "elsa: a dense [B, 1, Nq, Nk] attention mask is built, because this one is more than causal, sliding window "
-            "and padding on either side (packed sequences, a custom mask function, or padding inside a row)",
+            "elsa: a dense [B, 1, Nq, Nk] attention mask is built, because this one is more than causal, sliding "
+            "window and padding on either side (packed sequences, a custom mask function, or padding inside a row)",
             DenseMaskWarning,
             stacklevel=2,
         )
@@ -222,8 +230,8 @@ def _local_padding(attention_mask: torch.Tensor | None, kv_length: int, kv_offse
     """The part [B, Nk] of the padding mask that belongs to the keys; positions beyond its end are padding."""
     if attention_mask is None:
         return None
-    attention_mask = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
-    return attention_mask[:, kv_offset : kv_offset + kv_length]
+    missing = max(kv_offset + kv_length - attention_mask.shape[-1], 0)
+    return torch.nn.functional.pad(attention_mask, (0, missing))[:, kv_offset : kv_offset + kv_length]
 
 
 def _structured(
@@ -236,7 +244,7 @@ def _structured(
     """The mask without a matrix, or None where it takes one or where telling takes a value that cannot be read yet."""
     if pattern is None or (padding is not None and _tracing()):
         return None
-    B, _, Nq, Nk = shape
+    _, _, Nq, Nk = shape
     if Nq == 1:
         return _single_query(shape, q_start, pattern, padding, device)
     if isinstance(q_start, torch.Tensor):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -12,7 +12,7 @@ from elsa_serve.errors import UsageError
 from elsa_serve.hf.attention import elsa_attention, elsa_or_sdpa_attention
 from elsa_serve.hf.masks import elsa_mask
 
-NAMES = {"elsa": elsa_attention, "elsa_or_sdpa": elsa_or_sdpa_attention}
+NAMES: dict[str, Callable] = {"elsa": elsa_attention, "elsa_or_sdpa": elsa_or_sdpa_attention}
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -43,8 +43,8 @@ def use_attention(model: Model, name: str = "elsa", *, fallback: str | None = No
         name = "elsa_or_sdpa"
     if name in NAMES and not model.is_backend_compatible():
         raise UsageError(
-            f"{type(model).__name__} does not ask transformers' AttentionInterface for its attention, so {name!r} would "
-            "not run; keep the model's own attention"
+            f"{type(model).__name__} does not ask transformers' AttentionInterface for its attention, so {name!r} "
+            "would not run; keep the model's own attention"
         )
     before = _implementations(model)
     try:
