@@ -21,6 +21,7 @@ except ImportError as error:
     _TRITON_MISSING = str(error)
 
 GROUP = 8  # rows of tiles that share W's tiles in L2
+SKINNY = 32  # up to so many rows of x, time is that of reading the weights once
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +133,8 @@ def _refusal(name: str, x: torch.Tensor, K: int) -> str | None:
             return f"needs compute capability 9.0, the device has {capability[0]}.{capability[1]}"
         if K % 8:
             return f"K = {K} is not a multiple of 8, as the tensor memory accelerator needs"
-        if x.numel() // K <= 32:
-            return "at most 32 rows: the small tiles of the Triton form read the weights faster"
+        if x.numel() // K <= SKINNY:
+            return f"at most {SKINNY} rows: the small tiles of the Triton form read the weights faster"
     elif capability < (8, 0):
         return f"needs compute capability 8.0, the device has {capability[0]}.{capability[1]}"
     return None
@@ -142,23 +143,38 @@ def _refusal(name: str, x: torch.Tensor, K: int) -> str | None:
 def _run(x: torch.Tensor, w: SplitMatrix, bias: torch.Tensor | None, out: torch.Tensor, impl: str) -> None:
     from elsa_kernels.triton.linear_kernel import repair_kernel
 
+    if x.shape[0] <= SKINNY:
+        return _run_skinny(x, w, bias, out)
     split = split_rows(x)
     (_run_gluon if impl == "gluon" else _run_triton)(split, w, bias, out)
     (M, N), K = out.shape, x.shape[1]
     repair_kernel[(M, triton.cdiv(N, 64))](
         x, x.stride(0), split.nonfinite, w.hi, w.lo, w.exponent, bias, out, N, K, BN=64, BK=64, BIAS=bias is not None
     )
+    return None
+
+
+def _run_skinny(x: torch.Tensor, w: SplitMatrix, bias: torch.Tensor | None, out: torch.Tensor, BN: int = 0) -> None:
+    from elsa_kernels.triton.linear_kernel import skinny_kernel
+
+    (M, N), K = out.shape, x.shape[1]
+    # Small column tiles: every multiprocessor must stream part of W, or its memory idles.
+    BN = BN or (16 if N <= 8192 else 32)
+    skinny_kernel[(triton.cdiv(N, BN),)](
+        x, x.stride(0), w.hi, w.lo, w.exponent, bias, out, M, N, K,
+        BM=16 if M <= 16 else 32, BN=BN, BK=128, BIAS=bias is not None, num_warps=4, num_stages=4,
+    )  # fmt: skip
 
 
 def _run_triton(x: SplitMatrix, w: SplitMatrix, bias: torch.Tensor | None, out: torch.Tensor) -> None:
     from elsa_kernels.triton.linear_kernel import linear_kernel
 
     M, N = out.shape
-    BM, BN, BK, warps, stages = (16, 32, 128, 4, 4) if M <= 32 else (128, 128, 64, 8, 3)
+    BM, BN = 128, 128
     grid = (triton.cdiv(M, BM) * triton.cdiv(N, BN),)
     linear_kernel[grid](
         x.hi, x.lo, x.exponent, w.hi, w.lo, w.exponent, bias, out, M, N, x.shape[1],
-        BM=BM, BN=BN, BK=BK, GROUP=GROUP, BIAS=bias is not None, num_warps=warps, num_stages=stages,
+        BM=BM, BN=BN, BK=64, GROUP=GROUP, BIAS=bias is not None, num_warps=8, num_stages=3,
     )  # fmt: skip
 
 

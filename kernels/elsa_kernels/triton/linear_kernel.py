@@ -39,11 +39,16 @@ def split_rows_kernel(x, hi, lo, exponent, nonfinite, K, stride, BLOCK: tl.const
 
 
 @triton.jit
+def _power_of_two(e):
+    """2^e in FP32 for e ≤ 127; below 2^-126, which no sum here can tell from 0, it stays 2^-126."""
+    return ((tl.maximum(e, -126) + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _apply_exponent(value, e):
     """value·2^e in two exact halves, neither of which overflows where the result does not."""
     half = e >> 1
-    value = value * ((half + 127) << 23).to(tl.float32, bitcast=True)
-    return value * ((e - half + 127) << 23).to(tl.float32, bitcast=True)
+    return value * _power_of_two(half) * _power_of_two(e - half)
 
 
 @triton.jit
@@ -112,3 +117,68 @@ def repair_kernel(
         if BIAS:
             acc += tl.load(bias + cols, mask=mask, other=0.0)
         tl.store(out + row * N + cols, acc, mask=mask)
+
+
+@triton.jit
+def _infinite_products(b_x, w_positive, w_negative, w_zero):
+    """What the non-finite elements of x [BM, BK] add to X·Wᵀ [BM, BN]: ±Inf, NaN, or 0 where there are none.
+
+    Counted with exact FP16 products of zeros and ones: how many terms are +Inf, −Inf, and NaN (Inf·0 or NaN).
+    """
+    x_up = (b_x == float("inf")).to(tl.float16)
+    x_down = (b_x == float("-inf")).to(tl.float16)
+    x_nan = (b_x != b_x).to(tl.float16)
+    up = tl.dot(x_up, w_positive, input_precision="ieee") + tl.dot(x_down, w_negative, input_precision="ieee")
+    down = tl.dot(x_up, w_negative, input_precision="ieee") + tl.dot(x_down, w_positive, input_precision="ieee")
+    nan = tl.dot(x_up + x_down, w_zero, input_precision="ieee")
+    nan += tl.dot(x_nan, w_zero + w_positive + w_negative, input_precision="ieee")
+    total = tl.where(up > 0, float("inf"), 0.0) + tl.where(down > 0, float("-inf"), 0.0)  # both: NaN, as in FP32
+    return tl.where(nan > 0, float("nan"), total)
+
+
+@triton.jit
+def skinny_kernel(
+    x, stride, w_hi, w_lo, w_exponent, bias, out, M, N, K,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """out [M ≤ BM, N] = x·Wᵀ (+ bias) for a few rows: one pass over W's planes, x split on the way, BK by BK.
+
+    Each row's chunk of BK has its own exponent, and the accumulator that of the largest chunk yet: no intermediate
+    overflows or underflows where the result does not.
+    """
+    rows = tl.arange(0, BM)
+    cols = tl.program_id(0) * BN + tl.arange(0, BN)
+    inner = tl.arange(0, BK)
+    m_rows = (rows < M)[:, None]
+    m_cols = (cols < N)[None, :]
+    p_x = x + rows.to(tl.int64)[:, None] * stride + inner[None, :]
+    o_w = cols.to(tl.int64)[None, :] * K + inner[:, None]
+    acc = tl.zeros([BM, BN], tl.float32)
+    e_acc = tl.full([BM], -112, tl.int32)
+    for start in range(0, K, BK):
+        m_inner = start + inner < K
+        b_w0 = tl.load(w_hi + o_w + start, mask=m_cols & m_inner[:, None], other=0.0)  # [BK, BN]
+        b_w1 = tl.load(w_lo + o_w + start, mask=m_cols & m_inner[:, None], other=0.0)
+        b_x = tl.load(p_x + start, mask=m_rows & m_inner[None, :], other=0.0)  # [BM, BK]
+        finite = tl.abs(b_x) < float("inf")
+        b_x0 = tl.where(finite, b_x, 0.0)
+        largest = tl.max(tl.abs(b_x0), axis=1)
+        e = tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, 15) - 127
+        b_x0 = b_x0 * ((141 - e) << 23).to(tl.float32, bitcast=True)[:, None]
+        b_hi = b_x0.to(tl.float16)
+        b_lo = (b_x0 - b_hi.to(tl.float32)).to(tl.float16)
+        part = tl.dot(b_lo, b_w0, input_precision="ieee", out_dtype=tl.float32)
+        part = tl.dot(b_hi, b_w1, part, input_precision="ieee", out_dtype=tl.float32)
+        part = tl.dot(b_hi, b_w0, part, input_precision="ieee", out_dtype=tl.float32)
+        e_new = tl.maximum(e_acc, e)
+        acc = acc * _power_of_two(e_acc - e_new)[:, None] + part * _power_of_two(e - e_new)[:, None]
+        e_acc = e_new
+        if tl.sum((finite == 0).to(tl.int32)) > 0:
+            w = b_w0.to(tl.float32) + b_w1.to(tl.float32)
+            zero = ((w == 0) & m_inner[:, None]).to(tl.float16)
+            acc += _infinite_products(b_x, (w > 0).to(tl.float16), (w < 0).to(tl.float16), zero)
+    e_out = (e_acc - 14)[:, None] + tl.load(w_exponent + cols, mask=cols < N, other=0)[None, :]
+    acc = _apply_exponent(acc, e_out)
+    if BIAS:
+        acc += tl.load(bias + cols, mask=cols < N, other=0.0)[None, :]
+    tl.store(out + rows.to(tl.int64)[:, None] * N + cols[None, :], acc, mask=m_rows & m_cols)
