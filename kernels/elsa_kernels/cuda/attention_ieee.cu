@@ -31,7 +31,7 @@ constexpr int SLOT = K_FLOATS > V_FLOATS ? K_FLOATS : V_FLOATS;
 constexpr int RING = Q_RESIDENT ? BM * QS : 0, PROBS = RING + STAGES * SLOT, KEPT = PROBS + BM * BN;
 static_assert(D % 32 == 0 && D <= 256 && D % DC == 0 && DC % 32 == 0, "head dimension");
 static_assert(BN % 32 == 0 && BN % NC == 0 && NC % 4 == 0, "keys per tile");
-static_assert(STEPS % STAGES == 0 && STAGES >= 2, "a step's slot must be known when compiling");
+static_assert(STAGES >= 2, "a chunk arrives while another is used");
 
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f, LN2_LOW = -1.904654e-9f;
 constexpr int FAR = 1 << 30;  // farther than any position
@@ -99,17 +99,34 @@ __device__ __forceinline__ void copies_wait() {
 #endif
 }
 
-// Fills to[ROWS][stride] with columns [col0, col0 + WIDTH) of rows [row0, row0 + ROWS); zeros outside [first, end) × [0, d).
-template <int ROWS, int WIDTH>
-__device__ __forceinline__ void load_rows(float* to, int stride, const float* from, i64 row_stride, int row0, int first,
-                                          int end, int col0, int d) {
-  constexpr int PER_ROW = WIDTH / VEC, TOTAL = ROWS * PER_ROW;
+// Keeps the compiler from holding in registers, all through the loops, what a few instructions compute anew.
+__device__ __forceinline__ int recomputed(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
+__device__ constexpr int power_of_two(int at_least) {
+  int n = 1;
+  while (n < at_least) n *= 2;
+  return n;
+}
+
+// Fills to[ROWS][STRIDE] with columns [col0, col0 + WIDTH) of rows [row0, row0 + ROWS); zeros outside [first, end) × [0, d).
+template <int ROWS, int WIDTH, int STRIDE>
+__device__ __forceinline__ void load_rows(float* to, const float* from, i64 row_stride, int row0, int first, int end,
+                                          int col0, int d) {
+  constexpr int PER_ROW = WIDTH / VEC, LANES = power_of_two(PER_ROW), PASS = THREADS / LANES;
+  unsigned thread = recomputed(threadIdx.x);
+  int r = thread / LANES, c = thread % LANES * VEC;
+  if (PER_ROW < LANES && c >= WIDTH) return;
+  int row = row0 + r - first;
+  unsigned rows = col0 + c < d ? max(end - first, 0) : 0;
+  from += (row0 + r) * row_stride + (col0 + c);
+  to += r * STRIDE + c;
 #pragma unroll
-  for (int it = 0; it < (TOTAL + THREADS - 1) / THREADS; ++it) {
-    int index = threadIdx.x + it * THREADS, r = index / PER_ROW, c = (index % PER_ROW) * VEC;
-    if (TOTAL % THREADS == 0 || index < TOTAL)
-      copy<VEC>(to + r * stride + c, from + (row0 + r) * row_stride + (col0 + c),
-                row0 + r >= first && row0 + r < end && col0 + c < d);
+  for (int pass = 0; pass < ROWS; pass += PASS) {
+    if (ROWS % PASS == 0 || r + pass < ROWS) copy<VEC>(to + pass * STRIDE, from, (unsigned)(row + pass) < rows);
+    from += PASS * row_stride;
   }
 }
 
@@ -130,19 +147,42 @@ __device__ __forceinline__ Block locate(const Params& a, int index) {
   return k;
 }
 
-// Starts the copies of step `step` (0 … STEPS − 1: K's chunks, then V's) of tile `tile` into its slot.
-__device__ __forceinline__ void issue(const Params& a, const Block& k, float* shared, int tile, int step) {
-  if (tile >= k.tile_end) return;
-  float* slot = shared + RING + (step % STAGES) * SLOT;
-  if (step < K_STEPS) {
-    const float* keys = a.k + k.b * a.k_b + k.hk * a.k_h;
-    load_rows<BN, DC>(slot, KS, keys, a.k_n, tile * BN, k.lo, k.hi, step * DC, a.d);
-    if (!Q_RESIDENT)
-      load_rows<BM, DC>(slot + BN * KS, QS, a.q + k.b * a.q_b + k.h * a.q_h, a.q_n, k.q0, 0, a.Nq, step * DC, a.d);
-  } else {
-    const float* values = a.v + k.b * a.v_b + k.hk * a.v_h;
-    load_rows<NC, D>(slot, D, values, a.v_n, tile * BN + (step - K_STEPS) * NC, k.lo, k.hi, 0, a.d);
+// Where the stream of chunks stands: a tile is K_STEPS chunks of K, then V_STEPS chunks of V.
+struct Cursor {
+  int tile, step, slot;
+
+  __device__ __forceinline__ void advance() {
+    slot = slot + 1 == STAGES ? 0 : slot + 1;
+    if (++step == STEPS) step = 0, ++tile;
   }
+};
+
+// Starts the copies of the chunk at the cursor and moves it on.
+__device__ __forceinline__ void issue(const Params& a, const Block& k, float* shared, Cursor& at) {
+  if (at.tile < k.tile_end) {
+    float* slot = shared + RING + at.slot * SLOT;
+    if (at.step < K_STEPS) {
+      const float* keys = a.k + k.b * a.k_b + k.hk * a.k_h;
+      load_rows<BN, DC, KS>(slot, keys, a.k_n, at.tile * BN, k.lo, k.hi, at.step * DC, a.d);
+      if (!Q_RESIDENT)
+        load_rows<BM, DC, QS>(slot + BN * KS, a.q + k.b * a.q_b + k.h * a.q_h, a.q_n, k.q0, 0, a.Nq, at.step * DC, a.d);
+    } else {
+      const float* values = a.v + k.b * a.v_b + k.hk * a.v_h;
+      load_rows<NC, D, D>(slot, values, a.v_n, at.tile * BN + (at.step - K_STEPS) * NC, k.lo, k.hi, 0, a.d);
+    }
+  }
+  copies_commit();
+  at.advance();
+}
+
+// Waits for the next chunk and starts the copies of the one that takes the slot just freed. Returns the chunk.
+__device__ __forceinline__ const float* next_chunk(const Params& a, const Block& k, float* shared, Cursor& ahead, int& slot) {
+  copies_wait<STAGES - 2>();
+  __syncthreads();  // the chunk has arrived, and everyone is done with the slot that is filled next
+  issue(a, k, shared, ahead);
+  const float* chunk = shared + RING + slot * SLOT;
+  slot = slot + 1 == STAGES ? 0 : slot + 1;
+  return chunk;
 }
 
 // S += Q[8 rows, DC] · K[TN keys, DC]ᵀ; q and keys point at the thread's first row and key.
@@ -259,21 +299,37 @@ __device__ __forceinline__ void mask(const Params& a, const Block& k, float (&S)
 template <bool GUARD>
 __device__ __forceinline__ void softmax(float (&S)[TM][TN], float c, float (&m)[TM], float (&l)[TM], float (&alpha)[TM],
                                         float* p, int lane_col, int swap) {
+  float top[TM];
+  bool higher = false;
 #pragma unroll
   for (int i = 0; i < TM; ++i) {
-    float x = S[i][0];
+    top[i] = S[i][0];
 #pragma unroll
-    for (int j = 1; j < TN; ++j) x = fmaxf(x, S[i][j]);
+    for (int j = 1; j < TN; ++j) top[i] = fmaxf(top[i], S[i][j]);
+    top[i] *= c;
+    higher = higher || top[i] > m[i];
+    alpha[i] = 1.f;
+  }
+  if (__any_sync(~0u, higher)) {  // rarely, after a row's first tiles
 #pragma unroll
-    for (int bit = 2; bit < 32; bit *= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, bit));
-    float m_new = fmaxf(m[i], x * c), base = anchor(m_new), sum = 0.f;
-    alpha[i] = exp2_fast(m[i] - base);
-    m[i] = m_new;
+    for (int i = 0; i < TM; ++i) {
+#pragma unroll
+      for (int bit = 2; bit < 32; bit *= 2) top[i] = fmaxf(top[i], __shfl_xor_sync(~0u, top[i], bit));
+      float m_new = fmaxf(m[i], top[i]);
+      alpha[i] = exp2_fast(m[i] - anchor(m_new));
+      m[i] = m_new;
+    }
+  }
+  float* even = p + lane_col + swap;
+  float* odd = p + lane_col - swap;
+#pragma unroll
+  for (int i = 0; i < TM; ++i) {
+    float base = anchor(m[i]), sum = 0.f;
 #pragma unroll
     for (int j = 0; j < TN; ++j) {
       float e = exp2_fast(fmaf(S[i][j], c, -base));
       sum += e;
-      p[2 * i * BN + ((lane_col + 16 * j) ^ swap)] = GUARD && S[i][j] == neg_inf() ? -0.f : e;
+      (j % 2 ? odd : even)[2 * i * BN + 16 * j] = GUARD && S[i][j] == neg_inf() ? -0.f : e;
     }
     l[i] = fmaf(l[i], alpha[i], sum);
   }
@@ -376,10 +432,11 @@ __device__ __forceinline__ bool run(const Params& a, const Block& k, float* shar
   }
 
   __syncthreads();
-  if (Q_RESIDENT) load_rows<BM, D>(shared, QS, a.q + k.b * a.q_b + k.h * a.q_h, a.q_n, k.q0, 0, a.Nq, 0, a.d);
-#pragma unroll
-  for (int step = 0; step < STAGES - 1; ++step) issue(a, k, shared, k.tile, step), copies_commit();
+  if (Q_RESIDENT) load_rows<BM, D, QS>(shared, a.q + k.b * a.q_b + k.h * a.q_h, a.q_n, k.q0, 0, a.Nq, 0, a.d);
+  Cursor ahead = {k.tile, 0, 0};
+  for (int i = 0; i < STAGES - 1; ++i) issue(a, k, shared, ahead);
 
+  int slot = 0;
   bool first = true, good = true;
 #pragma unroll 1
   for (int tile = k.tile; tile < k.tile_end; ++tile) {
@@ -388,32 +445,27 @@ __device__ __forceinline__ bool run(const Params& a, const Block& k, float* shar
     for (int i = 0; i < TM; ++i)
 #pragma unroll
       for (int j = 0; j < TN; ++j) S[i][j] = 0.f;
+#pragma unroll 1
+    for (int step = 0; step < K_STEPS; ++step) {
+      const float* chunk = next_chunk(a, k, shared, ahead, slot);
+      const float* q = Q_RESIDENT ? shared + step * DC : chunk + BN * KS;
+      multiply_qk<GUARD>(S, q + row0 * QS, chunk + lane_col * KS);
+    }
+    int key0 = tile * BN + lane_col;
+    if (ELSA_LOGITS) make_logits(a, k, S, row0, key0);
+    if (tile * BN < k.full_lo || (tile + 1) * BN > k.full_hi) mask(a, k, S, row0, key0);
+    softmax<GUARD>(S, c, m, l, alpha, p, lane_col, swap);
 #pragma unroll
-    for (int step = 0; step < STEPS; ++step) {
-      constexpr int AHEAD = STAGES - 1;
-      copies_wait<STAGES - 2>();
-      __syncthreads();  // this step's chunk has arrived, and everyone is done with the slot filled next
-      issue(a, k, shared, tile + (step + AHEAD) / STEPS, (step + AHEAD) % STEPS);
-      copies_commit();
-      const float* slot = shared + RING + (step % STAGES) * SLOT;
-      if (step < K_STEPS) {
-        const float* q = Q_RESIDENT ? shared + step * DC : slot + BN * KS;
-        multiply_qk<GUARD>(S, q + row0 * QS, slot + lane_col * KS);
-        if (step < K_STEPS - 1) continue;
-        int key0 = tile * BN + lane_col;
-        if (ELSA_LOGITS) make_logits(a, k, S, row0, key0);
-        if (tile * BN < k.full_lo || (tile + 1) * BN > k.full_hi) mask(a, k, S, row0, key0);
-        softmax<GUARD>(S, c, m, l, alpha, p, lane_col, swap);
+    for (int i = 0; i < TM; ++i)
 #pragma unroll
-        for (int i = 0; i < TM; ++i)
-#pragma unroll
-          for (int j = 0; j < TO; ++j) {
-            if (TILE_SUMS) T[i][j] = 0.f;
-            else O[i][j] = rescaled<GUARD>(O[i][j], alpha[i]);
-          }
-      } else {
-        multiply_pv<GUARD>(TILE_SUMS ? T : O, p, (step - K_STEPS) * NC, swap, slot, lane_col);
+      for (int j = 0; j < TO; ++j) {
+        if (TILE_SUMS) T[i][j] = 0.f;
+        else O[i][j] = rescaled<GUARD>(O[i][j], alpha[i]);
       }
+#pragma unroll 1
+    for (int step = 0; step < V_STEPS; ++step) {
+      const float* chunk = next_chunk(a, k, shared, ahead, slot);
+      multiply_pv<GUARD>(TILE_SUMS ? T : O, p, step * NC, swap, chunk, lane_col);
     }
     if (TILE_SUMS)
 #pragma unroll
