@@ -1,0 +1,192 @@
+"""Launchers of the two Hopper kernels: operands to TMA descriptors, one launch each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from triton.experimental.gluon.language import NVMMASharedLayout
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from elsa_kernels.gluon.half_kernel import half_attention
+from elsa_kernels.gluon.split_kernel import split_attention
+from elsa_kernels.registry import Operands, Problem
+from elsa_kernels.state import State
+from elsa_kernels.triton.forward import careful_kernel
+from elsa_kernels.triton.launch import CAREFUL_TILE
+from elsa_kernels.triton.split import Planes, split_kv
+
+ROWS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Tile of one program: groups·64 query rows against BN keys at a time, `stages` of them in flight.
+
+    registers: of a consumer thread (the producer gives its own away). turns: the warp groups issue in turn.
+    """
+
+    BN: int
+    stages: int
+    groups: int
+    registers: int
+    turns: bool = True
+
+
+SPLIT_TILES = {128: Tile(BN=64, stages=2, groups=2, registers=232), 64: Tile(BN=128, stages=2, groups=2, registers=232)}
+HALF_TILES = {128: Tile(BN=128, stages=2, groups=2, registers=240), 64: Tile(BN=128, stages=3, groups=2, registers=240)}
+SECTION_KEYS = 2**17  # keys of all heads that work at a time, so that their K and V share the L2 cache
+
+
+def split_forward(
+    problem: Problem, operands: Operands, planes: Planes, tile: Tile | None = None, section: int | None = None
+) -> torch.Tensor | State:
+    """FP32-accurate attention over K and V that are split already (`elsa_kernels.triton.split.split_kv`)."""
+    tile = tile or SPLIT_TILES[problem.D]
+    out, m, s, todo = _outputs(problem, tile)
+    q = operands.q
+    split_attention[_grid(problem, tile)](
+        q=q,
+        k_hi=_descriptor(planes.k_hi, tile.BN),
+        k_lo=_descriptor(planes.k_lo, tile.BN),
+        v_hi=_descriptor(planes.v_hi, tile.BN),
+        v_lo=_descriptor(planes.v_lo, tile.BN),
+        k_scale=planes.k_scale,
+        v_scale=planes.v_scale,
+        q_stride_b=q.stride(0),
+        q_stride_h=q.stride(1),
+        q_stride_n=q.stride(2),
+        STAGES=tile.stages,
+        **_common(problem, operands, tile, out, m, s, todo, section),
+    )
+    _careful_pass(problem, operands, tile, out, m, s, todo)
+    return State(m, s, out) if problem.return_state else out
+
+
+def half_forward(
+    problem: Problem, operands: Operands, tile: Tile | None = None, section: int | None = None
+) -> torch.Tensor | State:
+    """FP16 or BF16 attention."""
+    tile = tile or HALF_TILES[problem.D]
+    out, m, s, todo = _outputs(problem, tile)
+    half_attention[_grid(problem, tile)](
+        q_desc=_descriptor(operands.q, ROWS),
+        k_desc=_descriptor(operands.k, tile.BN),
+        v_desc=_descriptor(operands.v, tile.BN),
+        STAGES=tile.stages,
+        TURNS=tile.turns,
+        **_common(problem, operands, tile, out, m, s, todo, section),
+    )
+    _careful_pass(problem, operands, tile, out, m, s, todo)
+    return State(m, s, out) if problem.return_state else out
+
+
+def run(problem: Problem, operands: Operands) -> torch.Tensor | State:
+    if problem.dtype == torch.float32:
+        return split_forward(problem, operands, split_kv(operands.k, operands.v))
+    return half_forward(problem, operands)
+
+
+def _tiles(problem: Problem, tile: Tile) -> int:
+    return -(-problem.Nq // (ROWS * tile.groups))
+
+
+def _grid(problem: Problem, tile: Tile) -> tuple[int]:
+    return (problem.B * problem.H * _tiles(problem, tile),)
+
+
+def _outputs(problem: Problem, tile: Tile) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """out [B, H, Nq, D]; m and S [B, H, Nq] of a state (without one, out stands in); marks [B, Hkv, tiles], all 0."""
+    shape, device = (problem.B, problem.H, problem.Nq), problem.device
+    todo = torch.zeros((problem.B, problem.Hkv, _tiles(problem, tile)), dtype=torch.int32, device=device)
+    if not problem.return_state:
+        out = torch.empty((*shape, problem.D), dtype=problem.dtype, device=device)
+        return out, out, out, todo
+    out = torch.empty((*shape, problem.D), dtype=torch.float32, device=device)
+    m, s = (torch.empty(shape, dtype=torch.float32, device=device) for _ in range(2))
+    return out, m, s, todo
+
+
+def _careful_pass(
+    problem: Problem, operands: Operands, tile: Tile, out: torch.Tensor, m: torch.Tensor, s: torch.Tensor, todo: torch.Tensor
+) -> None:
+    """Compute the marked tiles again with exact FP32 products that leave masked keys out, whatever their values.
+
+    The Triton form packs the query heads of a key head: a tile of ours is a block of `group` times as many rows there.
+    """
+    group = problem.H // problem.Hkv
+    q, k, v = operands.q, operands.k, operands.v
+    careful_kernel[(todo.numel(),)](
+        q, k, v, out, m, s, todo, None, None, operands.sinks, operands.kv_range,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], 0, 0, 0, 0,
+        B=problem.B, Hkv=problem.Hkv, Nq=problem.Nq, Nk=problem.Nk, q_start=problem.q_start,
+        window=problem.window or 0, scale=problem.scale, softcap=0.0, n_blocks=todo.shape[2], first_chunk=0,
+        GROUP=group, D=problem.D, BD=problem.D, BM=ROWS * tile.groups * group, PART=CAREFUL_TILE.BM,
+        BN=CAREFUL_TILE.BN, CHUNK=0, STATE=problem.return_state, CAUSAL=problem.causal,
+        WINDOW=problem.window is not None, SOFTCAP=False, ALIBI=False, HAS_BIAS=False,
+        HAS_SINKS=problem.has_sinks, HAS_RANGES=problem.has_kv_range,
+        num_warps=CAREFUL_TILE.num_warps, num_stages=CAREFUL_TILE.num_stages,
+    )  # fmt: skip
+
+
+def _common(
+    problem: Problem,
+    operands: Operands,
+    tile: Tile,
+    out: torch.Tensor,
+    m: torch.Tensor,
+    s: torch.Tensor,
+    todo: torch.Tensor,
+    section: int | None,
+) -> dict[str, object]:
+    """The arguments that both kernels take. Pointers that a variant does not read are given `out`."""
+    heads = problem.B * problem.H
+    if section is None:
+        section = min(heads, max(1, SECTION_KEYS // problem.Nk)) if problem.causal else 1
+    sinks = None if operands.sinks is None else operands.sinks.float().contiguous()
+    reach = problem.Nk + problem.Nq + abs(problem.q_start)
+    return {
+        "sinks": out if sinks is None else sinks,
+        "kv_range": out if operands.kv_range is None else operands.kv_range.contiguous(),
+        "out": out,
+        "m_out": m,
+        "s_out": s,
+        "todo": todo,
+        "H": problem.H,
+        "Hkv": problem.Hkv,
+        "heads": heads,
+        "tiles": _tiles(problem, tile),
+        "section": section,
+        "Nq": problem.Nq,
+        "Nk": problem.Nk,
+        "q_start": problem.q_start,
+        "window": reach if problem.window is None else min(problem.window, reach),
+        "scale": problem.scale,
+        "out_stride_b": out.stride(0),
+        "out_stride_h": out.stride(1),
+        "out_stride_n": out.stride(2),
+        "D": problem.D,
+        "BN": tile.BN,
+        "GROUPS": tile.groups,
+        "REGS": tile.registers,
+        "CAUSAL": problem.causal,
+        "WINDOW": problem.window is not None,
+        "KV_RANGE": problem.has_kv_range,
+        "SINKS": problem.has_sinks,
+        "STATE": problem.return_state,
+        "num_warps": 4,
+    }
+
+
+def _descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:
+    """[1, 1, rows, D] boxes of x [B, heads, N, D]; rows past N read as zero. TMA needs 16-byte strides: else a copy."""
+    unit = 16 // x.element_size()
+    sizes, strides = x.shape[:3], x.stride()[:3]
+    if x.data_ptr() % 16 or any(n > 1 and (s <= 0 or s % unit) for n, s in zip(sizes, strides)):
+        x = x.contiguous()
+        strides = x.stride()[:3]
+    B, heads, N, D = x.shape
+    # The stride of a dimension of length 1 is never used; what torch keeps there may be odd.
+    used = [s if n > 1 else N * D * heads for n, s in zip(sizes, strides)]
+    layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+    return TensorDescriptor(x, [B, heads, N, D], [*used, 1], [1, 1, rows, D], layout)
