@@ -206,8 +206,8 @@ class HostKV:
     """Carries the blocks of host layers to the device and their new tokens back, beside the compute.
 
     A pass announces its visits in the order in which it will compute them (`begin`), takes each buffer (`take`), gives
-    it back (`give`), and ends with `end`, after which the host blocks are complete. With `length` 0 the whole block
-    travels back; later, one new token a visit does, and all of a pass's new tokens travel together.
+    it back (`give`), and ends with `end`, after which the host blocks are complete. A prompt's block travels back
+    behind its layer; single new tokens travel back together at the end, and the host puts each into its place.
     """
 
     def __init__(self, shape: KVShape, streams: Streams, *, capacity: int, max_batch: int) -> None:
@@ -250,9 +250,9 @@ class HostKV:
     def give(self, kv: RequestKV, layer: int) -> None:
         """The attention over the block has been issued: carry home what is new, and refill the buffer."""
         head, computed = self._head(), self._streams.record()
-        if kv.length == 0:
-            target, new = kv.layers[layer].data, head.visit.new
-            pairs = _pairs(target, head.buffer, new)
+        new = head.visit.new
+        if kv.length == 0 or new > 1:
+            pairs = _pairs(kv.layers[layer].data, head.buffer, kv.length, kv.length + new)
             copy = self._down.submit(pairs, object="kv", direction="d2h", after=(computed,))
             self._pass.home.append(copy)
             self._close_head([copy])
@@ -304,7 +304,7 @@ class HostKV:
         slot, self._turn = self._turn, (self._turn + 1) % len(self._buffers)
         opened = _Open(visit, self._shape.view(self._buffers[slot], visit.kv.capacity), slot)
         if visit.kv.length:
-            pairs = _pairs(opened.buffer, visit.kv.layers[visit.layer].data, visit.kv.length)
+            pairs = _pairs(opened.buffer, visit.kv.layers[visit.layer].data, 0, visit.kv.length)
             opened.filled = self._up.submit(pairs, object="kv", direction="h2d", after=self._busy[slot])
         self._pass.open.append(opened)
 
@@ -313,10 +313,11 @@ class HostKV:
         self._open_next()
 
 
-def _pairs(dst: torch.Tensor, src: torch.Tensor, tokens: int) -> Pairs:
-    """Copies of the first `tokens` of two blocks [2, Hkv, capacity, D], each copy contiguous on both sides."""
-    wasted = dst.numel() * dst.element_size() * (dst.shape[2] - tokens) // dst.shape[2]
-    if wasted <= max(FLAT_COPY_WASTE, dst.numel() * dst.element_size() // 16):
+def _pairs(dst: torch.Tensor, src: torch.Tensor, first: int, last: int) -> Pairs:
+    """Copies of tokens [first, last) of two blocks [2, Hkv, capacity, D], each copy contiguous on both sides."""
+    nbytes = dst.numel() * dst.element_size()
+    wasted = nbytes * (dst.shape[2] - last) // dst.shape[2]
+    if first == 0 and wasted <= max(FLAT_COPY_WASTE, nbytes // 16):
         return [(dst, src)]
     heads = [(part, head) for part in range(2) for head in range(dst.shape[1])]
-    return [(dst[part, head, :tokens], src[part, head, :tokens]) for part, head in heads]
+    return [(dst[part, head, first:last], src[part, head, first:last]) for part, head in heads]

@@ -90,10 +90,9 @@ class Scheduler:
     def cancel(self, request_id: str) -> bool:
         with self._lock:
             sequence = self._by_id.get(request_id)
-            if sequence is None or sequence.cancelled:
-                return False
-            sequence.cancelled = True
-            return True
+            if sequence is not None:
+                sequence.cancelled = True
+            return sequence is not None
 
     def admit(self) -> list[Sequence]:
         """Move waiting sequences into the running set, in order, as far as batch, pass and KV memory allow.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from elsa_serve.offload.engine import OffloadEngine
 from elsa_serve.protocol import GenerationRequest, SamplingParams, TokenEvent, stream
 
@@ -31,7 +32,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"sliding_window": 24},
     "qwen3": {},
-    "gemma2": {"sliding_window": 24, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 20.0, "tie_word_embeddings": False},
+    "gemma2": {
+        "sliding_window": 24,
+        "query_pre_attn_scalar": 16,
+        "attn_logit_softcapping": 20.0,
+        "tie_word_embeddings": False,
+    },
 }
 _ids = itertools.count()
 

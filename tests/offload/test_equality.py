@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from elsa_serve.protocol import Event, TokenEvent
 from engine_models import (
     FAMILIES,
     generate,
@@ -19,6 +18,8 @@ from engine_models import (
     save_checkpoint,
     tokens_of,
 )
+
+from elsa_serve.protocol import Event, TokenEvent
 
 STREAMED: dict[str, Any] = {"resident_layers": 0, "chunk_tokens": 16}
 # The device's budget holds the ring, two working buffers and the KV of one or two layers; the rest goes to the host.

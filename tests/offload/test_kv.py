@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+from collections.abc import Iterator
 
 import pytest
 import torch
+
 from elsa_serve.errors import BudgetError
 from elsa_serve.offload.kv import ALIGNMENT, Arena, Block, HostKV, KVPool, KVShape, RequestKV, Visit
 from elsa_serve.offload.streams import Streams, make_streams
@@ -42,7 +45,7 @@ def test_the_arena_never_gives_a_byte_twice_and_becomes_whole_again() -> None:
         elif (block := memory.allocate(random.randint(1, 12 * ALIGNMENT))) is not None:
             blocks.append(block)
         taken = sorted(blocks)
-        assert all(a.offset + a.nbytes <= b.offset for a, b in zip(taken, taken[1:]))
+        assert all(a.offset + a.nbytes <= b.offset for a, b in itertools.pairwise(taken))
         assert memory.used_bytes == sum(block.nbytes for block in blocks)
     for block in blocks:
         memory.free(block)
@@ -89,10 +92,10 @@ def test_what_can_never_fit_is_refused_with_numbers() -> None:
 
 
 @pytest.fixture(params=["overlapped", "serial"])
-def streams(request: pytest.FixtureRequest) -> Streams:
+def streams(request: pytest.FixtureRequest) -> Iterator[Streams]:
     made = make_streams("cpu", serial=request.param == "serial")
-    request.addfinalizer(made.close)
-    return made
+    yield made
+    made.close()
 
 
 def run_pass(host_kv: HostKV, kvs: list[RequestKV], new: list[int], seen: list[torch.Tensor], skip: int = -1) -> None:
@@ -167,7 +170,9 @@ def test_transfers_are_counted(streams: Streams) -> None:
     run_pass(host_kv, kvs, [4], seen)
     block = 2 * SHAPE.kv_heads * 12 * SHAPE.head_dim * 4
     token = SHAPE.layers * 2 * SHAPE.kv_heads * SHAPE.head_dim * 4
-    assert {(t.object, t.direction, t.bytes, t.count) for t in streams.drain_transfers()} == {("kv", "d2h", 3 * block, 3)}
+    assert {(t.object, t.direction, t.bytes, t.count) for t in streams.drain_transfers()} == {
+        ("kv", "d2h", 3 * block, 3)
+    }
     run_pass(host_kv, kvs, [1], seen)
     assert {(t.object, t.direction, t.bytes, t.count) for t in streams.drain_transfers()} == {
         ("kv", "h2d", 3 * block, 3),

@@ -8,10 +8,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from elsa_serve.offload.output import Detokenizer, OutputText, StopStrings, eos_token_ids
 from engine_models import save_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from elsa_serve.offload.output import Detokenizer, OutputText, StopStrings, eos_token_ids
 
 
 @pytest.fixture(scope="module")

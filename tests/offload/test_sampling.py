@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from elsa_serve.offload.sampling import BadLogits, Sampler, filtered_probabilities
 from elsa_serve.protocol import SamplingParams
 
