@@ -20,11 +20,11 @@ class HostBuffer:
     def __init__(self, nbytes: int, *, pin: bool) -> None:
         self.nbytes = nbytes
         # Private, so that it counts as the process's own memory and not as a tmpfs file's.
-        self._map = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):  # fewer pages to lock; no copy-on-write under a DMA
             if hasattr(mmap, advice):
-                _advise(self._map, getattr(mmap, advice))
-        self.tensor = torch.frombuffer(self._map, dtype=torch.uint8)[:nbytes]
+                _advise(memory, getattr(mmap, advice))
+        self.tensor = torch.frombuffer(memory, dtype=torch.uint8)[:nbytes]  # keeps the mapping alive
         self._pinned = False
         if pin and nbytes:
             _register(self.tensor)

@@ -310,7 +310,8 @@ def _match_names(checkpoint: Checkpoint, places: Mapping[str, torch.Tensor], wei
         raise CheckpointError(
             f"the checkpoint in {checkpoint.directory} lacks {len(missing)} of {len(places)} tensors of "
             f"{type(weights.model).__name__}, such as {missing[0]} (stored as {stored(missing[0])}); it is incomplete, "
-            "or of an architecture whose weights transformers rearranges on loading"
+            "or of an architecture (such as a mixture of experts) whose tensors transformers renames or merges while "
+            "loading, which the offload engine does not do yet"
         )
     known = {stored(name) for name in places}
     extra = [name for name in checkpoint.files if name not in known and not name.endswith("rotary_emb.inv_freq")]

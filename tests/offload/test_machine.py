@@ -120,7 +120,6 @@ def test_a_host_buffer_costs_what_was_asked() -> None:
     assert abs(resident() - before - size) < (8 << 20)
     buffer.close()
     buffer.close()
-    del buffer
     gc.collect()
     assert resident() - before < (8 << 20)
 

@@ -134,6 +134,28 @@ def test_impossible_rings_are_refused(
         WeightStream(weights, resident, slots, make_streams("cpu", serial=True))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("serial", [False, True])
+def test_streamed_equals_resident_on_the_gpu(directory: Path, serial: bool) -> None:
+    weights = load_model(directory, dtype="auto", device="cuda", attn_implementation="sdpa", progress=False)
+    assert weights.store.pinned
+    assert all(flat.is_pinned() for flat in weights.store.layers)
+    results = []
+    for resident, slots in (((0, 1, 2, 3, 4), 0), ((), 2), ((2,), 3)):
+        streams = make_streams("cuda", serial=serial)
+        ring = WeightStream(weights, resident, slots, streams)
+        with streamed(weights, ring):
+            results += [logits(weights.model, IDS.cuda()) for _ in range(3)]
+        streams.synchronize()
+        moved = sum(transfer.bytes for transfer in streams.drain_transfers())
+        assert moved >= 3 * (5 - len(resident)) * weights.store.layers[0].numel()
+        ring.close()
+        streams.close()
+    assert all(torch.equal(result, results[0]) for result in results)
+    weights.close()
+
+
 # --- a device that computes as late as it may and copies as early as it may --------------------------------------
 
 
