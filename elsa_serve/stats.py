@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+EngineState = Literal["loading", "ready", "draining", "stalled", "failed"]
 Outcome = Literal["ok", "length", "cancelled", "rejected", "client_error", "server_error", "timeout"]
 TransferObject = Literal["weights", "kv"]
 Direction = Literal["h2d", "d2h"]
@@ -87,7 +88,52 @@ class Gauges:
     host_bytes: dict[str, int] = field(default_factory=dict)  # requested, pinned, pageable, cgroup_limit
 
 
-Record = RequestReceived | RequestRejected | RequestFinished | StepStats | InterTokenLatency | Gauges
+@dataclass(frozen=True, slots=True)
+class ClientDisconnected:
+    """A client went away before its answer was complete; the request itself ends as cancelled."""
+
+    phase: Literal["queue", "prefill", "decode"]
+
+
+@dataclass(frozen=True, slots=True)
+class CancelLatency:
+    """From the abort of a request to its last event, when its slot is free again."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class ServerState:
+    """What /readyz answers now, and the requests still open (the rest of a drain)."""
+
+    state: EngineState
+    open_requests: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStarted:
+    """Once, when the engine is ready: what is being served, on what, and how long the start took."""
+
+    model: str
+    dtype: str
+    attention: str
+    max_context: int
+    startup_s: float
+    versions: dict[str, str] = field(default_factory=dict)  # version, torch, cuda, gpu
+
+
+Record = (
+    RequestReceived
+    | RequestRejected
+    | RequestFinished
+    | StepStats
+    | InterTokenLatency
+    | Gauges
+    | ClientDisconnected
+    | CancelLatency
+    | ServerState
+    | EngineStarted
+)
 
 
 class MetricsSink(Protocol):
