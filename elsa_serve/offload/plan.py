@@ -77,6 +77,10 @@ class Geometry:
     def kv_bytes(self, tokens: int) -> int:
         return self.layers * self.kv_layer_bytes(tokens)
 
+    def streamed_bytes(self, resident: int) -> int:
+        """Weights of the layers that are not resident."""
+        return self.weights_bytes - self.weights_bytes * resident // self.layers
+
     def prefill_flops(self, tokens: int) -> float:
         """Matrix products of the decoder layers and causal attention, one prompt."""
         parameters = self.weights_bytes / self.dtype.itemsize
@@ -230,8 +234,6 @@ def _place_chunked(request: _Request, context: int, chunk: int) -> Plan:
     slots = request.slots or _choose_slots(geometry, request.gpu_budget)
     items = _fixed_items(request, context, chunk)
     kv_host = working = 0
-    if geometry.weights_bytes > request.host_budget:
-        raise BudgetError(_host_message(request, 0))
     resident = request.resident or 0
     ring = slots if resident < geometry.layers else 0
     free = request.gpu_budget - sum(items.values()) - (ring + resident) * geometry.layer_bytes
@@ -243,13 +245,18 @@ def _place_chunked(request: _Request, context: int, chunk: int) -> Plan:
         if free < 0:
             raise BudgetError(_device_message(request, items, ring, resident, working))
         kv_gpu = free // layer * layer
-        kv_host = _host_kv(request, wanted - kv_gpu)
-        _check_one_context(request, context, kv_gpu, kv_host)
+        room = request.host_budget - geometry.streamed_bytes(resident)
+        kv_host = max(0, min(wanted - kv_gpu, room // ALIGNMENT * ALIGNMENT))
+        if kv_gpu // layer + kv_host // layer < geometry.layers:  # one request of full length, whole layers in a pool
+            raise BudgetError(_host_message(request, resident, geometry.kv_bytes(context) - kv_gpu))
     free -= kv_gpu
     if request.resident is None:
         resident, free = _fill_with_layers(geometry, free, slots)
     streamed = geometry.layers - resident
     slots = slots if streamed else 0
+    weights = geometry.streamed_bytes(resident)
+    if weights + kv_host > request.host_budget:
+        raise BudgetError(_host_message(request, resident, kv_host))
     gpu = {
         **items,
         "layer slots": slots * geometry.layer_bytes,
@@ -274,7 +281,7 @@ def _place_chunked(request: _Request, context: int, chunk: int) -> Plan:
         gpu_budget=request.gpu_budget,
         host_budget=request.host_budget,
         gpu_bytes=gpu,
-        host_bytes={"weights of all layers": geometry.weights_bytes, "KV": kv_host},
+        host_bytes={"weights of streamed layers": weights, "KV": kv_host},
         rates=request.rates,
     )
 
@@ -345,21 +352,8 @@ def _device_message(request: _Request, items: dict[str, int], ring: int, residen
     )
 
 
-def _host_kv(request: _Request, wanted: int) -> int:
-    """Bytes of the host pool: as wanted, as far as the budget goes beside the weights."""
-    room = request.host_budget - request.geometry.weights_bytes
-    return min(wanted, room // ALIGNMENT * ALIGNMENT)
-
-
-def _check_one_context(request: _Request, context: int, kv_gpu: int, kv_host: int) -> None:
-    """One request of full length must fit, whole layers in either pool."""
-    layer = request.geometry.kv_layer_bytes(context)
-    if kv_gpu // layer + kv_host // layer < request.geometry.layers:
-        raise BudgetError(_host_message(request, request.geometry.kv_bytes(context) - kv_gpu))
-
-
-def _host_message(request: _Request, kv: int) -> str:
-    weights = request.geometry.weights_bytes
+def _host_message(request: _Request, resident: int, kv: int) -> str:
+    weights = request.geometry.streamed_bytes(resident)
     return (
         f"a budget of {format_size(request.host_budget)} in host memory (--host-memory, or the container's limit) is "
         f"too small: {format_size(weights + kv)} are needed (weights {format_size(weights)}, KV {format_size(kv)})"
@@ -389,7 +383,7 @@ def _aligned(nbytes: int) -> int:
 def _predict(plan: Plan) -> Plan:
     """Times of one request of full length: in every phase the slowest of the pipes that run beside each other."""
     geometry, rates = plan.geometry, plan.rates
-    weights = geometry.weights_bytes * plan.streamed_layers // geometry.layers
+    weights = geometry.streamed_bytes(len(plan.resident_layers))
     kv = geometry.kv_bytes(plan.context)
     kv_host = kv * (geometry.layers - len(plan.kv_gpu_layers)) // geometry.layers
     prefill = {

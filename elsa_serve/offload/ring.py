@@ -29,7 +29,8 @@ Parameters = Mapping[str, nn.Parameter]
 class WeightStream:
     """Binds one decoder layer after the other to its weights on the device.
 
-    `resident` layers are uploaded once; at least 2 `slots` are needed for the others (1 works, without any overlap).
+    `resident` layers are uploaded once, unless they were loaded to the device; the others need at least 2 `slots` (1
+    works, without any overlap).
     Raises ValueError for slots or layers out of range. Belongs to one thread.
     """
 
@@ -62,7 +63,9 @@ class WeightStream:
         parameters: dict[int, Parameters] = {}
         nbytes = 0
         for index in resident:
-            flat = self._store.layers[index].to(device, copy=True)
+            flat = self._store.layers[index]
+            if index not in self._store.resident:
+                flat = flat.to(device, copy=True)
             parameters[index] = _as_parameters(flat, self._store.layouts[index])
             nbytes += flat.numel()
         return parameters, nbytes

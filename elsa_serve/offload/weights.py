@@ -8,7 +8,7 @@ memory while the layer runs (`LayerBinding`) and are meta tensors otherwise.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -85,20 +85,39 @@ class LayerBinding:
 
 
 class LayerStore:
-    """The decoder layers' weights on the host: one flat uint8 tensor a layer, page-locked where there is a GPU."""
+    """The decoder layers' weights: one flat uint8 tensor a layer, in host memory, page-locked where there is a GPU.
 
-    def __init__(self, layouts: Sequence[Layout], sizes: Sequence[int], *, pin: bool) -> None:
+    The `resident` layers lie on the device instead and take no host memory. `nbytes` counts both, `host_nbytes` one.
+    """
+
+    def __init__(
+        self,
+        layouts: Sequence[Layout],
+        sizes: Sequence[int],
+        device: torch.device,
+        resident: Collection[int] = (),
+    ) -> None:
         self.layouts = tuple(layouts)
-        self.pinned = pin
+        self.pinned = device.type == "cuda"
+        self.resident = frozenset(resident)
         self.nbytes = sum(sizes)
         self._buffers: list[HostBuffer] = []
+        layers = []
         try:
-            for size in sizes:
-                self._buffers.append(HostBuffer(size, pin=pin))
+            for index, size in enumerate(sizes):
+                if index in self.resident:
+                    layers.append(torch.zeros(size, dtype=torch.uint8, device=device))
+                else:
+                    self._buffers.append(HostBuffer(size, pin=self.pinned))
+                    layers.append(self._buffers[-1].tensor)
         except BaseException:
             self.close()
             raise
-        self.layers: tuple[torch.Tensor, ...] = tuple(buffer.tensor for buffer in self._buffers)
+        self.layers: tuple[torch.Tensor, ...] = tuple(layers)
+
+    @property
+    def host_nbytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self._buffers)
 
     def views(self, index: int) -> dict[str, torch.Tensor]:
         return flat_views(self.layers[index], self.layouts[index])
@@ -113,7 +132,7 @@ class LayerStore:
 
 @dataclass(slots=True)
 class ModelWeights:
-    """A model whose decoder layers lie in host memory (parameters on meta) and whose rest lies on `device`."""
+    """A model whose decoder layers' weights lie in a store (parameters on meta), and whose rest lies on `device`."""
 
     model: nn.Module  # transformers' CausalLM, in eval mode
     config: Any
@@ -136,10 +155,13 @@ def load_model(
     device: torch.device | str,
     load_format: LoadFormat = "auto",
     attn_implementation: str | None = None,
+    resident: Collection[int] = (),
     seed: int = 0,
     progress: bool = True,
 ) -> ModelWeights:
     """Load a Hugging Face checkpoint directory, tensor by tensor, straight into its place.
+
+    The decoder layers in `resident` go to the device and take no host memory.
 
     dtype "auto" keeps the checkpoint's own. load_format "dummy" draws random weights of any config.json, as
     transformers would initialise them. Raises CheckpointError naming the value and the remedy.
@@ -154,7 +176,7 @@ def load_model(
     # transformers' rule for buffers writes a module's weights too, so it runs while those are still meta tensors
     materialise_buffers(model, device)
     device_nbytes = _materialise_outside(model, layers, device)
-    store = LayerStore(layouts, sizes, pin=device.type == "cuda")
+    store = LayerStore(layouts, sizes, device, resident)
     weights = ModelWeights(model, config, layers, store, device, chosen, device_nbytes)
     try:
         if checkpoint is None:
@@ -352,12 +374,12 @@ def _fill_random(weights: ModelWeights, seed: int, progress: bool) -> None:
             if id(module) not in inside:
                 model._init_weights(module)
         for index, layer in enumerate(layers):
-            host = weights.store.layers[index]
-            flat = torch.zeros_like(host, device=weights.device) if on_gpu else host
+            home = weights.store.layers[index]
+            flat = torch.zeros_like(home, device=weights.device) if on_gpu and not home.is_cuda else home
             _init_layer(model, layer, flat, weights.store.layouts[index])
-            if on_gpu:
-                host.copy_(flat)
-            bar.update(host.numel())
+            if flat is not home:
+                home.copy_(flat)
+            bar.update(home.numel())
 
 
 def _init_layer(model: Any, layer: nn.Module, flat: torch.Tensor, layout: Layout) -> None:

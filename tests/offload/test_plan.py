@@ -116,6 +116,15 @@ def test_resident_layers_are_spread_evenly() -> None:
     assert layers == (0, 5, 10, 15, 20, 25, 30, 35)
 
 
+def test_resident_layers_take_no_host_memory() -> None:
+    plan = plan_13b(gpu_budget=48 * GIB, host_budget=12 * GIB)
+    assert len(plan.resident_layers) > 20
+    assert plan.host_bytes["weights of streamed layers"] <= 12 * GIB
+    with pytest.raises(BudgetError, match="--host-memory"):
+        plan_13b(gpu_budget=48 * GIB, host_budget=12 * GIB, resident_layers=10)
+    assert plan_13b(gpu_budget=64 * GIB, host_budget=0).host_bytes == {"weights of streamed layers": 0, "KV": 0}
+
+
 def test_what_was_asked_for_is_kept() -> None:
     plan = plan_13b(gpu_budget=100 * GIB, resident_layers=0, slots=5, chunk_tokens=1000)
     assert (plan.resident_layers, plan.slots, plan.chunk_tokens) == ((), 5, 1000)
@@ -148,10 +157,13 @@ def test_the_ring_takes_what_was_planned(tmp_path: Path) -> None:
     geometry = Geometry.from_config(config, torch.float32)
     budget = geometry.outside_bytes + 800_000
     plan = make_plan(geometry, gpu_budget=budget, host_budget=10**8, context=64, resident_layers=1, device_type="cpu")
-    weights = load_model(tmp_path, dtype=torch.float32, device="cpu", load_format="dummy", progress=False)
+    weights = load_model(
+        tmp_path, dtype=torch.float32, device="cpu", load_format="dummy", progress=False, resident=plan.resident_layers
+    )
     streams = make_streams("cpu")
     ring = WeightStream(weights, plan.resident_layers, plan.slots, streams)
     assert ring.device_nbytes == plan.gpu_bytes["layer slots"] + plan.gpu_bytes["resident layers"]
+    assert weights.store.host_nbytes == plan.host_bytes["weights of streamed layers"]
     ring.close()
     streams.close()
     weights.close()
@@ -226,7 +238,7 @@ def test_a_gpu_too_small_for_two_layers() -> None:
 
 
 def test_a_host_too_small_for_the_weights() -> None:
-    with pytest.raises(BudgetError, match=r"20\.0 GiB in host memory.*23\.6 GiB are needed"):
+    with pytest.raises(BudgetError, match=r"20\.0 GiB in host memory.* are needed \(weights 23\.6 GiB, KV"):
         plan_13b(host_budget=20 * GIB)
 
 

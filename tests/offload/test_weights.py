@@ -92,6 +92,22 @@ def test_a_layer_is_one_flat_buffer_of_aligned_parameters(checkpoints: dict[str,
         assert weights.store.nbytes == sum(flat.numel() for flat in weights.store.layers)
 
 
+@pytest.mark.parametrize("load_format", ["safetensors", "dummy"])
+def test_resident_layers_take_no_host_memory(checkpoints: dict[str, Path], load_format: str) -> None:
+    with loaded(checkpoints["llama"], load_format=load_format) as weights:
+        whole, expected = weights.store.host_nbytes, run(weights)
+    with loaded(checkpoints["llama"], load_format=load_format, resident=(0, 3)) as weights:
+        assert weights.store.host_nbytes == whole * 3 // 5
+        assert weights.store.nbytes == whole
+        streams = make_streams("cpu")
+        ring = WeightStream(weights, (0, 3), 2, streams)
+        assert ring.device_nbytes == 4 * whole // 5
+        with streamed(weights, ring):
+            assert torch.equal(logits(weights.model, IDS), expected)
+        ring.close()
+        streams.close()
+
+
 def test_tied_weights_are_stored_once(checkpoints: dict[str, Path]) -> None:
     with loaded(checkpoints["qwen3"]) as weights:
         assert weights.model.lm_head.weight is weights.model.model.embed_tokens.weight
