@@ -1,0 +1,80 @@
+"""The implementation "gluon": Hopper's own form (TMA, warp specialisation, wgmma) of FP32-accurate and half attention.
+
+Importing this package imports neither Triton nor a compiler; the first call does.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+
+from elsa_kernels.registry import Implementation, Operands, Problem, register
+from elsa_kernels.state import State
+
+HEAD_DIMS = (64, 128)
+# Under this many query rows most of a program's 128 would be padding, and splitting the keys over the SMs pays more.
+MIN_QUERIES = 64
+MAX_POSITION = 2**29  # positions, and sums of a few of them, stay within int32
+
+
+@functools.cache
+def _missing() -> str | None:
+    """Why the compiler is not there, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if importlib.util.find_spec("triton.experimental.gluon") is None:
+        return "this Triton has no Gluon (it came with 3.5)"
+    return None
+
+
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def supports(problem: Problem) -> str | None:
+    if problem.device.type != "cuda" or torch.version.hip:
+        return f"it runs on NVIDIA Hopper, not on {'ROCm' if torch.version.hip else problem.device.type}"
+    index = problem.device.index
+    capability = _capability(torch.cuda.current_device() if index is None else index)
+    if capability != (9, 0):
+        return f"it runs on compute capability 9.0 (Hopper), not {capability[0]}.{capability[1]}"
+    if _missing():
+        return _missing()
+    if os.environ.get("TRITON_INTERPRET", "0") == "1":
+        return "Gluon has no interpreter (TRITON_INTERPRET=1)"
+    return refuse(problem)
+
+
+def refuse(problem: Problem) -> str | None:
+    """What about the problem itself, the device aside, this form does not take."""
+    if problem.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"it computes float32, float16 and bfloat16, not {str(problem.dtype).removeprefix('torch.')}"
+    if problem.precision == "ieee":
+        return "precision 'ieee' excludes tensor cores"
+    if problem.precision == "tf32":
+        return "it is FP32-accurate; precision 'tf32' asks for less"
+    if problem.D not in HEAD_DIMS:
+        return f"head dimension {problem.D} is neither 64 nor 128"
+    if problem.scale < 0:
+        return "the scale is negative"
+    if problem.Nq < MIN_QUERIES:
+        return f"{problem.Nq} query rows are fewer than {MIN_QUERIES}"
+    if max(problem.Nq, problem.Nk, abs(problem.q_start)) > MAX_POSITION:
+        return f"positions reach beyond {MAX_POSITION}"
+    extras = {"softcap": problem.softcap is not None, "ALiBi slopes": problem.has_alibi, "bias": problem.has_bias}
+    refused = [name for name, present in extras.items() if present]
+    return f"it does not take {' or '.join(refused)}" if refused else None
+
+
+def run(problem: Problem, operands: Operands) -> torch.Tensor | State:
+    from elsa_kernels.gluon import launch
+
+    with torch.cuda.device(problem.device):
+        return launch.run(problem, operands)
+
+
+implementation = register(Implementation(name="gluon", priority=30, supports=supports, run=run))

@@ -108,7 +108,13 @@ def _outputs(problem: Problem, tile: Tile) -> tuple[torch.Tensor, torch.Tensor, 
 
 
 def _careful_pass(
-    problem: Problem, operands: Operands, tile: Tile, out: torch.Tensor, m: torch.Tensor, s: torch.Tensor, todo: torch.Tensor
+    problem: Problem,
+    operands: Operands,
+    tile: Tile,
+    out: torch.Tensor,
+    m: torch.Tensor,
+    s: torch.Tensor,
+    todo: torch.Tensor,
 ) -> None:
     """Compute the marked tiles again with exact FP32 products that leave masked keys out, whatever their values.
 

@@ -38,7 +38,26 @@ P_EXPONENT = gl.constexpr(14)  # P ≤ 1 is held as P·2^14 < 65504: its lo half
 
 
 @gluon.jit
-def _produce(k_hi, k_lo, v_hi, v_lo, kh, kl, vh, vl, k_full, k_free, v_full, v_free, b, kv_head, first, end, BN: gl.constexpr, STAGES: gl.constexpr):
+def _produce(
+    k_hi,
+    k_lo,
+    v_hi,
+    v_lo,
+    kh,
+    kl,
+    vh,
+    vl,
+    k_full,
+    k_free,
+    v_full,
+    v_free,
+    b,
+    kv_head,
+    first,
+    end,
+    BN: gl.constexpr,
+    STAGES: gl.constexpr,
+):
     """Stream the tiles [first, end) of K and V into the ring."""
     for t in range(first, end):
         i = t - first

@@ -1,0 +1,308 @@
+"""The Hopper form: what it takes, what its binaries look like (compiled here, ahead of time), and its results on a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+import elsa_kernels
+from elsa_kernels import gluon
+from elsa_kernels.reference import attention_reference
+from elsa_kernels.registry import Problem
+
+triton = pytest.importorskip("triton")
+pytest.importorskip("triton.experimental.gluon")
+
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+needs_hopper = pytest.mark.skipif(not HOPPER, reason="needs a compute capability 9.0 device")
+
+
+def problem(**changes) -> Problem:
+    base = Problem(
+        B=1, H=4, Hkv=2, Nq=300, Nk=300, D=128, dtype=torch.float32, device=torch.device("cuda", 0), precision="fp32",
+        causal=True, scale=0.1, q_start=0,
+    )  # fmt: skip
+    return dataclasses.replace(base, **changes)
+
+
+# --- what it takes
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {}, {"D": 64}, {"dtype": torch.float16}, {"dtype": torch.bfloat16}, {"window": 17}, {"has_sinks": True},
+        {"has_kv_range": True}, {"return_state": True}, {"causal": False}, {"Nq": 64}, {"q_start": -20},
+    ],
+)  # fmt: skip
+def test_takes(changes):
+    assert gluon.refuse(problem(**changes)) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"dtype": torch.float64}, "float64"),
+        ({"precision": "ieee"}, "tensor cores"),
+        ({"precision": "tf32"}, "tf32"),
+        ({"D": 96}, "head dimension 96"),
+        ({"scale": -1.0}, "negative"),
+        ({"Nq": 63}, "63 query rows"),
+        ({"Nk": 2**30}, "positions"),
+        ({"softcap": 30.0}, "softcap"),
+        ({"has_alibi": True}, "ALiBi"),
+        ({"has_bias": True}, "bias"),
+    ],
+)
+def test_refuses_with_the_reason(changes, reason):
+    assert reason in gluon.refuse(problem(**changes))
+
+
+def test_refuses_other_devices():
+    assert "not on cpu" in gluon.supports(problem(device=torch.device("cpu")))
+
+
+def test_refuses_other_generations(monkeypatch):
+    monkeypatch.setattr(gluon, "_capability", lambda index: (8, 0))
+    assert "not 8.0" in gluon.supports(problem())
+
+
+def test_is_preferred_on_hopper(monkeypatch):
+    monkeypatch.setattr(gluon, "_capability", lambda index: (9, 0))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert elsa_kernels.select(problem()).name == "gluon"
+
+
+# --- binaries
+
+
+def compile_for_hopper(kernel, descriptors: dict[str, str], element: str, constants: dict[str, object]):
+    """One variant for sm_90a, with the types that the launcher passes."""
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    signature, constexprs, aligned = {}, {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name], constexprs[(i,)] = "constexpr", constants[name]
+        elif name in descriptors:
+            signature[name] = descriptors[name]
+        elif name in ("kv_range", "todo"):
+            signature[name] = "*i32"
+        elif name == "scale":
+            signature[name] = "fp32"
+        elif "stride" in name:
+            signature[name] = "i32"
+        elif name in ("q", "k_scale", "v_scale", "sinks", "m_out", "s_out", "out"):
+            signature[name] = f"*{element}" if name == "out" else "*fp32"
+        else:
+            signature[name] = "i32"
+        if signature[name].startswith("*") or "stride" in name:
+            aligned[(i,)] = [["tt.divisibility", 16]]
+    source = GluonASTSource(kernel, signature, constexprs, aligned)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+
+
+def descriptor(element: str, rows: int, D: int) -> str:
+    layout = "NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)"
+    return f"tensordesc<{element}[1, 1, {rows}, {D}],{layout}>"
+
+
+FEATURES = ("WINDOW", "KV_RANGE", "SINKS", "STATE")
+
+
+def split_variant(D: int, causal: bool, features: bool):
+    from elsa_kernels.gluon.launch import SPLIT_TILES
+    from elsa_kernels.gluon.split_kernel import split_attention
+
+    tile = SPLIT_TILES[D]
+    planes = dict.fromkeys(("k_hi", "k_lo", "v_hi", "v_lo"), descriptor("fp16", tile.BN, D))
+    constants = dict.fromkeys(FEATURES, features) | {
+        "D": D, "BN": tile.BN, "STAGES": tile.stages, "GROUPS": tile.groups, "REGS": tile.registers, "CAUSAL": causal,
+    }  # fmt: skip
+    return compile_for_hopper(split_attention, planes, "fp32", constants)
+
+
+def half_variant(element: str, D: int, causal: bool, features: bool):
+    from elsa_kernels.gluon.half_kernel import half_attention
+    from elsa_kernels.gluon.launch import HALF_TILES, ROWS
+
+    tile = HALF_TILES[D]
+    kv = descriptor(element, tile.BN, D)
+    descriptors = {"q_desc": descriptor(element, ROWS, D), "k_desc": kv, "v_desc": kv}
+    constants = dict.fromkeys(FEATURES, features) | {
+        "D": D, "BN": tile.BN, "STAGES": tile.stages, "GROUPS": tile.groups, "REGS": tile.registers,
+        "TURNS": tile.turns, "CAUSAL": causal,
+    }  # fmt: skip
+    return compile_for_hopper(half_attention, descriptors, "fp32" if features else element, constants)
+
+
+def machine_code(compiled, tmp_path: Path) -> str:
+    """SASS of the compiled kernel."""
+    file = tmp_path / "kernel.cubin"
+    file.write_bytes(compiled.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return subprocess.run([tool, "-sass", file], capture_output=True, text=True, check=True).stdout
+
+
+def count(sass: str, opcode: str) -> int:
+    return len(re.findall(rf"\s{opcode}\b", sass))
+
+
+SHARED_LIMIT = 227 * 1024
+
+
+@pytest.mark.parametrize(("D", "causal", "features"), [(128, True, False), (64, False, True)])
+def test_split_kernel_compiles_without_spills(D, causal, features, tmp_path):
+    compiled = split_variant(D, causal, features)
+    sass = machine_code(compiled, tmp_path)
+    assert count(sass, "LDL") == count(sass, "STL") == 0
+    assert count(sass, "HGMMA") > 0
+    assert count(sass, "HMMA") == 0
+    assert count(sass, "UTMALDG") >= 4  # both planes of K and of V arrive by TMA
+    assert compiled.metadata.shared <= SHARED_LIMIT
+
+
+@pytest.mark.parametrize(
+    ("element", "D", "causal", "features"), [("fp16", 128, True, True), ("bf16", 64, False, False)]
+)
+def test_half_kernel_hides_its_softmax(element, D, causal, features, tmp_path):
+    compiled = half_variant(element, D, causal, features)
+    sass = machine_code(compiled, tmp_path)
+    assert count(sass, "HMMA") == 0
+    # A handful of scalars may be parked while the loops run; a spill inside them would show in the hundreds.
+    assert count(sass, "LDL") + count(sass, "STL") <= 32
+    assert compiled.metadata.shared <= SHARED_LIMIT
+    # Between the wait for S (one product may still run) and the wait for P·V (none may) lie the exponentials.
+    overlapped = re.findall(r"DEPBAR\.LE gsb0, 0x1 ;(.*?)DEPBAR\.LE gsb0, 0x0 ;", sass, re.DOTALL)
+    assert overlapped
+    for region in overlapped:
+        assert count(region, r"MUFU\.EX2") >= 64 * 128 // 128
+
+
+# --- results
+
+
+def inputs(B, H, Hkv, Nq, Nk, D, dtype, seed=0):
+    g = torch.Generator(device="cuda").manual_seed(seed)
+    q = torch.randn(B, H, Nq, D, device="cuda", dtype=dtype, generator=g)
+    k, v = (torch.randn(B, Hkv, Nk, D, device="cuda", dtype=dtype, generator=g) for _ in range(2))
+    return q, k, v
+
+
+def truth(q, k, v, **options):
+    return attention_reference(q.double(), k.double(), v.double(), **options)
+
+
+def relative_error(got, want):
+    return ((got.double() - want).norm() / want.norm()).item()
+
+
+LIMIT = {torch.float32: 1e-6, torch.float16: 4e-4, torch.bfloat16: 4e-3}
+
+
+@needs_hopper
+@pytest.mark.gpu
+@pytest.mark.hopper
+@pytest.mark.parametrize("dtype", list(LIMIT), ids=str)
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize(
+    ("H", "Hkv", "Nq", "Nk", "causal"),
+    [
+        (4, 4, 300, 300, True),
+        (4, 2, 77, 333, True),
+        (4, 1, 130, 1, False),
+        (2, 2, 200, 70, True),
+        (2, 1, 129, 1025, False),
+    ],
+)
+def test_agrees_with_the_reference(dtype, D, H, Hkv, Nq, Nk, causal):
+    q, k, v = inputs(2, H, Hkv, Nq, Nk, D, dtype)
+    out = elsa_kernels.attention(q, k, v, causal=causal, impl="gluon")
+    assert relative_error(out, truth(q, k, v, causal=causal)) < LIMIT[dtype]
+
+
+@needs_hopper
+@pytest.mark.gpu
+@pytest.mark.hopper
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("features", ["window", "sinks", "kv_range", "q_start", "all"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_state_under_every_mask(dtype, features, causal):
+    q, k, v = inputs(2, 4, 2, 200, 333, 128, dtype)
+    options = {
+        "window": {"window": 70},
+        "sinks": {"sinks": torch.tensor([0.5, -math.inf, 30.0, -3.0], device="cuda")},
+        "kv_range": {"kv_range": torch.tensor([[5, 300], [200, 200]], dtype=torch.int32, device="cuda")},
+        "q_start": {"q_start": -40},
+    }
+    chosen = {k: v for part in options.values() for k, v in part.items()} if features == "all" else options[features]
+    state = elsa_kernels.attention(q, k, v, causal=causal, return_state=True, impl="gluon", **chosen)
+    want = truth(q, k, v, causal=causal, return_state=True, **chosen)
+    torch.testing.assert_close(state.logsumexp().double(), want.logsumexp(), rtol=1e-6, atol=4e-6)
+    assert relative_error(state.finalize(), want.finalize()) < LIMIT[dtype]
+
+
+@needs_hopper
+@pytest.mark.gpu
+@pytest.mark.hopper
+@pytest.mark.parametrize("family", ["tiny", "huge", "outlier", "zero", "subnormal", "sharp"])
+def test_fp32_accuracy_whatever_the_range(family):
+    q, k, v = inputs(1, 2, 2, 256, 1024, 128, torch.float32)
+    if family == "tiny":
+        q, k, v = q * 1e-4, k * 1e-4, v * 1e-4
+    elif family == "huge":
+        q, k, v = q * 1e-4, k * 1e4, v * 1e4
+    elif family == "outlier":
+        k[..., 3] *= 1e3
+        q[..., 3] *= 1e-3
+        v[..., 5] *= 1e3
+    elif family == "zero":
+        k[..., 7] = 0
+        v[..., :] = 0
+        v[..., 0] = 1
+    elif family == "subnormal":
+        v = v * 1e-39
+    elif family == "sharp":
+        q = q * 4
+    out = elsa_kernels.attention(q, k, v, impl="gluon")
+    assert relative_error(out, truth(q, k, v)) < 1.5e-6
+
+
+@needs_hopper
+@pytest.mark.gpu
+@pytest.mark.hopper
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("which", ["q", "k", "v"])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_infinities_and_nan_as_in_the_reference(dtype, which, value):
+    tensors = dict(zip("qkv", inputs(1, 2, 1, 150, 150, 64, dtype)))
+    tensors[which][0, 0, 100, 3] = value
+    out = elsa_kernels.attention(**tensors, causal=True, impl="gluon")
+    want = truth(**tensors, causal=True)
+    assert torch.equal(out.isnan(), want.isnan())
+    assert torch.equal(out.isinf(), want.isinf())
+    finite = want.isfinite()
+    assert relative_error(out[finite], want[finite]) < LIMIT[dtype]
+
+
+@needs_hopper
+@pytest.mark.gpu
+@pytest.mark.hopper
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_strided_inputs_and_equal_bits_in_any_batch(dtype):
+    q, k, v = (
+        x.transpose(1, 2) for x in (t.transpose(1, 2).contiguous() for t in inputs(3, 4, 2, 300, 300, 128, dtype))
+    )
+    out = elsa_kernels.attention(q, k, v, causal=True, impl="gluon")
+    assert torch.equal(out, elsa_kernels.attention(q, k, v, causal=True, impl="gluon"))
+    alone = elsa_kernels.attention(q[1:2], k[1:2], v[1:2], causal=True, impl="gluon")
+    assert torch.equal(out[1:2], alone)
+    packed = elsa_kernels.attention(*(x.contiguous() for x in (q, k, v)), causal=True, impl="gluon")
+    assert torch.equal(out, packed)
