@@ -1,0 +1,357 @@
+"""The offload engine at full size with random weights: one long prompt and some tokens, per configuration.
+
+    python load_tests/offload_bench.py --dtype float16 --context 32768 --decode-tokens 8 \\
+        --run gpu-memory=8GiB --run gpu-memory=8GiB,serial=1 --run gpu-memory=24GiB --run gpu-memory=24GiB,attention=sdpa
+
+Every --run changes some of the flags for one configuration; without any, the flags are the one configuration. All runs
+of a process share the loaded and page-locked weights. Each run warms up on a shorter prompt first; prefill is one pass
+over the prompt, decode the median over the passes after it. `floor_s` is what host memory alone allows: the weights and
+KV that lie there, once a pass, at this machine's measured read bandwidth.
+
+The model has LLaMA-13B's geometry with its positions stretched from 4,096 to 131,072 (linear rope scaling by 32).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from elsa_serve import envs
+from elsa_serve.errors import ElsaError
+from elsa_serve.offload import attention as attentions
+from elsa_serve.offload.engine import OffloadEngine
+from elsa_serve.offload.loading import DTYPES
+from elsa_serve.offload.machine import host_memory
+from elsa_serve.offload.weights import ModelWeights, load_model
+from elsa_serve.protocol import GenerationRequest, SamplingParams, stream
+from elsa_serve.stats import Record, StepStats, Transfer
+
+MODEL = Path(__file__).parent / "models" / "llama-13b.json"
+RUN_KEYS = (
+    "gpu-memory", "host-memory", "attention", "serial", "resident-layers", "slots", "chunk-tokens", "context",
+    "decode-tokens",
+)  # fmt: skip
+WARM_UP_TOKENS = 3
+
+
+@dataclass(slots=True)
+class Steps:
+    """A metrics sink that keeps the passes."""
+
+    passes: list[StepStats]
+
+    def record(self, stats: Record) -> None:
+        if isinstance(stats, StepStats):
+            self.passes.append(stats)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    runs = [parse_run(args, text) for text in args.run or [""]]
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder, shared_weights(args, Path(folder)) as (directory, weights, load_s):
+        bandwidth = read_bandwidth(weights)
+        first_tokens: dict[str, list[int]] = {}
+        for run in runs:
+            row = measure(args, run, directory, weights, bandwidth, first_tokens)
+            row["load_s"] = load_s
+            rows.append(row)
+            print(json.dumps({key: value for key, value in row.items() if value is not None}), flush=True)
+            gc.collect()
+    if args.output:
+        append_rows(args.output, rows)
+    table(rows)
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=MODEL, help="a config.json (default: LLaMA-13B's geometry)")
+    parser.add_argument("--layers", type=int, help="decoder layers (default: the model's)")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float16")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--context", type=int, default=32768, help="prompt tokens (default: 32768)")
+    parser.add_argument("--decode-tokens", type=int, default=8, help="tokens after the first (default: 8)")
+    parser.add_argument("--gpu-memory", default="24GiB", help="device budget, enforced (default: 24GiB)")
+    parser.add_argument("--host-memory", help="host budget (default: 90%% of what is free, the weights included)")
+    parser.add_argument("--attention", choices=sorted(attentions.ATTEND), default="elsa")
+    parser.add_argument("--serial", type=int, default=0, help="1: the serial twin")
+    parser.add_argument("--resident-layers", type=int, help="layers on the device (default: planned)")
+    parser.add_argument("--slots", type=int)
+    parser.add_argument("--chunk-tokens", type=int)
+    parser.add_argument("--run", action="append", metavar="KEY=VALUE,…", help=f"one configuration; {', '.join(RUN_KEYS)}")
+    parser.add_argument("--output", type=Path, help="results file to append the rows to")
+    return parser
+
+
+def parse_run(args: argparse.Namespace, text: str) -> argparse.Namespace:
+    """The flags with one --run's changes, parsed like the flags themselves."""
+    flags: list[str] = []
+    for item in filter(None, text.split(",")):
+        key, separator, value = item.partition("=")
+        if key not in RUN_KEYS or not separator:
+            raise SystemExit(f"--run {text}: {item!r} is not KEY=VALUE with KEY one of {', '.join(RUN_KEYS)}")
+        flags += [f"--{key}", value]
+    return build_parser().parse_args(flags, argparse.Namespace(**vars(args)))
+
+
+@contextmanager
+def shared_weights(args: argparse.Namespace, folder: Path) -> Iterator[tuple[Path, ModelWeights, float]]:
+    """The model directory, its random weights, and the seconds their drawing and page-locking took."""
+    config = json.loads(args.model.read_text())
+    if args.layers is not None:
+        config["num_hidden_layers"] = args.layers
+    (folder / "config.json").write_text(json.dumps(config))
+    attentions.register()
+    start = time.perf_counter()
+    weights = load_model(
+        folder,
+        dtype=DTYPES[args.dtype],
+        device=args.device,
+        load_format="dummy",
+        attn_implementation=attentions.NAME,
+        progress=sys.stderr.isatty(),
+    )
+    try:
+        yield folder, weights, time.perf_counter() - start
+    finally:
+        weights.close()
+
+
+def read_bandwidth(weights: ModelWeights) -> float:
+    """Bytes per second at which all cores together read host memory: the best of some sums over a layer's weights."""
+    words = weights.store.layers[0][: weights.store.layers[0].numel() // 8 * 8].view(torch.int64)
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        words.sum()
+        best = min(best, time.perf_counter() - start)
+    return words.numel() * 8 / best
+
+
+def measure(
+    args: argparse.Namespace,
+    run: argparse.Namespace,
+    directory: Path,
+    weights: ModelWeights,
+    bandwidth: float,
+    first_tokens: dict[str, list[int]],
+) -> dict[str, Any]:
+    """One configuration's row. A refusal or a failure becomes the row's `error`."""
+    row = base_row(args, run, weights)
+    steps = Steps([])
+    reset_host_peak()
+    try:
+        engine = make_engine(run, directory, weights, steps)
+    except (ElsaError, torch.cuda.OutOfMemoryError) as error:
+        return row | {"error": f"{type(error).__name__}: {error}"}
+    try:
+        plan = engine.plan
+        vocabulary = engine.info.vocab_size
+        warm = min(run.context, 2 * plan.chunk_tokens + 1)
+        generate(engine, prompt_of(warm, vocabulary), WARM_UP_TOKENS)
+        steps.passes.clear()
+        tokens, error = generate(engine, prompt_of(run.context, vocabulary), 1 + run.decode_tokens)
+        memory = engine.memory()
+    finally:
+        engine.shutdown()
+    if error is not None:
+        return row | {"error": error}
+    same = first_tokens.setdefault(f"{run.attention} {run.context}", tokens)
+    compared = min(len(same), len(tokens))
+    streamed = weights.store.nbytes * plan.streamed_layers // plan.geometry.layers
+    kv_layers = plan.geometry.layers - len(plan.kv_gpu_layers)
+    on_host = streamed + kv_layers * plan.geometry.kv_layer_bytes(run.context)
+    return row | {
+        "resident_layers": len(plan.resident_layers),
+        "slots": plan.slots,
+        "chunk_tokens": plan.chunk_tokens,
+        "kv_gpu_layers": len(plan.kv_gpu_layers),
+        "gpu_cap_bytes": plan.gpu_budget,
+        **timings(steps.passes),
+        "peak_gpu_bytes": memory.device_used,
+        "peak_torch_bytes": memory.peak_reserved,
+        "peak_host_bytes": host_peak(),
+        "floor_s": on_host / bandwidth,
+        "host_read_bytes_per_s": bandwidth,
+        "tokens_equal": tokens[:compared] == same[:compared],
+        "error": None,
+    }
+
+
+def make_engine(run: argparse.Namespace, directory: Path, weights: ModelWeights, steps: Steps) -> OffloadEngine:
+    # The weights are loaded already, so they are no longer part of what is free.
+    host = run.host_memory or int(0.9 * host_memory().available) + weights.store.nbytes
+    return OffloadEngine(
+        directory,
+        sink=steps,
+        device=run.device,
+        gpu_memory=run.gpu_memory,
+        host_memory=host,
+        context=run.context + run.decode_tokens + 1,
+        max_batch=1,
+        resident_layers=run.resident_layers,
+        slots=run.slots,
+        chunk_tokens=run.chunk_tokens,
+        attention=run.attention,
+        serial=bool(run.serial),
+        load_format="dummy",
+        weights=weights,
+    )
+
+
+def prompt_of(length: int, vocabulary: int) -> list[int]:
+    generator = torch.Generator().manual_seed(length)
+    return torch.randint(0, vocabulary, (length,), generator=generator).tolist()
+
+
+def generate(engine: OffloadEngine, prompt: list[int], count: int) -> tuple[list[int], str | None]:
+    sampling = SamplingParams(max_tokens=count, temperature=0.0, ignore_eos=True)
+    events = list(stream(engine, GenerationRequest(f"bench-{len(prompt)}", prompt, sampling)))
+    return [event.token_id for event in events if event.token_id is not None], events[-1].error
+
+
+def base_row(args: argparse.Namespace, run: argparse.Namespace, weights: ModelWeights) -> dict[str, Any]:
+    return {
+        "system": "elsa-offload",
+        "model": args.model.stem,
+        "layers": len(weights.decoder_layers),
+        "dtype": args.dtype,
+        "attention": run.attention,
+        "context": run.context,
+        "batch": 1,
+        "serial": bool(run.serial),
+        "gpu_cap": run.gpu_memory,
+    }
+
+
+def timings(passes: list[StepStats]) -> dict[str, Any]:
+    """Seconds of the prefill pass and of the median decode pass, and what their copies took, stalled and hid."""
+    prefill, *decodes = passes
+    transfers = [transfer for one in passes for transfer in one.transfers]
+    decode_transfers = [transfer for one in decodes for transfer in one.transfers]
+    return {
+        "prefill_s": prefill.duration_s,
+        "decode_s_per_token": statistics.median(one.duration_s for one in decodes) if decodes else None,
+        "decode_s_min": min((one.duration_s for one in decodes), default=None),
+        "decode_s_max": max((one.duration_s for one in decodes), default=None),
+        "stall_s": sum(t.stall_s for t in transfers),
+        "hidden_s": sum(t.hidden_s for t in transfers),
+        "prefill_stall_s": sum(t.stall_s for t in prefill.transfers),
+        "prefill_hidden_s": sum(t.hidden_s for t in prefill.transfers),
+        "h2d_bytes": _bytes(transfers, "h2d"),
+        "d2h_bytes": _bytes(transfers, "d2h"),
+        "decode_h2d_bytes_per_s": _rate(decode_transfers, "h2d"),
+    }
+
+
+def _bytes(transfers: list[Transfer], direction: str) -> int:
+    return sum(t.bytes for t in transfers if t.direction == direction)
+
+
+def _rate(transfers: list[Transfer], direction: str) -> float | None:
+    seconds = sum(t.seconds for t in transfers if t.direction == direction)
+    return _bytes(transfers, direction) / seconds if seconds else None
+
+
+def reset_host_peak() -> None:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return  # the peak then is the process's, earlier runs included
+
+
+def host_peak() -> int | None:
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    peak = next((line for line in status.splitlines() if line.startswith("VmHWM:")), None)
+    return int(peak.split()[1]) * 1024 if peak else None
+
+
+# --- the results file ---------------------------------------------------------------------------------------------
+
+
+def append_rows(file: Path, rows: list[dict[str, Any]]) -> None:
+    """Add rows to the file; the envelope (machine, versions, commit, command) is of the latest run."""
+    known = json.loads(file.read_text()) if file.exists() else {"rows": []}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(envelope() | {"rows": known["rows"] + rows}, indent=1) + "\n")
+
+
+def envelope() -> dict[str, Any]:
+    import transformers
+
+    cuda = torch.cuda.is_available()
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+    return {
+        "machine": {
+            "gpu": torch.cuda.get_device_name() if cuda else None,
+            "gpu_count": torch.cuda.device_count() if cuda else 0,
+            "cpu": cpu_name(),
+            "cores": torch.get_num_threads(),
+            "ram_bytes": host_memory().limit,
+            "driver": driver_version() if cuda else None,
+        },
+        "versions": versions,
+        "commit": commit(),
+        "command": " ".join(["python", *sys.argv]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def driver_version() -> str | None:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return _output(query).partition("\n")[0] or None
+
+
+def commit() -> str | None:
+    return envs.commit() or _output(["git", "rev-parse", "HEAD"]) or None
+
+
+def _output(command: list[str]) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def table(rows: list[dict[str, Any]]) -> None:
+    print(f"{'cap':>8} {'attention':>9} {'serial':>6} {'context':>8} {'prefill s':>9} {'s/token':>8} {'floor':>6} equal")
+    for row in rows:
+        if row.get("error"):
+            print(f"{row['gpu_cap']:>8} {row['attention']:>9} {row['serial']!s:>6} {row['context']:>8} {row['error']}")
+            continue
+        decode = row["decode_s_per_token"] or float("nan")
+        print(
+            f"{row['gpu_cap']:>8} {row['attention']:>9} {row['serial']!s:>6} {row['context']:>8} {row['prefill_s']:>9.3f} "
+            f"{decode:>8.4f} {row['floor_s']:>6.3f} {row['tokens_equal']}"
+        )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
