@@ -1,0 +1,169 @@
+"""FP32-accurate linear layers against FP64: the Triton form in the interpreter, and all forms on a GPU."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+import triton
+from elsa_kernels import linear as elsa
+
+SHAPES = [(1, 33, 64), (17, 40, 200), (40, 70, 136)]
+BOUND = 3e-7  # relative error against FP64; torch's own FP32 reaches 1e-7 … 4e-7 on these
+
+
+@pytest.fixture
+def interpreter():
+    """Skips where Triton would compile: `test_in_the_interpreter` runs these tests in a process that interprets."""
+    if not triton.knobs.runtime.interpret:
+        pytest.skip("needs TRITON_INTERPRET=1 from the start of the process")
+
+
+def test_in_the_interpreter():
+    if triton.knobs.runtime.interpret:
+        pytest.skip("is the interpreter's process itself")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu", __file__]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout[-3000:]
+    assert int(run.stdout.split(" passed")[0].split()[-1]) > len(FAMILIES) * len(
+        SHAPES
+    )  # they ran, and were not skipped
+
+
+def operands(M, N, K, family, device="cpu"):
+    generator = torch.Generator().manual_seed(M + 7 * N + 31 * K)
+    x, w = torch.randn(M, K, generator=generator), torch.randn(N, K, generator=generator)
+    if family == "positive":
+        x, w = x.abs(), w.abs()
+    elif family == "tiny":
+        x, w = x * 1e-35, w * 1e20
+    elif family == "huge":
+        x, w = x * 3e37, w * 1e-20
+    elif family == "outliers":
+        x[:, 3] *= 1e4
+        w[:, 3] *= 1e-4
+    elif family == "wild rows":
+        x *= torch.logspace(-30, 10, M)[:, None]
+        w *= torch.logspace(-10, 15, N)[:, None]
+    elif family == "zeros":
+        x[0], w[1], x[:, ::2] = 0, 0, 0
+    return x.to(device), w.to(device)
+
+
+def row_errors(out, x, w):
+    """‖out − ref‖ / ‖ref‖ of each row scaled to unit weights, so that wild scales cannot hide one another."""
+    unit = w.double().norm(dim=1).clamp(min=1e-300)
+    reference = x.double() @ w.double().t() / unit
+    error = (out.double() / unit - reference).norm(dim=1)
+    return (error / reference.norm(dim=1).clamp(min=1e-300)).max().item()
+
+
+FAMILIES = ["normal", "positive", "tiny", "huge", "outliers", "wild rows", "zeros"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_error_against_fp64(interpreter, shape, family):
+    x, w = operands(*shape, family)
+    out = elsa.linear(x, w, impl="triton")
+    assert row_errors(out, x, w) < BOUND
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize("rows", [6, 40])
+def test_non_finite_values_are_those_of_fp32(interpreter, rows):
+    x, w = operands(rows, 40, 64, "normal")
+    x[2, 5], x[3, 7], x[4, 1], x[5, 2], x[5, 3] = float("inf"), float("nan"), float("-inf"), float("inf"), float("-inf")
+    w[4, 5] = 0
+    out, expected = elsa.linear(x, w, impl="triton"), x @ w.t()
+    assert torch.equal(out.isnan(), expected.isnan())
+    infinite = expected.isinf()
+    assert infinite.any()
+    assert torch.equal(out[infinite], expected[infinite])
+    clean = expected.isfinite().all(dim=1)
+    assert row_errors(out[clean], x[clean], w) < BOUND
+
+
+def test_bias_and_leading_dimensions(interpreter):
+    x, w = operands(6, 40, 72, "normal")
+    bias = torch.randn(40)
+    out = elsa.linear(x.view(2, 3, 72), elsa.split_weight(w), bias, impl="triton")
+    assert out.shape == (2, 3, 40)
+    torch.testing.assert_close(out.view(6, 40), (x.double() @ w.double().t() + bias).float(), rtol=1e-6, atol=1e-5)
+
+
+def test_matmul(interpreter):
+    a, b = operands(5, 40, 72, "normal")
+    assert row_errors(elsa.matmul(a, b.t(), impl="triton"), a, b) < BOUND
+
+
+def test_a_row_does_not_depend_on_its_batch(interpreter):
+    x, w = operands(130, 40, 128, "normal")
+    split = elsa.split_weight(w)
+    whole = elsa.linear(x, split, impl="triton")
+    assert torch.equal(whole[64:101], elsa.linear(x[64:101], split, impl="triton"))
+
+
+def test_split_represents_the_matrix(interpreter):
+    x, _ = operands(9, 1, 333, "wild rows")
+    split = elsa.split_rows(x)
+    error = (split.to_float32() - x).abs().max(dim=1).values / x.abs().max(dim=1).values
+    assert error.max() < 2.0**-22
+    assert split.nbytes == x.numel() * 4 + 9 * 8
+
+
+def test_empty(interpreter):
+    assert elsa.linear(torch.empty(0, 64), torch.randn(8, 64), impl="triton").shape == (0, 8)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_weight_with_inf_is_refused_by_row(interpreter):
+    w = torch.randn(8, 64)
+    w[5, 3] = float("inf")
+    with pytest.raises(ValueError, match="row 5"):
+        elsa.split_weight(w)
+
+
+def test_torch_runs_where_no_kernel_does():
+    if triton.knobs.runtime.interpret:
+        pytest.skip("the interpreter takes it")
+    x, w = operands(4, 8, 16, "normal")
+    assert torch.equal(elsa.linear(x, w), F.linear(x, w))
+
+
+@pytest.mark.parametrize(
+    ("x", "impl", "named"),
+    [
+        (torch.randn(4, 16).half(), None, "float16"),
+        (torch.randn(4, 17), None, "17"),
+        (torch.randn(4, 16), "cutlass", "cutlass"),
+        (torch.randn(4, 16), "gluon", "on the CPU"),
+    ],
+)
+def test_bad_input_is_named(x, impl, named):
+    with pytest.raises(ValueError, match=named):
+        elsa.linear(x, torch.randn(8, 16), impl=impl)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", ["triton", "gluon"])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("shape", [*SHAPES, (1000, 776, 4096), (4096, 1000, 13824)], ids=str)
+def test_error_on_the_gpu(shape, family, impl):
+    x, w = operands(*shape, family, device="cuda")
+    reason = elsa._refusal(impl, x, shape[2])
+    if reason:
+        pytest.skip(reason)
+    assert row_errors(elsa.linear(x, w, impl=impl), x, w) < max(BOUND, row_errors(F.linear(x, w), x, w))
+
+
+@pytest.mark.gpu
+def test_non_finite_on_the_gpu():
+    x, w = operands(300, 256, 512, "normal", device="cuda")
+    x[2, 5], x[3, 7] = float("inf"), float("nan")
+    out, expected = elsa.linear(x, w), x @ w.t()
+    assert torch.equal(out.isnan(), expected.isnan())
+    assert torch.equal(out[expected.isinf()], expected[expected.isinf()])
