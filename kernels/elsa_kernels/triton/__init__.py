@@ -1,0 +1,67 @@
+"""The implementation "triton": one portable kernel for CUDA and ROCm GPUs, and for Triton's interpreter on CPU tensors.
+
+Importing this package imports neither Triton nor a compiler; the first call does.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+
+from elsa_kernels.registry import Implementation, Operands, Problem, register
+from elsa_kernels.state import State
+
+MAX_HEAD_DIM = 256
+
+
+@functools.cache
+def _available() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def supports(problem: Problem) -> str | None:
+    if not _available():
+        return "Triton is not installed"
+    if problem.device.type != "cuda" and not (problem.device.type == "cpu" and _interpreting()):
+        return f"it runs on CUDA and ROCm devices, not on {problem.device.type} (unless TRITON_INTERPRET=1)"
+    if problem.dtype == torch.float64:
+        return "float64 is for CPU tensors"
+    if problem.D > MAX_HEAD_DIM:
+        return f"head dimension {problem.D} is larger than {MAX_HEAD_DIM}"
+    return _refuse_device(problem)
+
+
+def _refuse_device(problem: Problem) -> str | None:
+    if problem.device.type == "cpu":
+        # create_dot of the interpreter multiplies the bits of bfloat16 numbers as integers (Triton 3.6).
+        return "Triton's interpreter cannot multiply bfloat16" if problem.dtype == torch.bfloat16 else None
+    if torch.version.hip:
+        return None
+    index = problem.device.index
+    capability = _capability(torch.cuda.current_device() if index is None else index)
+    if capability < (7, 5):
+        return f"compute capability {capability[0]}.{capability[1]} is older than 7.5"
+    if capability < (8, 0) and (problem.dtype == torch.bfloat16 or problem.precision == "tf32"):
+        return f"compute capability {capability[0]}.{capability[1]} has neither bfloat16 nor TF32"
+    return None
+
+
+def run(problem: Problem, operands: Operands) -> torch.Tensor | State:
+    from elsa_kernels.triton import launch
+
+    return launch.run(problem, operands)
+
+
+implementation = register(Implementation(name="triton", priority=20, supports=supports, run=run, home=("cuda",)))

@@ -1,10 +1,11 @@
 """FP32 tensors as pairs of FP16 planes (hi, lo) under power-of-two scales: what tensor cores multiply at FP32 accuracy.
 
 x·s = hi + lo up to 2^-23 of x, or 2^-40 of the channel's largest value where that is more; s is the power of two that
-brings that value into [2^14, 2^15). One scale per (batch, key head, channel), so an outlier channel costs the others nothing; for K the
-inverse is folded into the query's own scale, for V it is undone per output column. Multiplying by a power of two is
-exact, so the planes hold every FP32 input, subnormals included. Infinities and NaN are left out of the choice of
-scale, and come through as hi = ±∞ or NaN and lo = NaN: whatever they touch turns NaN, which the forward kernel detects.
+brings that value into [2^14, 2^15). One scale per (batch, key head, channel): an outlier channel costs the others
+nothing. For K the inverse is folded into the query's own scale, for V it is undone per output column. Multiplying by a
+power of two is exact, so the planes hold every FP32 input, subnormals included. Infinities and NaN are left out of the
+choice of scale, and come through as hi = ±∞ or NaN and lo = NaN: whatever they touch turns NaN, which the forward
+kernel detects.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def _amax_kernel(
 def _channel_scale(MAX, i_bh, D: tl.constexpr, BD: tl.constexpr):
     cols = tl.arange(0, BD)
     largest = tl.load(MAX + i_bh * D + cols, mask=cols < D, other=0)
-    e = TARGET - ((largest >> 23) - 127)
+    e = -((largest >> 23) - 127 - TARGET)
     return power_of_two(tl.where(largest > 0, tl.minimum(e, MAX_EXPONENT), 0))
 
 

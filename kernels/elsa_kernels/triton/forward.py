@@ -1,0 +1,391 @@
+"""The forward kernel: one program per block of query rows, walking KV tiles in a fixed order.
+
+The query heads of a key head's group are packed: row r of a group is query r // GROUP under head r % GROUP, so a KV
+tile is read once for all of them. Logits are in base-2 units from the multiplication by scale·log2(e) on. MODE says
+how products are made: "split" (FP32 as FP16 pairs, see split.py), "half" (FP16 or BF16 operands), "ieee" or "tf32"
+(FP32 operands). In "split", each KV tile's PV starts from zero and is added in FP32: the tensor core's accumulator
+rounds toward zero, which over thousands of keys would cost two digits.
+
+Keys at the edge of what a row may see: a tile's product multiplies masked weights (0) by whatever value lies there,
+and 0·∞ and 0·NaN are NaN. A program whose result is not finite therefore marks itself in TODO, and `careful_kernel`
+computes its rows again with exact FP32 products that leave masked keys out.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from elsa_kernels.triton.split import TARGET, exponent, power_of_two, split_pair
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+# log2(e) = LOG2E_HI + LOG2E_LO, both float32
+LOG2E_HI = tl.constexpr(1.4426950216293335)
+LOG2E_LO = tl.constexpr(1.925962991126618e-08)
+# In "split" mode P is scaled by 2^14 through the exponent, so that its low half stays in FP16's range.
+P_SHIFT = tl.constexpr(14)
+
+
+@triton.jit
+def tanh(x):
+    """tanh in float32 to 2e-7 relative: a polynomial near 0, where 1 − 2/(e^2x + 1) cancels."""
+    z = x * x
+    p = 0.0021429616 * z - 0.0081773978
+    p = p * z + 0.0217007026
+    p = p * z - 0.0539467633
+    p = p * z + 0.1333320588
+    p = p * z - 0.3333333135
+    near = x + x * z * p
+    a = tl.abs(x)
+    far = 1.0 - 2.0 / (tl.exp2(a * (2.0 * LOG2E)) + 1.0)
+    return tl.where(a < 0.625, near, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def split_queries(q, KS, o_scale, scale, D: tl.constexpr, BD: tl.constexpr):
+    """q [BM, BD] float32 as (hi, lo) under K's inverse channel scales and a power of two per row.
+
+    Returns hi, lo and factor [BM], which turns hi·k_hi + … into scale·q·k. The powers are applied in two equal steps,
+    so that no intermediate over- or underflows where the product of query and key does not.
+    """
+    cols = tl.arange(0, BD)
+    k_exponent = exponent(tl.load(KS + o_scale + cols, mask=cols < D, other=1.0))
+    largest = tl.max(tl.maximum(exponent(q) - k_exponent[None, :], -1000), 1)
+    undo = tl.where(largest == -1000, 0, tl.minimum(tl.maximum(largest - TARGET, -252), 252))
+    row_a, row_b = undo >> 1, undo - (undo >> 1)
+    col_a, col_b = k_exponent >> 1, k_exponent - (k_exponent >> 1)
+    q *= power_of_two(-row_a)[:, None] * power_of_two(-col_a)[None, :]
+    q *= power_of_two(-row_b)[:, None] * power_of_two(-col_b)[None, :]
+    hi, lo = split_pair(q)
+    return hi, lo, scale * power_of_two(row_a) * power_of_two(row_b)
+
+
+@triton.jit
+def products(q0, q1, K0, K1, o_k, inside, MASKED: tl.constexpr, MODE: tl.constexpr):
+    """q·k of a tile [BM, BN] in float32. K is read transposed, [BD, BN]."""
+    if MASKED:
+        k0 = tl.load(K0 + o_k, mask=inside, other=0.0)
+    else:
+        k0 = tl.load(K0 + o_k)
+    if MODE == "split":
+        if MASKED:
+            k1 = tl.load(K1 + o_k, mask=inside, other=0.0)
+        else:
+            k1 = tl.load(K1 + o_k)
+        t = tl.dot(q1, k0, input_precision="ieee")
+        t = tl.dot(q0, k1, t, input_precision="ieee")
+        t = tl.dot(q0, k0, t, input_precision="ieee")
+    elif MODE == "half":
+        t = tl.dot(q0, k0, input_precision="ieee")
+    else:
+        t = tl.dot(q0, k0.to(tl.float32), input_precision=MODE)
+    return t
+
+
+@triton.jit
+def weigh(acc, p, V0, V1, o_v, inside, MASKED: tl.constexpr, MODE: tl.constexpr):
+    """acc + p·v of a tile [BM, BD] in float32."""
+    if MASKED:
+        v0 = tl.load(V0 + o_v, mask=inside, other=0.0)
+    else:
+        v0 = tl.load(V0 + o_v)
+    if MODE == "split":
+        if MASKED:
+            v1 = tl.load(V1 + o_v, mask=inside, other=0.0)
+        else:
+            v1 = tl.load(V1 + o_v)
+        p0, p1 = split_pair(p)
+        t = tl.dot(p1, v0, input_precision="ieee")
+        t = tl.dot(p0, v1, t, input_precision="ieee")
+        t = tl.dot(p0, v0, t, input_precision="ieee")
+        acc += t
+    elif MODE == "half":
+        acc = tl.dot(p.to(v0.dtype), v0, acc, input_precision="ieee")
+    else:
+        acc += tl.dot(p, v0.to(tl.float32), input_precision=MODE)
+    return acc
+
+
+@triton.jit
+def weigh_carefully(acc, p, s, V0, o_v, inside):
+    """acc + p·v where a key with logit −∞ adds nothing, whatever its value."""
+    v = tl.load(V0 + o_v, mask=inside, other=0.0).to(tl.float32)
+    finite = (v - v) == 0.0
+    acc += tl.dot(p, tl.where(finite, v, 0.0), input_precision="ieee")
+    if tl.max(tl.max((~finite).to(tl.int32), 1), 0) > 0:
+        seen = (s != float("-inf")).to(tl.float32)
+        inf = float("inf")
+        above = tl.dot(seen, (v == inf).to(tl.float32), input_precision="ieee")
+        acc = tl.where(above > 0, acc + inf, acc)
+        below = tl.dot(seen, (v == -inf).to(tl.float32), input_precision="ieee")
+        acc = tl.where(below > 0, acc - inf, acc)
+        nan = tl.dot(seen, (v != v).to(tl.float32), input_precision="ieee")
+        acc = tl.where(nan > 0, float("nan"), acc)
+    return acc
+
+
+@triton.jit
+def walk(
+    acc, l, m, q0, q1, factor, positions, o_bias, slopes, K0, K1, V0, V1, BIAS, o_kv_k, o_kv_v, skn, svn, sbj,
+    lo, hi, first, end, window, softcap,
+    D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, MODE: tl.constexpr, CAREFUL: tl.constexpr,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    ALIBI: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RANGES: tl.constexpr,
+):  # fmt: skip
+    """Merge the KV tiles [lo, hi) into (m, l, acc), lo being a multiple of BN. MASKED tiles may be seen in part."""
+    cols = tl.arange(0, BD)
+    # Within a tile offsets fit 32 bits (the launcher sees to it); only the tile's own place needs 64.
+    in_tile = tl.arange(0, BN)
+    r_k = in_tile[None, :] * skn + cols[:, None]
+    r_v = in_tile[:, None] * svn + cols[None, :]
+    for j0 in range(lo, hi, BN):
+        keys = j0 + in_tile
+        o_k = o_kv_k + tl.cast(j0, tl.int64) * skn
+        o_v = o_kv_v + tl.cast(j0, tl.int64) * svn
+        exists = keys < end
+        if WINDOW or HAS_RANGES:
+            exists &= keys >= first
+        in_k, in_v = exists[None, :], exists[:, None]
+        if BD != D:
+            in_k, in_v = in_k & (cols[:, None] < D), in_v & (cols[None, :] < D)
+        PARTIAL: tl.constexpr = MASKED or BD != D
+        s = products(q0, q1, K0 + o_k, K1 + o_k if MODE == "split" else K0, r_k, in_k, PARTIAL, MODE)
+        s *= factor[:, None]
+        if SOFTCAP:
+            s = softcap * tanh(s / softcap)
+        if ALIBI:
+            s += slopes[:, None] * (keys[None, :] - positions[:, None]).to(tl.float32)
+        if HAS_BIAS:
+            s += tl.load(BIAS + o_bias[:, None] + keys[None, :] * sbj, mask=exists[None, :], other=0.0).to(tl.float32)
+        if SOFTCAP or ALIBI or HAS_BIAS:
+            s *= LOG2E
+        if MASKED:
+            seen = tl.broadcast_to(exists[None, :], s.shape)
+            if CAUSAL:
+                seen &= keys[None, :] <= positions[:, None]
+            if WINDOW:
+                seen &= (keys[None, :] > positions[:, None] - window) & (keys[None, :] < positions[:, None] + window)
+            s = tl.where(seen, s, float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, 1))
+        anchor = tl.where(m_new == float("-inf"), 0.0, m_new)
+        decay = tl.exp2(m - anchor)
+        if MODE == "split":
+            p = tl.exp2(s - (anchor - P_SHIFT)[:, None])
+        else:
+            p = tl.exp2(s - anchor[:, None])
+        l = l * decay + tl.sum(p, 1)
+        acc *= decay[:, None]
+        if CAREFUL:
+            acc = weigh_carefully(acc, p, s, V0 + o_v, r_v, in_v)
+        else:
+            acc = weigh(acc, p, V0 + o_v, V1 + o_v if MODE == "split" else V0, r_v, in_v, PARTIAL, MODE)
+        m = m_new
+    return acc, l, m
+
+
+@triton.jit
+def attend_rows(
+    row0, i_b, i_hk, i_chunk, first_chunk, Q, K0, K1, KS, V0, V1, VS, OUT, M, S, BIAS, SLOPES, SINKS, RANGES,
+    sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sbb, sbh, sbn, sbj,
+    B, Hkv, Nq, Nk, q_start, window, scale, softcap,
+    GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr,
+    MODE: tl.constexpr, CAREFUL: tl.constexpr, STATE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SINKS: tl.constexpr,
+    HAS_RANGES: tl.constexpr,
+):  # fmt: skip
+    """Attention of BM packed rows from row0 on; writes them and returns whether any of them is not finite."""
+    rows = row0 + tl.arange(0, BM)
+    cols = tl.arange(0, BD)
+    i_q, i_h = rows // GROUP, i_hk * GROUP + rows % GROUP
+    valid = rows < Nq * GROUP
+    positions = q_start + i_q
+    i_b64, i_hk64 = i_b.to(tl.int64), i_hk.to(tl.int64)
+    o_q = i_b64 * sqb + i_h.to(tl.int64) * sqh + i_q.to(tl.int64) * sqn
+    m_q = valid[:, None] & (cols[None, :] < D)
+    q = tl.load(Q + o_q[:, None] + cols[None, :], mask=m_q, other=0.0)
+    BASE2: tl.constexpr = not (SOFTCAP or ALIBI or HAS_BIAS)
+    unit = scale * LOG2E if BASE2 else scale
+    o_scale = (i_b64 * Hkv + i_hk64) * D
+    if MODE == "split":
+        q0, q1, factor = split_queries(q, KS, o_scale, unit, D, BD)
+    else:
+        q0 = q if MODE == "half" else q.to(tl.float32)
+        q1 = q0
+        factor = tl.zeros([BM], tl.float32) + unit
+
+    first, end = 0, Nk
+    if HAS_RANGES:
+        first = tl.maximum(tl.load(RANGES + i_b64 * 2), 0)
+        end = tl.minimum(tl.load(RANGES + i_b64 * 2 + 1), Nk)
+    if CHUNK > 0:
+        first = tl.maximum(first, (first_chunk + i_chunk) * CHUNK)
+        end = tl.minimum(end, (first_chunk + i_chunk + 1) * CHUNK)
+    p_min = q_start + row0 // GROUP
+    p_max = q_start + (tl.minimum(row0 + BM, Nq * GROUP) - 1) // GROUP
+    lo, hi, full_lo, full_hi = first, end, first, end  # [lo, hi) some row sees, [full_lo, full_hi) all rows see
+    if CAUSAL:
+        hi = tl.minimum(hi, p_max + 1)
+        full_hi = tl.minimum(full_hi, p_min + 1)
+    if WINDOW:
+        lo = tl.maximum(lo, p_min - window + 1)
+        full_lo = tl.maximum(full_lo, p_max - window + 1)
+        hi = tl.minimum(hi, p_max + window)
+        full_hi = tl.minimum(full_hi, p_min + window)
+    lo = lo // BN * BN
+    full_lo = tl.minimum(tl.cdiv(full_lo, BN) * BN, tl.maximum(tl.cdiv(hi, BN) * BN, lo))
+    full_hi = tl.maximum(tl.maximum(full_hi, 0) // BN * BN, full_lo)
+
+    slopes = tl.load(SLOPES + i_h, mask=valid, other=0.0).to(tl.float32) if ALIBI else factor
+    o_bias = i_b64 * sbb + i_h.to(tl.int64) * sbh + tl.where(valid, i_q, 0).to(tl.int64) * sbn
+    o_kv_k, o_kv_v = i_b64 * skb + i_hk64 * skh, i_b64 * svb + i_hk64 * svh
+    acc = tl.zeros([BM, BD], tl.float32)
+    l = tl.zeros([BM], tl.float32)
+    m = tl.full([BM], float("-inf"), tl.float32)
+    if WINDOW or HAS_RANGES:
+        acc, l, m = walk(
+            acc, l, m, q0, q1, factor, positions, o_bias, slopes, K0, K1, V0, V1, BIAS, o_kv_k, o_kv_v, skn, svn, sbj,
+            lo, full_lo, first, end, window, softcap,
+            D, BD, BN, MODE, CAREFUL, True, CAUSAL, WINDOW, SOFTCAP, ALIBI, HAS_BIAS, HAS_RANGES,
+        )  # fmt: skip
+    acc, l, m = walk(
+        acc, l, m, q0, q1, factor, positions, o_bias, slopes, K0, K1, V0, V1, BIAS, o_kv_k, o_kv_v, skn, svn, sbj,
+        full_lo, full_hi, first, end, window, softcap,
+        D, BD, BN, MODE, CAREFUL, False, CAUSAL, WINDOW, SOFTCAP, ALIBI, HAS_BIAS, HAS_RANGES,
+    )  # fmt: skip
+    acc, l, m = walk(
+        acc, l, m, q0, q1, factor, positions, o_bias, slopes, K0, K1, V0, V1, BIAS, o_kv_k, o_kv_v, skn, svn, sbj,
+        full_hi, hi, first, end, window, softcap,
+        D, BD, BN, MODE, CAREFUL, True, CAUSAL, WINDOW, SOFTCAP, ALIBI, HAS_BIAS, HAS_RANGES,
+    )  # fmt: skip
+
+    broken = ((l - l) != 0.0).to(tl.int32) | tl.max(((acc - acc) != 0.0).to(tl.int32), 1)
+    if HAS_SINKS:
+        sinks = tl.load(SINKS + i_h, mask=valid, other=float("-inf")).to(tl.float32) * LOG2E
+        m_new = tl.maximum(m, sinks)
+        anchor = tl.where(m_new == float("-inf"), 0.0, m_new)
+        decay = tl.exp2(m - anchor)
+        unit_weight = 16384.0 if MODE == "split" else 1.0  # 2^P_SHIFT
+        l = l * decay + tl.exp2(sinks - anchor) * unit_weight
+        acc *= decay[:, None]
+        m = m_new
+    o_row = ((i_chunk.to(tl.int64) * B + i_b) * (Hkv * GROUP) + i_h) * Nq + i_q
+    o_out = o_row[:, None] * D + cols[None, :]
+    if MODE == "split":
+        undo = 1.0 / tl.load(VS + o_scale + cols, mask=cols < D, other=1.0)
+    if STATE:
+        # m_nat is m·ln 2 rounded; what the rounding changed goes into S and W, so that the triple stays consistent.
+        some = tl.where(m == float("-inf"), 0.0, m)
+        m_nat = some * LN2
+        slip = tl.fma(-m_nat, LOG2E_HI, some) - m_nat * LOG2E_LO
+        repair = tl.exp2(slip - P_SHIFT if MODE == "split" else slip)
+        l *= repair
+        acc *= repair[:, None]
+        if MODE == "split":
+            acc *= undo[None, :]
+        tl.store(M + o_row, tl.where(l == l, m * LN2, float("nan")), mask=valid)
+        tl.store(S + o_row, l, mask=valid)
+        tl.store(OUT + o_out, acc, mask=m_q)
+    else:
+        out = acc / tl.where(l == 0.0, 1.0, l)[:, None]
+        if MODE == "split":
+            out *= undo[None, :]
+        tl.store(OUT + o_out, out.to(OUT.dtype.element_ty), mask=m_q)
+    return tl.max(broken, 0)
+
+
+@triton.jit
+def locate(n_blocks, Hkv, B, CAUSAL: tl.constexpr):
+    """Block of rows, batch element, key head and chunk of this program; with causal masks the longest blocks first."""
+    pid = tl.program_id(0)
+    block, rest = pid % n_blocks, pid // n_blocks
+    if CAUSAL:
+        block = n_blocks - 1 - block
+    i_hk, rest = rest % Hkv, rest // Hkv
+    return pid, block, rest % B, i_hk, rest // B
+
+
+# Lengths change with every token: none of them may become part of a compiled variant.
+_LENGTHS = ["B", "Hkv", "Nq", "Nk", "q_start", "window", "n_blocks", "first_chunk"]
+
+
+@triton.jit(do_not_specialize=_LENGTHS)
+def forward_kernel(
+    Q, K0, K1, KS, V0, V1, VS, OUT, M, S, TODO, BIAS, SLOPES, SINKS, RANGES,
+    sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sbb, sbh, sbn, sbj,
+    B, Hkv, Nq, Nk, q_start, window, scale, softcap, n_blocks, first_chunk,
+    GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr,
+    MODE: tl.constexpr, STATE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    ALIBI: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_RANGES: tl.constexpr,
+):  # fmt: skip
+    """Every block of BM packed rows, over all keys (CHUNK = 0) or chunk by chunk of CHUNK keys; TODO [programs]."""
+    pid, block, i_b, i_hk, i_chunk = locate(n_blocks, Hkv, B, CAUSAL)
+    broken = attend_rows(
+        block * BM, i_b, i_hk, i_chunk, first_chunk,
+        Q, K0, K1, KS, V0, V1, VS, OUT, M, S, BIAS, SLOPES, SINKS, RANGES,
+        sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sbb, sbh, sbn, sbj,
+        B, Hkv, Nq, Nk, q_start, window, scale, softcap,
+        GROUP, D, BD, BM, BN, CHUNK, MODE, False, STATE, CAUSAL, WINDOW, SOFTCAP, ALIBI, HAS_BIAS, HAS_SINKS,
+        HAS_RANGES,
+    )  # fmt: skip
+    tl.store(TODO + pid, broken)
+
+
+@triton.jit(do_not_specialize=_LENGTHS)
+def careful_kernel(
+    Q, K0, V0, OUT, M, S, TODO, BIAS, SLOPES, SINKS, RANGES,
+    sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sbb, sbh, sbn, sbj,
+    B, Hkv, Nq, Nk, q_start, window, scale, softcap, n_blocks, first_chunk,
+    GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, PART: tl.constexpr, BN: tl.constexpr,
+    CHUNK: tl.constexpr, STATE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    ALIBI: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_RANGES: tl.constexpr,
+):  # fmt: skip
+    """The blocks that `forward_kernel` marked, again, PART rows at a time; every other program leaves at once."""
+    pid, block, i_b, i_hk, i_chunk = locate(n_blocks, Hkv, B, CAUSAL)
+    if tl.load(TODO + pid) != 0:
+        for row0 in range(block * BM, tl.minimum(block * BM + BM, Nq * GROUP), PART):
+            attend_rows(
+                row0, i_b, i_hk, i_chunk, first_chunk,
+                Q, K0, K0, K0, V0, V0, V0, OUT, M, S, BIAS, SLOPES, SINKS, RANGES,
+                sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sbb, sbh, sbn, sbj,
+                B, Hkv, Nq, Nk, q_start, window, scale, softcap,
+                GROUP, D, BD, PART, BN, CHUNK, "ieee", True, STATE, CAUSAL, WINDOW, SOFTCAP, ALIBI, HAS_BIAS,
+                HAS_SINKS, HAS_RANGES,
+            )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["chunks", "rows", "Nq", "H"])
+def merge_kernel(
+    M, S, W, SINKS, M_OUT, S_OUT, OUT, chunks, rows, Nq, H,
+    D: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr, STATE: tl.constexpr, HAS_SINKS: tl.constexpr,
+):  # fmt: skip
+    """Merge the states of one row's chunks, M and S [chunks, rows], W [chunks, rows, D], in a fixed tree by position."""
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BD)
+    m = float("-inf")
+    l = 0.0
+    acc = tl.zeros([BD], tl.float32)
+    if HAS_SINKS:
+        m = tl.load(SINKS + (row // Nq) % H).to(tl.float32)
+        l = tl.where(m == float("-inf"), 0.0, 1.0)
+    for c0 in range(0, chunks, BC):
+        c = c0 + tl.arange(0, BC)
+        o_c = c.to(tl.int64) * rows + row
+        m_c = tl.load(M + o_c, mask=c < chunks, other=float("-inf"))
+        l_c = tl.load(S + o_c, mask=c < chunks, other=0.0)
+        w_c = tl.load(W + o_c[:, None] * D + cols[None, :], mask=(c < chunks)[:, None] & (cols[None, :] < D), other=0.0)
+        m_new = tl.maximum(m, tl.max(m_c, 0))
+        anchor = tl.where(m_new == float("-inf"), 0.0, m_new)
+        weight = tl.exp2((m_c - anchor) * LOG2E)
+        decay = tl.exp2((m - anchor) * LOG2E)
+        l = l * decay + tl.sum(weight * l_c, 0)
+        acc = acc * decay + tl.sum(weight[:, None] * w_c, 0)
+        m = m_new
+    o_out = row * D + cols
+    if STATE:
+        tl.store(M_OUT + row, tl.where(l == l, m, float("nan")))
+        tl.store(S_OUT + row, l)
+        tl.store(OUT + o_out, acc, mask=cols < D)
+    else:
+        out = acc / tl.where(l == 0.0, 1.0, l)
+        tl.store(OUT + o_out, out.to(OUT.dtype.element_ty), mask=cols < D)

@@ -1,0 +1,175 @@
+"""From a problem to launches: mode and tile, planes, the forward kernel, its careful second pass, chunks merged."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from elsa_kernels.registry import Operands, Problem
+from elsa_kernels.state import State
+from elsa_kernels.triton import forward, tiles
+from elsa_kernels.triton.split import split_kv
+
+CAREFUL_TILE = tiles.Tile(BM=16, BN=16, num_warps=4, num_stages=1)
+MERGE_CHUNKS = 16  # chunk states that `merge_kernel` holds at once
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How one problem is cut up."""
+
+    mode: str
+    tile: tiles.Tile
+    BD: int
+    blocks: int  # of packed query rows, per batch element and key head
+    chunk: int  # keys of a chunk, 0 for one pass over all
+    first_chunk: int
+    chunks: int
+
+
+@functools.cache
+def architecture(index: int) -> str:
+    """Of a CUDA or ROCm device: "sm_90", "gfx942"."""
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        return str(properties.gcnArchName).split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def plan(problem: Problem, arch: str) -> Plan:
+    rows = problem.Nq * (problem.H // problem.Hkv)
+    mode = choose_mode(problem, rows, arch)
+    BD = max(16, triton.next_power_of_2(problem.D))
+    tile = tiles.rows_of_tile(tiles.choose(mode, BD, arch), rows)
+    blocks = triton.cdiv(rows, tile.BM)
+    first, end = _reach(problem)
+    if rows > tiles.DECODE_ROWS or end - first <= tiles.CHUNK_KEYS:
+        return Plan(mode, tile, BD, blocks, chunk=0, first_chunk=0, chunks=1)
+    first_chunk = first // tiles.CHUNK_KEYS
+    chunks = triton.cdiv(end, tiles.CHUNK_KEYS) - first_chunk
+    return Plan(mode, tile, BD, blocks, tiles.CHUNK_KEYS, first_chunk, chunks)
+
+
+def choose_mode(problem: Problem, rows: int, arch: str) -> str:
+    """How products are made: see forward.py."""
+    if problem.precision in ("ieee", "tf32"):
+        return problem.precision
+    if arch == "sm_75":  # Triton 3.6 emits no tensor-core instruction for Turing
+        return "ieee"
+    if problem.dtype != torch.float32:
+        return "half"
+    # Splitting K and V reads and writes them once more, which few query rows cannot pay for.
+    return "ieee" if rows <= 16 else "split"
+
+
+def _reach(problem: Problem) -> tuple[int, int]:
+    """The half-open range of keys that any query sees by causality and window."""
+    first, end = 0, problem.Nk
+    if problem.causal:
+        end = min(end, problem.q_start + problem.Nq)
+    if problem.window is not None:
+        first = max(first, problem.q_start - problem.window + 1)
+        end = min(end, problem.q_start + problem.Nq - 1 + problem.window)
+    return first, max(first, end)
+
+
+def run(problem: Problem, operands: Operands) -> torch.Tensor | State:
+    if problem.device.type != "cuda":  # the interpreter
+        return _run(problem, operands, "default")
+    with torch.cuda.device(problem.device):
+        return _run(problem, operands, architecture(operands.q.get_device()))
+
+
+def _run(problem: Problem, operands: Operands, arch: str) -> torch.Tensor | State:
+    cut = plan(problem, arch)
+    q, k, v = operands.q, operands.k, operands.v
+    if cut.mode == "split":
+        planes = split_kv(k, v)
+        keys = (planes.k_hi, planes.k_lo, planes.k_scale)
+        values = (planes.v_hi, planes.v_lo, planes.v_scale)
+    else:
+        keys, values = (k, None, None), (v, None, None)
+    state = problem.return_state or cut.chunks > 1
+    m, S, out = _results(problem, cut.chunks, state)
+    todo = torch.empty(cut.blocks * problem.B * problem.Hkv * cut.chunks, dtype=torch.int32, device=problem.device)
+    shared = _shared_arguments(problem, operands, cut, state)
+    extras = (operands.bias, operands.alibi_slopes, operands.sinks, operands.kv_range)
+    grid = (todo.numel(),)
+    forward.forward_kernel[grid](
+        q, *keys, *values, out, m, S, todo, *extras,
+        *q.stride()[:3], *keys[0].stride()[:3], *values[0].stride()[:3],
+        **shared, BM=cut.tile.BM, BN=cut.tile.BN, MODE=cut.mode,
+        num_warps=cut.tile.num_warps, num_stages=cut.tile.num_stages,
+    )  # fmt: skip
+    forward.careful_kernel[grid](
+        q, k, v, out, m, S, todo, *extras, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        **shared, BM=cut.tile.BM, PART=CAREFUL_TILE.BM, BN=CAREFUL_TILE.BN,
+        num_warps=CAREFUL_TILE.num_warps, num_stages=CAREFUL_TILE.num_stages,
+    )  # fmt: skip
+    if cut.chunks > 1:
+        return _merge(problem, operands, m, S, out)
+    return State(m[0], S[0], out[0]) if problem.return_state else out[0]
+
+
+def _results(
+    problem: Problem, chunks: int, state: bool
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
+    """Room for m, S [chunks, B, H, Nq] and W or output [chunks, B, H, Nq, D]."""
+    shape = (chunks, problem.B, problem.H, problem.Nq)
+    if not state:
+        return None, None, torch.empty((*shape, problem.D), dtype=problem.dtype, device=problem.device)
+    m, S = (torch.empty(shape, dtype=torch.float32, device=problem.device) for _ in range(2))
+    return m, S, torch.empty((*shape, problem.D), dtype=torch.float32, device=problem.device)
+
+
+def _shared_arguments(problem: Problem, operands: Operands, cut: Plan, state: bool) -> dict[str, object]:
+    """The arguments that both passes take alike."""
+    bias = operands.bias
+    strides = (0, 0, 0, 0)
+    if bias is not None:
+        strides = tuple(0 if n == 1 else stride for n, stride in zip(bias.shape, bias.stride()))
+    return {
+        **dict(zip(("sbb", "sbh", "sbn", "sbj"), strides)),
+        "B": problem.B,
+        "Hkv": problem.Hkv,
+        "Nq": problem.Nq,
+        "Nk": problem.Nk,
+        "q_start": problem.q_start,
+        "window": problem.window or 0,
+        "scale": problem.scale,
+        "softcap": problem.softcap or 0.0,
+        "n_blocks": cut.blocks,
+        "first_chunk": cut.first_chunk,
+        "GROUP": problem.H // problem.Hkv,
+        "D": problem.D,
+        "BD": cut.BD,
+        "CHUNK": cut.chunk,
+        "STATE": state,
+        "CAUSAL": problem.causal,
+        "WINDOW": problem.window is not None,
+        "SOFTCAP": problem.softcap is not None,
+        "ALIBI": problem.has_alibi,
+        "HAS_BIAS": problem.has_bias,
+        # With several chunks the sinks join once, when the chunks are merged.
+        "HAS_SINKS": problem.has_sinks and cut.chunks == 1,
+        "HAS_RANGES": problem.has_kv_range,
+    }
+
+
+def _merge(
+    problem: Problem, operands: Operands, m: torch.Tensor | None, S: torch.Tensor | None, W: torch.Tensor
+) -> torch.Tensor | State:
+    merged_m, merged_S, out = _results(problem, 1, problem.return_state)
+    rows = problem.B * problem.H * problem.Nq
+    forward.merge_kernel[(rows,)](
+        m, S, W, operands.sinks, merged_m, merged_S, out,
+        chunks=W.shape[0], rows=rows, Nq=problem.Nq, H=problem.H,
+        D=problem.D, BD=triton.next_power_of_2(problem.D), BC=MERGE_CHUNKS,
+        STATE=problem.return_state, HAS_SINKS=problem.has_sinks, num_warps=4,
+    )  # fmt: skip
+    if merged_m is not None and merged_S is not None:
+        return State(merged_m[0], merged_S[0], out[0])
+    return out[0]

@@ -1,0 +1,67 @@
+"""Which tile a kernel runs with: read from tuning/triton.json, a function of mode, head dimension and device alone.
+
+Never of the batch or of the lengths, apart from the three row classes of `rows_of_tile`: so a row's result depends
+on its own sequence and nothing else. Nothing is tuned while serving.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass, replace
+from importlib import resources
+
+# Packed query rows (queries × heads of a group) up to which KV is cut into chunks, one program each.
+DECODE_ROWS = 64
+CHUNK_KEYS = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """BM query rows by BN keys; threads and pipeline depth of the program that holds them."""
+
+    BM: int
+    BN: int
+    num_warps: int
+    num_stages: int
+
+
+@functools.cache
+def _table() -> dict[str, dict[str, dict[str, dict[str, int]]]]:
+    text = resources.files("elsa_kernels.tuning").joinpath("triton.json").read_text()
+    table: dict[str, dict[str, dict[str, dict[str, int]]]] = json.loads(text)
+    return table
+
+
+@functools.cache
+def choose(mode: str, D: int, arch: str) -> Tile:
+    """The tile for a mode ("split", "half", "ieee", "tf32"), head dimension and architecture ("sm_90", "gfx942").
+
+    The nearest entry: the same architecture, else the newest older one of its kind, else "default"; the smallest
+    listed head dimension that holds D.
+    """
+    table = _table()
+    for name in _candidates(arch, table):
+        by_dim = table[name].get(mode)
+        if by_dim is not None:
+            dim = min((int(d) for d in by_dim if int(d) >= D), default=max(map(int, by_dim)))
+            return Tile(**by_dim[str(dim)])
+    raise KeyError(f"tuning/triton.json has no default for mode {mode!r}")
+
+
+def _candidates(arch: str, table: dict) -> list[str]:
+    if not arch.startswith("sm_"):
+        return [arch, "default"] if arch in table else ["default"]
+    # Consumer parts (sm_86, sm_89, sm_120) have too little shared memory for the tiles of their big siblings.
+    if arch not in ("sm_80", "sm_87", "sm_90", "sm_100", "sm_103"):
+        return ["default"]
+    version = int(arch[3:])
+    older = sorted((int(n[3:]) for n in table if n.startswith("sm_") and int(n[3:]) <= version), reverse=True)
+    return [*(f"sm_{n}" for n in older), "default"]
+
+
+def rows_of_tile(tile: Tile, rows: int) -> Tile:
+    """The tile for `rows` packed query rows: with few of them (decode), no taller than 16, 32 or 64."""
+    if rows > DECODE_ROWS:
+        return tile
+    return replace(tile, BM=16 if rows <= 16 else 32 if rows <= 32 else 64, num_warps=4)
