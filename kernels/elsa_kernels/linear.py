@@ -47,9 +47,11 @@ class SplitMatrix:
 
 
 def split_rows(x: torch.Tensor) -> SplitMatrix:
-    """Split x [R, K] float32 (contiguous rows) row by row. Needs a CUDA device, or Triton's interpreter."""
+    """Split x [R, K] float32 (contiguous rows) row by row, on any device."""
     _check_matrix(x, "x")
     rows, inner = x.shape
+    if _TRITON_MISSING is not None or (x.device.type == "cpu" and not triton.knobs.runtime.interpret):
+        return _split_rows_torch(x)
     hi, lo = (torch.empty(rows, inner, dtype=torch.float16, device=x.device) for _ in range(2))
     exponent, nonfinite = (torch.empty(rows, dtype=torch.int32, device=x.device) for _ in range(2))
     if rows and inner:
@@ -60,6 +62,20 @@ def split_rows(x: torch.Tensor) -> SplitMatrix:
     else:
         exponent.zero_(), nonfinite.zero_()
     return SplitMatrix(hi, lo, exponent, nonfinite)
+
+
+def _split_rows_torch(x: torch.Tensor) -> SplitMatrix:
+    """The kernel's arithmetic in plain torch: the same bits."""
+    finite = x.isfinite()
+    if x.shape[1]:
+        largest = torch.where(finite, x, 0.0).abs().amax(dim=1)
+    else:
+        largest = x.new_zeros(x.shape[0])
+    exponent = (largest.view(torch.int32) >> 23).clamp(min=15) - 127
+    scaled = torch.where(finite, torch.ldexp(x, 14 - exponent[:, None]), x)
+    hi = scaled.half()
+    lo = torch.where(finite, scaled - hi.float(), 0.0).half()
+    return SplitMatrix(hi, lo, exponent - 14, (~finite).any(dim=1).int())
 
 
 def split_weight(weight: torch.Tensor) -> SplitMatrix:
@@ -79,7 +95,7 @@ def linear(
 ) -> torch.Tensor:
     """x [..., K] float32 times weight [N, K] (float32, or split once), plus bias [N]: [..., N] float32.
 
-    impl: "gluon" (compute capability 9.0), "triton" (8.0 and newer), "torch" (unsplit weights only); None chooses.
+    impl: "gluon" (compute capability 9.0), "triton" (8.0 and newer), "torch" (everywhere); None chooses.
     An Inf or NaN in x gives what FP32 arithmetic gives, in its own row only.
     """
     N, K = weight.shape
@@ -89,9 +105,8 @@ def linear(
         raise ValueError(f"x has {x.shape[-1]} features, the weight [N, K] takes {K}")
     impl = _choose(x, K, impl)
     if impl == "torch":
-        if isinstance(weight, SplitMatrix):
-            raise ValueError('impl "torch" needs the unsplit weight')
-        return F.linear(x, weight, bias)
+        # Of a split weight, the values it represents: for a device without these kernels, at the price of a copy.
+        return F.linear(x, weight.to_float32() if isinstance(weight, SplitMatrix) else weight, bias)
     split = weight if isinstance(weight, SplitMatrix) else split_weight(weight)
     rows = x.reshape(-1, K)
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()

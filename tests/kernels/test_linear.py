@@ -115,6 +115,15 @@ def test_split_represents_the_matrix(interpreter):
     assert split.nbytes == x.numel() * 4 + 9 * 8
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_splitting_in_torch_gives_the_same_bits(interpreter):
+    x, _ = operands(9, 1, 333, "wild rows")
+    x[0], x[1, 7], x[2, 9], x[3] = 0, float("inf"), float("nan"), x[3] * 1e-10
+    ours, torchs = elsa.split_rows(x), elsa._split_rows_torch(x)
+    for name in ("hi", "lo", "exponent", "nonfinite"):
+        torch.testing.assert_close(getattr(ours, name), getattr(torchs, name), rtol=0, atol=0, equal_nan=True)
+
+
 def test_empty(interpreter):
     assert elsa.linear(torch.empty(0, 64), torch.randn(8, 64), impl="triton").shape == (0, 8)
 
@@ -132,6 +141,7 @@ def test_torch_runs_where_no_kernel_does():
         pytest.skip("the interpreter takes it")
     x, w = operands(4, 8, 16, "normal")
     assert torch.equal(elsa.linear(x, w), F.linear(x, w))
+    assert row_errors(elsa.linear(x, elsa.split_weight(w)), x, w) < BOUND
 
 
 @pytest.mark.parametrize(
