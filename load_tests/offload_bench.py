@@ -94,7 +94,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--resident-layers", type=int, help="layers on the device (default: planned)")
     parser.add_argument("--slots", type=int)
     parser.add_argument("--chunk-tokens", type=int)
-    parser.add_argument("--run", action="append", metavar="KEY=VALUE,…", help=f"one configuration; {', '.join(RUN_KEYS)}")
+    parser.add_argument(
+        "--run", action="append", metavar="KEY=VALUE,…", help=f"one configuration; {', '.join(RUN_KEYS)}"
+    )
     parser.add_argument("--output", type=Path, help="results file to append the rows to")
     return parser
 
@@ -299,7 +301,11 @@ def envelope() -> dict[str, Any]:
     import transformers
 
     cuda = torch.cuda.is_available()
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
     return {
         "machine": {
             "gpu": torch.cuda.get_device_name() if cuda else None,
@@ -341,7 +347,9 @@ def _output(command: list[str]) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> None:
-    print(f"{'cap':>8} {'attention':>9} {'serial':>6} {'context':>8} {'prefill s':>9} {'s/token':>8} {'floor':>6} equal")
+    print(
+        f"{'cap':>8} {'attention':>9} {'serial':>6} {'context':>8} {'prefill s':>9} {'s/token':>8} {'floor':>6} equal"
+    )
     for row in rows:
         if row.get("error"):
             print(f"{row['gpu_cap']:>8} {row['attention']:>9} {row['serial']!s:>6} {row['context']:>8} {row['error']}")

@@ -74,7 +74,7 @@ class OffloadEngine:
         self._options = EngineOptions(model_dir=Path(model_dir), **options)
         self._sink = sink if sink is not None else NullSink()
         devices.require_exact_matmul()
-        self._loaded: LoadedModel = load(self._options, poll=self._poll)
+        self._loaded: LoadedModel = load(self._options)
         plan = self._loaded.plan
         self.plan, self.tokenizer = plan, self._loaded.tokenizer
         self.info = ModelInfo(
@@ -100,6 +100,7 @@ class OffloadEngine:
         self._swept = 0.0
         self._last_step: float | None = None
         self._peak_device_used = 0
+        self._loaded.runner.poll = self._poll
         self._record_gauges()
         self._thread = threading.Thread(target=self._run, name="elsa-engine", daemon=True)
         self._thread.start()

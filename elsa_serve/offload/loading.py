@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from elsa_serve.errors import CheckpointError, UsageError
+from elsa_serve.errors import BudgetError, CheckpointError, UsageError
 from elsa_serve.offload import attention as attentions
 from elsa_serve.offload import device as devices
 from elsa_serve.offload import machine
@@ -19,13 +18,14 @@ from elsa_serve.offload.kv import ALIGNMENT, HostKV, KVPool, KVShape
 from elsa_serve.offload.output import eos_token_ids
 from elsa_serve.offload.plan import Geometry, Plan, make_plan
 from elsa_serve.offload.ring import WeightStream
-from elsa_serve.offload.step import PassRunner
+from elsa_serve.offload.step import Part, PassRunner
 from elsa_serve.offload.streams import Streams, make_streams
 from elsa_serve.offload.tokenizer import load_tokenizer
 from elsa_serve.offload.units import parse_size
 from elsa_serve.offload.weights import LoadFormat, ModelWeights, choose_dtype, load_model
 from elsa_serve.protocol import Tokenizer
 
+TRY_OUT_TOKENS = 16
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -92,7 +92,7 @@ class LoadedModel:
         devices.unlimit_memory(device)
 
 
-def load(options: EngineOptions, poll: Callable[[], None]) -> LoadedModel:
+def load(options: EngineOptions) -> LoadedModel:
     """Raises CheckpointError, BudgetError or UsageError before anything large is read, where it can."""
     device = torch.device(options.device) if options.device is not None else machine.default_device()
     config = options.weights.config if options.weights else load_config(options.model_dir)
@@ -104,7 +104,9 @@ def load(options: EngineOptions, poll: Callable[[], None]) -> LoadedModel:
     devices.limit_memory(device, allocator_bytes)
     weights = options.weights or _weights(options, device, dtype)
     try:
-        return _assemble(options, plan, tokenizer, weights, allocator_bytes, poll)
+        loaded = _assemble(options, plan, tokenizer, weights, allocator_bytes)
+        _try_out(loaded)
+        return loaded
     except BaseException:
         if options.weights is None:
             weights.close()
@@ -161,7 +163,6 @@ def _assemble(
     tokenizer: Tokenizer,
     weights: ModelWeights,
     allocator_bytes: int,
-    poll: Callable[[], None],
 ) -> LoadedModel:
     device, geometry = weights.device, plan.geometry
     _check_interface(weights)
@@ -181,7 +182,6 @@ def _assemble(
         streams,
         attentions.ATTEND[options.attention],
         chunk_tokens=plan.chunk_tokens,
-        poll=poll,
     )
     return LoadedModel(
         plan=plan,
@@ -210,6 +210,26 @@ def _check_interface(weights: ModelWeights) -> None:
             f"{type(model).__name__} does not ask transformers' AttentionInterface for its attention, so its KV cannot "
             "be kept elsewhere; the offload engine runs models that do, such as LLaMA, Mistral, Qwen and Gemma 2"
         )
+
+
+def _try_out(loaded: LoadedModel) -> None:
+    """Two short passes before the first request: kernels are built, and a model that cannot run is refused here."""
+    name = type(loaded.weights.model).__name__
+    kv = loaded.pool.allocate(min(TRY_OUT_TOKENS + 1, loaded.plan.context))
+    if kv is None:
+        raise BudgetError(f"the KV pools do not hold {TRY_OUT_TOKENS + 1} tokens; give more with --gpu-memory")
+    try:
+        for count in (kv.capacity - 1, 1):
+            loaded.runner.run([Part(kv, [0] * count)])
+    except Exception as error:
+        loaded.close()
+        if devices.is_out_of_memory(error):
+            raise BudgetError(
+                f"not even {TRY_OUT_TOKENS} tokens pass the model within --gpu-memory: {error}"
+            ) from error
+        raise CheckpointError(f"{name} does not run in the offload engine: {type(error).__name__}: {error}") from error
+    loaded.pool.free(kv)
+    loaded.streams.drain_transfers()
 
 
 def _generation_config(directory: Path) -> Any:

@@ -129,12 +129,12 @@ class PassRunner:
         attend: Attend,
         *,
         chunk_tokens: int,
-        poll: Callable[[], None] = lambda: None,
     ) -> None:
-        """`poll` is called before each chunk of each layer: the engine's heartbeat, and its look at cancellations."""
         self._model, self._layers = model, list(layers)
         self._weights, self._host_kv, self._streams = weights, host_kv, streams
-        self._attend, self._chunk_tokens, self._poll = attend, chunk_tokens, poll
+        self._attend, self._chunk_tokens = attend, chunk_tokens
+        # Called before each chunk of each layer: the engine's heartbeat, and its look at cancellations.
+        self.poll: Callable[[], None] = lambda: None
         self._running: _Running | None = None
         for index, layer in enumerate(self._layers):
             layer.forward = _LayerForward(self, index, layer.forward)
@@ -186,7 +186,7 @@ class PassRunner:
         plan = running.plan
         with self._weights.layer(index):
             for chunk in plan.chunks:
-                self._poll()
+                self.poll()
                 if chunk.given_up():
                     if all(part.given_up() for part in plan.parts):
                         raise PassAbandoned

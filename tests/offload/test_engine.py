@@ -605,3 +605,25 @@ def test_many_requests_leave_nothing_behind(make: Callable[..., OffloadEngine]) 
     assert round_of_requests() <= before + 5
     assert engine._scheduler.idle()
     assert set(engine.stats().kv_used_bytes.values()) == {0}
+
+
+def test_a_model_that_does_not_run_is_refused_at_the_start(tmp_path: Path) -> None:
+    """GPT-2 reshapes its last hidden states to the prompt's length, which the engine has cut to the wanted rows."""
+    from transformers import GPT2Config
+
+    GPT2Config(vocab_size=384, n_embd=32, n_layer=2, n_head=2, n_positions=128).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="GPT2LMHeadModel does not run in the offload engine"):
+        make_engine(tmp_path, load_format="dummy", context=64)
+
+
+@pytest.mark.gpu
+def test_the_device_budget_is_enforced_and_given_back(checkpoint: Path) -> None:
+    from elsa_serve.offload.plan import CUDA_CONTEXT
+
+    engine = make_engine(checkpoint, device="cuda", gpu_memory=CUDA_CONTEXT + (64 << 20))
+    generate(engine, prompt_of(100))
+    assert 0 < engine.memory().peak_reserved <= engine.memory().budget == 64 << 20
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        torch.empty(64 << 20, dtype=torch.uint8, device="cuda")
+    engine.shutdown()
+    torch.empty(64 << 20, dtype=torch.uint8, device="cuda")
