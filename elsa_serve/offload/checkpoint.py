@@ -39,6 +39,7 @@ def load_config(source: Path | str) -> Any:
         config = AutoConfig.from_pretrained(file, local_files_only=True)
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise CheckpointError(f"transformers cannot read {file}: {error}") from error
+    config.name_or_path = file.resolve().parent.name
     check_not_quantised(config, file)
     return config
 
