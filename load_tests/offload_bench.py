@@ -1,7 +1,7 @@
 """The offload engine at full size with random weights: one long prompt and some tokens, per configuration.
 
-    python load_tests/offload_bench.py --dtype float16 --context 32768 --decode-tokens 8 \\
-        --run gpu-memory=8GiB --run gpu-memory=8GiB,serial=1 --run gpu-memory=24GiB --run gpu-memory=24GiB,attention=sdpa
+    python load_tests/offload_bench.py --dtype float16 --context 32768 --decode-tokens 8 --gpu-memory 8GiB \\
+        --run attention=elsa --run serial=1 --run attention=sdpa --run gpu-memory=24GiB
 
 Every --run changes some of the flags for one configuration; without any, the flags are the one configuration. All runs
 of a process share the loaded and page-locked weights. Each run warms up on a shorter prompt first; prefill is one pass
@@ -351,14 +351,12 @@ def table(rows: list[dict[str, Any]]) -> None:
         f"{'cap':>8} {'attention':>9} {'serial':>6} {'context':>8} {'prefill s':>9} {'s/token':>8} {'floor':>6} equal"
     )
     for row in rows:
+        start = f"{row['gpu_cap']:>8} {row['attention']:>9} {row['serial']!s:>6} {row['context']:>8}"
         if row.get("error"):
-            print(f"{row['gpu_cap']:>8} {row['attention']:>9} {row['serial']!s:>6} {row['context']:>8} {row['error']}")
+            print(start, row["error"])
             continue
         decode = row["decode_s_per_token"] or float("nan")
-        print(
-            f"{row['gpu_cap']:>8} {row['attention']:>9} {row['serial']!s:>6} {row['context']:>8} {row['prefill_s']:>9.3f} "
-            f"{decode:>8.4f} {row['floor_s']:>6.3f} {row['tokens_equal']}"
-        )
+        print(f"{start} {row['prefill_s']:>9.3f} {decode:>8.4f} {row['floor_s']:>6.3f} {row['tokens_equal']}")
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ def load(options: EngineOptions) -> LoadedModel:
     tokenizer = load_tokenizer(options.model_dir, plan.geometry.vocab, dummy=options.load_format == "dummy")
     allocator_bytes = plan.gpu_budget - plan.gpu_bytes.get("CUDA context", 0)
     devices.limit_memory(device, allocator_bytes)
-    weights = options.weights or _weights(options, device, dtype)
+    weights = options.weights or _weights(options, device, dtype, plan)
     try:
         loaded = _assemble(options, plan, tokenizer, weights, allocator_bytes)
         _try_out(loaded)
@@ -144,7 +144,7 @@ def _size(size: str | int | None) -> int | None:
     return None if size is None else parse_size(size)
 
 
-def _weights(options: EngineOptions, device: torch.device, dtype: torch.dtype) -> ModelWeights:
+def _weights(options: EngineOptions, device: torch.device, dtype: torch.dtype, plan: Plan) -> ModelWeights:
     attentions.register()
     return load_model(
         options.model_dir,
@@ -152,6 +152,7 @@ def _weights(options: EngineOptions, device: torch.device, dtype: torch.dtype) -
         device=device,
         load_format=options.load_format,
         attn_implementation=attentions.NAME,
+        resident=plan.resident_layers,
         seed=options.seed,
         progress=options.progress,
     )
