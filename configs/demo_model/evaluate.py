@@ -31,7 +31,7 @@ def held_out_document(tokenizer, length: int, seed: int, depth: float) -> Docume
 
     @lru_cache(maxsize=4096)
     def measure(line: str) -> int:
-        return len(tokenizer(line, add_special_tokens=False)["input_ids"])
+        return len(tokenizer.backend_tokenizer.encode(line, add_special_tokens=False).ids)
 
     overhead = 48  # the chat template, the question and the answer
     n_facts = max(1, min(FACTS[seed // 2 % len(FACTS)], (length - overhead) // 40))
