@@ -92,7 +92,7 @@ def elsa_or_sdpa_attention(
         _announced.add(reason)
         warnings.warn(f"elsa_or_sdpa: sdpa runs instead of elsa: {reason}", FallbackWarning, stacklevel=2)
     if isinstance(attention_mask, StructuredMask):
-        attention_mask = attention_mask.dense()
+        attention_mask = attention_mask.seen()
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, **kwargs)
 
 

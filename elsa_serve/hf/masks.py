@@ -23,14 +23,15 @@ class DenseMaskWarning(UserWarning):
 
 
 class StructuredMask(torch.Tensor):
-    """A boolean mask [B, 1, Nq, Nk], True where a query sees a key, that stores no matrix.
+    """An additive mask [B, 1, Nq, Nk] without the matrix: 0 where a query sees a key, the dtype's minimum elsewhere.
 
     Query i sits at key position `q_start + i`. With `causal` it sees keys up to its own position, with `window` keys
     less than `window` positions away, and in batch row b only keys of the half-open `kv_range[b]`.
 
     It is a tensor because transformers passes ready masks on only if they are four-dimensional tensors, and because
-    model code may slice or add to its mask: any operation on it computes on `dense()`, so a model that does not know
-    about it gets the right numbers too. Moving it to another device keeps the structure.
+    model code may slice its mask or add to it: any operation computes on `dense()`, which is what transformers' eager
+    mask is, so a model that does not know about this class gets the right numbers too. Moving it to another device or
+    floating dtype keeps the structure.
     """
 
     causal: bool
@@ -43,16 +44,22 @@ class StructuredMask(torch.Tensor):
 
     @staticmethod
     def __new__(
-        cls, shape: Sequence[int], causal: bool, window: int | None, q_start: int, kv_range: torch.Tensor
+        cls,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        causal: bool,
+        window: int | None,
+        q_start: int,
+        kv_range: torch.Tensor,
     ) -> StructuredMask:
-        mask = torch.Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=torch.bool, device=kv_range.device)
+        mask = torch.Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=kv_range.device)
         mask.causal, mask.window, mask.q_start, mask._kv_range = causal, window, q_start, kv_range
         return mask
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return (
-            f"StructuredMask(shape={tuple(self.shape)}, causal={self.causal}, window={self.window}, "
-            f"q_start={self.q_start}, kv_range={self.kv_range})"
+            f"StructuredMask(shape={tuple(self.shape)}, dtype={self.dtype}, causal={self.causal}, "
+            f"window={self.window}, q_start={self.q_start}, kv_range={self.kv_range})"
         )
 
     @property
@@ -61,7 +68,11 @@ class StructuredMask(torch.Tensor):
         return self._kv_range if self._kv_range.shape[0] else None
 
     def dense(self) -> torch.Tensor:
-        """The same mask as a plain boolean tensor [B, 1, Nq, Nk]."""
+        """The same mask as a plain tensor [B, 1, Nq, Nk]."""
+        return additive(self.seen(), self.dtype)
+
+    def seen(self) -> torch.Tensor:
+        """The same mask as a plain boolean tensor [B, 1, Nq, Nk], True where a query sees a key."""
         B, _, Nq, Nk = self.shape
         device = self._kv_range.device
         keys = torch.arange(Nk, device=device)
@@ -78,21 +89,22 @@ class StructuredMask(torch.Tensor):
         return seen
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple]:
-        return ["_kv_range"], (self.causal, self.window, self.q_start)
+        return ["_kv_range"], (self.dtype, self.causal, self.window, self.q_start)
 
     @staticmethod
     def __tensor_unflatten__(inner: dict, context: tuple, outer_size: Sequence[int], outer_stride: Any) -> Any:
-        causal, window, q_start = context
-        return StructuredMask(outer_size, causal, window, q_start, inner["_kv_range"])
+        dtype, causal, window, q_start = context
+        return StructuredMask(outer_size, dtype, causal, window, q_start, inner["_kv_range"])
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
-        if func in _KEEP_STRUCTURE and kwargs.get("dtype") in (None, torch.bool):
+        dtype = kwargs.get("dtype")
+        if func in _KEEP_STRUCTURE and (dtype is None or dtype.is_floating_point):
             mask: StructuredMask = args[0]
             where = {k: v for k, v in kwargs.items() if k in ("device", "non_blocking")}
             moved = func(mask._kv_range, **where)
-            return cls(mask.shape, mask.causal, mask.window, mask.q_start, moved)
+            return cls(mask.shape, dtype or mask.dtype, mask.causal, mask.window, mask.q_start, moved)
         args, kwargs = torch.utils._pytree.tree_map_only(cls, cls.dense, (args, kwargs))
         return func(*args, **kwargs)
 
@@ -178,16 +190,11 @@ def elsa_mask(
 
     attention_mask: the 2D padding mask [B, positions] (bool, True where a token is real), which may be shorter than the
     cache buffer. q_offset is a 0-dimensional tensor with a static cache. Returns a `StructuredMask` or a dense additive
-    mask [B, 1, Nq, Nk] of `dtype` (0 where seen, −∞ elsewhere), never None.
+    mask [B, 1, Nq, Nk], of `dtype`; never None.
     """
     padding = _local_padding(attention_mask, kv_length, kv_offset)
-    structured = _structured(
-        (batch_size, 1, q_length, kv_length),
-        q_offset - kv_offset,
-        recognise(mask_function),
-        padding,
-        torch.device(device),
-    )
+    place = Place((batch_size, 1, q_length, kv_length), dtype, torch.device(device))
+    structured = _structured(place, q_offset - kv_offset, recognise(mask_function), padding)
     if structured is not None:
         return structured
     if q_length > 1 and not _tracing():
@@ -213,8 +220,11 @@ def elsa_mask(
 
 
 def additive(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A boolean mask as a bias of `dtype`: 0 where True, −∞ where False."""
-    return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, float("-inf"))
+    """A boolean mask as a bias of `dtype`: 0 where True, the dtype's minimum where False.
+
+    The minimum, not −∞, is transformers' convention: a model's own softmax has no NaN in rows that see nothing.
+    """
+    return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
 
 
 def _tracing() -> bool:
@@ -234,19 +244,29 @@ def _local_padding(attention_mask: torch.Tensor | None, kv_length: int, kv_offse
     return torch.nn.functional.pad(attention_mask, (0, missing))[:, kv_offset : kv_offset + kv_length]
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Shape [B, 1, Nq, Nk], dtype and device of the mask to make."""
+
+    shape: tuple[int, int, int, int]
+    dtype: torch.dtype
+    device: torch.device
+
+    def mask(self, causal: bool, window: int | None, q_start: int, kv_range: torch.Tensor | None) -> StructuredMask:
+        if kv_range is None:
+            kv_range = torch.empty((0, 2), dtype=torch.int32, device=self.device)
+        return StructuredMask(self.shape, self.dtype, causal, window, q_start, kv_range)
+
+
 def _structured(
-    shape: tuple[int, int, int, int],
-    q_start: int | torch.Tensor,
-    pattern: Pattern | None,
-    padding: torch.Tensor | None,
-    device: torch.device,
+    place: Place, q_start: int | torch.Tensor, pattern: Pattern | None, padding: torch.Tensor | None
 ) -> StructuredMask | None:
     """The mask without a matrix, or None where it takes one or where telling takes a value that cannot be read yet."""
     if pattern is None or (padding is not None and _tracing()):
         return None
-    _, _, Nq, Nk = shape
+    _, _, Nq, Nk = place.shape
     if Nq == 1:
-        return _single_query(shape, q_start, pattern, padding, device)
+        return _single_query(place, q_start, pattern, padding)
     if isinstance(q_start, torch.Tensor):
         if _tracing():
             return None
@@ -263,21 +283,17 @@ def _structured(
         if not contiguous:
             return None
         kv_range = kv_range if needed else None
-    return StructuredMask(shape, causal, window, q_start, _inner(kv_range, device))
+    return place.mask(causal, window, q_start, kv_range)
 
 
 def _single_query(
-    shape: tuple[int, int, int, int],
-    position: int | torch.Tensor,
-    pattern: Pattern,
-    padding: torch.Tensor | None,
-    device: torch.device,
+    place: Place, position: int | torch.Tensor, pattern: Pattern, padding: torch.Tensor | None
 ) -> StructuredMask | None:
     """One query sees a range of keys, whatever the pattern: nothing here changes from step to step but a tensor.
 
     That keeps a compiled decode step with a static cache free of recompilation.
     """
-    B, _, _, Nk = shape
+    B, _, _, Nk = place.shape
     first = 0 if pattern.behind is None else position - pattern.behind
     end = Nk if pattern.ahead is None else position + pattern.ahead + 1
     kv_range = None
@@ -287,21 +303,17 @@ def _single_query(
             return None
         kv_range = kv_range if needed else None
     if isinstance(position, torch.Tensor) or first > 0 or end < Nk:
-        own = torch.stack([_scalar(first, device), _scalar(end, device)]).clamp(0, Nk).to(torch.int32)
+        own = torch.stack([_scalar(first, place.device), _scalar(end, place.device)]).clamp(0, Nk).to(torch.int32)
         if kv_range is None:
             kv_range = own.expand(B, 2).contiguous()
         else:
             kv_range = torch.stack([kv_range[:, 0].maximum(own[0]), kv_range[:, 1].minimum(own[1])], dim=-1)
-    return StructuredMask(shape, False, None, 0, _inner(kv_range, device))
+    return place.mask(False, None, 0, kv_range)
 
 
 def _scalar(x: int | torch.Tensor, device: torch.device) -> torch.Tensor:
     # `full` fills on the device; copying a Python number there would wait for it.
     return x.to(device) if isinstance(x, torch.Tensor) else torch.full((), x, dtype=torch.int64, device=device)
-
-
-def _inner(kv_range: torch.Tensor | None, device: torch.device) -> torch.Tensor:
-    return kv_range if kv_range is not None else torch.empty((0, 2), dtype=torch.int32, device=device)
 
 
 def _padding_range(padding: torch.Tensor, reach: int) -> tuple[bool, bool, torch.Tensor]:

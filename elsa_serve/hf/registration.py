@@ -34,18 +34,13 @@ def use_attention(model: Model, name: str = "elsa", *, fallback: str | None = No
     name: any implementation that transformers knows. fallback: None, so that what elsa cannot do is an error, or
     "sdpa", so that SDPA runs there instead (with name "elsa", the same as name "elsa_or_sdpa"). Sub-models (text and
     vision towers) are switched and restored too. The model must not run in another thread meanwhile, and a cache filled
-    inside the block can be used outside it. Raises UsageError for a model that does not dispatch its attention through
-    transformers' interface, and for an unknown name or fallback.
+    inside the block can be used outside it. Raises UsageError for a model any part of which cannot be switched (it does
+    not ask transformers' interface for its attention), and for an unknown name or fallback.
     """
     if fallback is not None:
         if fallback != "sdpa" or name != "elsa":
             raise UsageError(f'use_attention has the fallback "sdpa" for "elsa" alone, not {fallback!r} for {name!r}')
         name = "elsa_or_sdpa"
-    if name in NAMES and not model.is_backend_compatible():
-        raise UsageError(
-            f"{type(model).__name__} does not ask transformers' AttentionInterface for its attention, so {name!r} "
-            "would not run; keep the model's own attention"
-        )
     before = _implementations(model)
     try:
         _switch(model, name)
@@ -59,8 +54,14 @@ def _switch(model: PreTrainedModel, name: str) -> None:
         model.set_attn_implementation(name)
     except ValueError as error:
         raise UsageError(f"{type(model).__name__} does not take attention implementation {name!r}: {error}") from error
-    if model.config._attn_implementation != name:  # transformers only logs this refusal
-        raise UsageError(f"{type(model).__name__} cannot change its attention to {name!r} once loaded")
+    # transformers only logs a refusal, and misses sub-models that hold a copy of the configuration (T5).
+    parts = (part for part in model.modules() if isinstance(part, PreTrainedModel))
+    unchanged = sorted({type(part).__name__ for part in parts if part.config._attn_implementation != name})
+    if unchanged:
+        raise UsageError(
+            f"{', '.join(unchanged)} cannot be switched to attention {name!r} once loaded; load it with "
+            f"attn_implementation={name!r} if it takes that, or keep its own attention"
+        )
 
 
 def _implementations(model: PreTrainedModel) -> dict[str, str]:

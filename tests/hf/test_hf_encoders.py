@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from hf_models import LAYERS, clip, encoder, padding, relerr, token_ids
+from transformers import T5Config, T5Model
 
 from elsa_serve.hf.masks import DenseMaskWarning
 
@@ -63,3 +64,16 @@ def test_clip_has_a_causal_and_a_full_tower(calls):
     assert relerr(result, truth) < BOUND
     assert [call["causal"] for call in calls].count(True) == LAYERS
     assert [call["causal"] for call in calls].count(False) == LAYERS
+
+
+def test_t5_adds_its_position_bias_and_attends_across(calls):
+    config = {"vocab_size": 97, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": LAYERS, "num_heads": 4}
+    inputs = {"input_ids": token_ids(2, 11), "attention_mask": padding("right", 2, 11)}
+    results = {}
+    for attention in ("elsa", "eager"):
+        torch.manual_seed(0)
+        model = T5Model._from_config(T5Config(**config), attn_implementation=attention).eval()
+        with torch.no_grad():
+            results[attention] = model(**inputs, decoder_input_ids=token_ids(2, 7, seed=1)).last_hidden_state
+    assert relerr(results["elsa"], results["eager"]) < BOUND
+    assert len(calls) == 3 * LAYERS  # encoder, decoder, and the decoder across to the encoder

@@ -4,7 +4,8 @@ import warnings
 
 import pytest
 import torch
-from hf_models import LAYERS, WINDOW, decoder, logits_of, relerr, token_ids
+from hf_models import LAYERS, WINDOW, decoder, logits_of, relerr, sharpened, token_ids
+from transformers import AutoModelForCausalLM, BloomConfig
 from transformers import masking_utils as mu
 
 from elsa_serve.hf.masks import DenseMaskWarning, StructuredMask, elsa_mask, recognise
@@ -81,7 +82,7 @@ def test_numbers_say_the_same_as_the_matrix(place, pattern, kind, tensor_offset)
     ours, matrix = both(place, PATTERNS[pattern], kind, tensor_offset=tensor_offset)
     assert isinstance(ours, StructuredMask)
     assert ours.shape == matrix.shape
-    assert torch.equal(ours.dense(), matrix)
+    assert torch.equal(ours.seen(), matrix)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -90,7 +91,7 @@ def test_a_hole_in_the_padding_makes_a_matrix(place, pattern):
     ours, matrix = both(place, PATTERNS[pattern], "hole")
     assert not isinstance(ours, StructuredMask)
     assert torch.equal(ours == 0, matrix)
-    assert torch.equal(ours == float("-inf"), ~matrix)
+    assert torch.equal(ours == torch.finfo(torch.float32).min, ~matrix)
 
 
 @pytest.mark.parametrize("kind", ["none", "left"])
@@ -99,7 +100,7 @@ def test_a_hole_in_the_padding_makes_a_matrix(place, pattern):
 def test_unknown_patterns_make_a_matrix(place, pattern, kind):
     ours, matrix = both(place, UNKNOWN[pattern], kind)
     assert recognise(UNKNOWN[pattern]) is None or pattern == "future_window"
-    assert torch.equal(ours.dense() if isinstance(ours, StructuredMask) else ours == 0, matrix)
+    assert torch.equal(ours == 0, matrix)
     assert isinstance(ours, StructuredMask) == (pattern == "future_window" and PLACES[place][0] == 1)
 
 
@@ -127,21 +128,24 @@ def test_a_matrix_for_a_prefill_is_announced_and_for_a_step_is_not():
 
 
 def test_operations_on_the_mask_compute_on_the_matrix():
-    mask, matrix = both("chunk", PATTERNS["sliding"], "left")
-    assert torch.equal(mask[:, :, 1:, :3], matrix[:, :, 1:, :3])
-    assert torch.equal(~mask, ~matrix)
-    assert torch.equal(mask.float() * 2, matrix.float() * 2)
-    assert torch.equal(torch.cat([mask, mask], -1), torch.cat([matrix, matrix], -1))
+    mask, seen = both("chunk", PATTERNS["sliding"], "left")
+    matrix = torch.where(seen, 0.0, torch.finfo(torch.float32).min)
     scores = torch.randn(B, 2, 4, 11)
-    assert torch.equal(scores.masked_fill(mask, 0.0), scores.masked_fill(matrix, 0.0))
-    assert type(mask & matrix) is torch.Tensor
+    assert torch.equal(scores + mask, scores + matrix)
+    assert torch.equal(mask[:, :, 1:, :3], matrix[:, :, 1:, :3])
+    assert torch.equal(mask == 0, seen)
+    assert torch.equal(torch.cat([mask, mask], -1), torch.cat([matrix, matrix], -1))
+    assert type(mask + 1) is torch.Tensor
+    with pytest.raises(RuntimeError, match="bool"):  # taken for a boolean mask: loud, not wrong
+        scores.masked_fill(mask, 0.0)
 
 
 def test_moving_the_mask_keeps_it_structured():
     mask, matrix = both("chunk", PATTERNS["sliding"], "left")
-    for same in (mask.clone(), mask.detach(), mask.to(torch.device("cpu"), copy=True)):
+    for same in (mask.clone(), mask.detach(), mask.to(torch.device("cpu"), copy=True), mask.half()):
         assert isinstance(same, StructuredMask)
-        assert torch.equal(same.dense(), matrix)
+        assert torch.equal(same.seen(), matrix)
+    assert mask.half().dtype == mask.half().dense().dtype == torch.float16
     assert isinstance(mask.to("meta"), StructuredMask)
     assert mask.to("meta").kv_range.device.type == "meta"
 
@@ -179,3 +183,16 @@ def test_the_window_matters():
     for layer in model.model.layers:
         layer.self_attn.sliding_window = None
     assert relerr(logits_of(model, ids), windowed) > 1e-2
+
+
+def test_a_model_with_its_own_attention_gets_the_right_mask(calls):
+    """Bloom takes the implementation's mask, slices it and adds it to its scores: right, though elsa does not run."""
+    config = BloomConfig(vocab_size=97, hidden_size=64, n_layer=2, n_head=4)
+    ids, mask = token_ids(2, 9), torch.tensor([[1] * 9, [0] * 3 + [1] * 6])
+    results = []
+    for attention in ("elsa", "eager"):
+        torch.manual_seed(0)
+        model = sharpened(AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval())
+        results.append(logits_of(model, ids, attention_mask=mask))
+    assert not calls
+    assert torch.equal(*results)

@@ -6,13 +6,14 @@ import sys
 import pytest
 import torch
 from hf_models import LAYERS, clip, decoder, logits_of, relerr, token_ids
-from torch import nn
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
     AutoModelForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
+    BloomConfig,
+    BloomForCausalLM,
+    T5Config,
+    T5Model,
 )
 
 import elsa_serve.hf
@@ -85,17 +86,18 @@ def test_use_attention_with_fallback_takes_the_announced_form():
     assert model.config._attn_implementation == "eager"
 
 
-def test_use_attention_refuses_models_with_their_own_attention():
-    class OwnAttention(PreTrainedModel):
-        config_class = PreTrainedConfig
-
-        def __init__(self, config):
-            super().__init__(config)
-            self.layer = nn.Linear(2, 2)
-
-    model = OwnAttention(PreTrainedConfig(attn_implementation="eager"))
-    with pytest.raises(UsageError, match="OwnAttention does not ask"), use_attention(model):
+@pytest.mark.parametrize(
+    ("model_class", "config"),
+    [
+        (BloomForCausalLM, BloomConfig(vocab_size=97, hidden_size=64, n_layer=1, n_head=4)),  # attention of its own
+        (T5Model, T5Config(vocab_size=97, d_model=64, d_kv=16, d_ff=96, num_layers=1, num_heads=4)),  # copied configs
+    ],
+)
+def test_use_attention_refuses_models_it_cannot_switch(model_class, config):
+    model = model_class._from_config(config, attn_implementation="eager")
+    with pytest.raises(UsageError, match=r"Bloom\w+, Bloom\w+ cannot|T5Stack cannot"), use_attention(model):
         pass
+    assert model.config._attn_implementation == "eager"
 
 
 def test_a_cache_filled_by_elsa_serves_eager():
