@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import json.scanner
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -13,6 +14,7 @@ from starlette.requests import Request
 from elsa_server.errors import ApiError, bounded, echo, from_validation
 
 SMALL_BODY = 64 << 10  # bytes parsed where they are: a millisecond, less than a thread's hand-over under load
+MAX_CONTAINERS = 20_000  # arrays and objects of a body larger than that; no request needs more
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
@@ -30,9 +32,21 @@ class YieldingDecoder(json.JSONDecoder):
 
     def __init__(self) -> None:
         super().__init__(parse_constant=refuse_constant)
-        self.parse_object = json.decoder.JSONObject  # type: ignore[attr-defined]
-        self.parse_array = json.decoder.JSONArray  # type: ignore[attr-defined]
+        self.parse_object = self._bounded(json.decoder.JSONObject)  # type: ignore[attr-defined]
+        self.parse_array = self._bounded(json.decoder.JSONArray)  # type: ignore[attr-defined]
         self.scan_once = json.scanner.py_make_scanner(self)  # type: ignore[attr-defined]
+        self._containers = 0
+
+    def _bounded(self, parse: Callable[..., Any]) -> Callable[..., Any]:
+        """Refuse hordes of lists and objects: the collector walks and frees them in one go, and nothing else runs."""
+
+        def parse_container(*args: Any) -> Any:
+            self._containers += 1
+            if self._containers > MAX_CONTAINERS:
+                raise ValueError(f"more than {MAX_CONTAINERS} arrays and objects")
+            return parse(*args)
+
+        return parse_container
 
 
 def parse(body: bytes, model: type[ModelT]) -> ModelT:
@@ -44,7 +58,7 @@ def parse(body: bytes, model: type[ModelT]) -> ModelT:
         raise ApiError(400, "The body is not valid JSON: it is nested too deeply.", code="invalid_json") from None
     except ValueError as error:
         detail = bounded(str(error), 200)
-        raise ApiError(400, f"The body is not valid JSON: {detail}.", code="invalid_json") from None
+        raise ApiError(400, f"The body is not acceptable JSON: {detail}.", code="invalid_json") from None
     if not isinstance(value, dict):
         raise ApiError(400, f"The body must be a JSON object, got {echo(value)}.", code="invalid_value")
     # Before pydantic, which would make an error of every one of a million unknown keys.

@@ -51,7 +51,7 @@ class DrainingServer(uvicorn.Server):
 
     def drain(self) -> None:
         """Begin to stop; a second call stops at once. From any thread, and from a signal handler."""
-        if self._loop is None:
+        if self._loop is None or self._loop.is_closed():
             self.should_exit = True
         else:
             self._loop.call_soon_threadsafe(self._begin_drain)

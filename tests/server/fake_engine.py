@@ -1,7 +1,7 @@
 """An engine of a few dozen lines for the server's tests: it answers with the words of the prompt, in order.
 
-A token is a word with the space before it, so texts are easy to foresee. Words of the prompt steer it: `slow` makes every
-token take 20 ms, `hang` reports progress and never gives a token, `fail` ends with an error after two tokens.
+A token is a word with the space before it, so texts are easy to foresee. Words of the prompt steer it: `slow` makes
+every token take 20 ms, `hang` reports progress and never gives a token, `fail` ends with an error after two tokens.
 """
 
 from __future__ import annotations
