@@ -195,7 +195,7 @@ def attention_varlen(
 
     Returns [T, H, D] in q's dtype, or a `State` with m, S [H, T] and W [H, T, D].
     """
-    varlen.check(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    varlen.check(q, k, v, cu_seqlens_q, cu_seqlens_k)
     op = _varlen_state_op if return_state else _varlen_op
     result = op(
         q,
@@ -203,12 +203,14 @@ def attention_varlen(
         v,
         cu_seqlens_q,
         cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
         alibi_slopes,
         sinks,
         causal,
         checks.resolve_scale(scale, q.shape[-1]),
-        window,
-        softcap,
+        checks.positive_window(window),
+        checks.positive_softcap(softcap),
         checks.resolve_precision(q.dtype, precision),
         impl,
     )
@@ -329,6 +331,8 @@ def _varlen_op(
     v: torch.Tensor,
     cu_seqlens_q: torch.Tensor,
     cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
     alibi_slopes: torch.Tensor | None,
     sinks: torch.Tensor | None,
     causal: bool,
@@ -340,14 +344,18 @@ def _varlen_op(
 ) -> torch.Tensor:
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     for rows, problem, operands in varlen.sequences(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, causal, scale, window, softcap, precision, False
-    ):
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, alibi_slopes, sinks, causal, scale, window,
+        softcap, precision, False,
+    ):  # fmt: skip
         out[rows] = _output(problem, operands, impl)[0].transpose(0, 1)
     return out
 
 
 @_varlen_op.register_fake
-def _(q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, causal, scale, window, softcap, precision, impl):
+def _(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, alibi_slopes, sinks, causal, scale, window,
+    softcap, precision, impl,
+):  # fmt: skip
     return q.new_empty(q.shape)
 
 
@@ -358,6 +366,8 @@ def _varlen_state_op(
     v: torch.Tensor,
     cu_seqlens_q: torch.Tensor,
     cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
     alibi_slopes: torch.Tensor | None,
     sinks: torch.Tensor | None,
     causal: bool,
@@ -371,15 +381,19 @@ def _varlen_state_op(
     dtype = state_dtype(q.dtype)
     m, S, W = q.new_empty((H, T), dtype=dtype), q.new_empty((H, T), dtype=dtype), q.new_empty((H, T, D), dtype=dtype)
     for rows, problem, operands in varlen.sequences(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, causal, scale, window, softcap, precision, True
-    ):
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, alibi_slopes, sinks, causal, scale, window,
+        softcap, precision, True,
+    ):  # fmt: skip
         state = _state(problem, operands, impl)
         m[:, rows], S[:, rows], W[:, rows] = state.m[0], state.S[0], state.W[0]
     return m, S, W
 
 
 @_varlen_state_op.register_fake
-def _(q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, causal, scale, window, softcap, precision, impl):
+def _(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, alibi_slopes, sinks, causal, scale, window,
+    softcap, precision, impl,
+):  # fmt: skip
     T, H, D = q.shape
     dtype = state_dtype(q.dtype)
     return q.new_empty((H, T), dtype=dtype), q.new_empty((H, T), dtype=dtype), q.new_empty((H, T, D), dtype=dtype)

@@ -17,8 +17,6 @@ def check(
     v: torch.Tensor,
     cu_seqlens_q: torch.Tensor,
     cu_seqlens_k: torch.Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
 ) -> None:
     """Check everything that can be checked without reading the offsets, which may lie on a GPU."""
     checks.check_dtype(q)
@@ -39,8 +37,6 @@ def check(
             f"cu_seqlens_q has {cu_seqlens_q.numel()} entries and cu_seqlens_k {cu_seqlens_k.numel()}; "
             "both need sequences + 1"
         )
-    if max_seqlen_q < 0 or max_seqlen_k < 0:
-        raise ValueError(f"max_seqlen_q {max_seqlen_q} and max_seqlen_k {max_seqlen_k} must not be negative")
 
 
 def sequences(
@@ -49,6 +45,8 @@ def sequences(
     v: torch.Tensor,
     cu_seqlens_q: torch.Tensor,
     cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
     alibi_slopes: torch.Tensor | None,
     sinks: torch.Tensor | None,
     causal: bool,
@@ -59,8 +57,8 @@ def sequences(
     return_state: bool,
 ) -> Iterator[tuple[slice, Problem, Operands]]:
     """Each sequence as its rows in q and one problem with B = 1. Reads the offsets: one synchronisation on a GPU."""
-    q_offsets = _offsets("cu_seqlens_q", cu_seqlens_q, q.shape[0])
-    k_offsets = _offsets("cu_seqlens_k", cu_seqlens_k, k.shape[0])
+    q_offsets = _offsets("q", cu_seqlens_q, q.shape[0], max_seqlen_q)
+    k_offsets = _offsets("k", cu_seqlens_k, k.shape[0], max_seqlen_k)
     for s in range(len(q_offsets) - 1):
         rows, keys = slice(q_offsets[s], q_offsets[s + 1]), slice(k_offsets[s], k_offsets[s + 1])
         operands = Operands(
@@ -83,8 +81,13 @@ def sequences(
         yield rows, problem, operands
 
 
-def _offsets(name: str, tensor: torch.Tensor, total: int) -> list[int]:
+def _offsets(of: str, tensor: torch.Tensor, total: int, longest: int) -> list[int]:
     offsets: list[int] = tensor.tolist()
-    if offsets[0] != 0 or offsets[-1] != total or any(a > b for a, b in pairwise(offsets)):
-        raise ValueError(f"{name} must rise from 0 to the number of packed tokens, {total}; it holds {offsets[:8]}…")
+    lengths = [b - a for a, b in pairwise(offsets)]
+    if offsets[0] != 0 or offsets[-1] != total or min(lengths, default=0) < 0:
+        raise ValueError(
+            f"cu_seqlens_{of} must rise from 0 to the number of packed tokens, {total}; it holds {offsets[:8]}…"
+        )
+    if max(lengths, default=0) > longest:
+        raise ValueError(f"max_seqlen_{of} is {longest}, but a sequence has {max(lengths)} tokens; pass at least that")
     return offsets

@@ -359,7 +359,7 @@ def merge_kernel(
     M, S, W, SINKS, M_OUT, S_OUT, OUT, chunks, rows, Nq, H,
     D: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr, STATE: tl.constexpr, HAS_SINKS: tl.constexpr,
 ):  # fmt: skip
-    """Merge the states of one row's chunks, M and S [chunks, rows], W [chunks, rows, D], in a fixed tree by position."""
+    """Merge the states of a row's chunks, M and S [chunks, rows], W [chunks, rows, D], in a fixed tree by position."""
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BD)
     m = float("-inf")

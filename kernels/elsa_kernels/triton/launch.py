@@ -85,13 +85,16 @@ def run(problem: Problem, operands: Operands) -> torch.Tensor | State:
 
 def _run(problem: Problem, operands: Operands, arch: str) -> torch.Tensor | State:
     cut = plan(problem, arch)
-    q, k, v = operands.q, operands.k, operands.v
+    q, k, v = operands.q, _addressable(operands.k), _addressable(operands.v)
+    keys: tuple[torch.Tensor | None, ...] = (k, None, None)
+    values: tuple[torch.Tensor | None, ...] = (v, None, None)
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
+    strides_of_planes = strides
     if cut.mode == "split":
         planes = split_kv(k, v)
         keys = (planes.k_hi, planes.k_lo, planes.k_scale)
         values = (planes.v_hi, planes.v_lo, planes.v_scale)
-    else:
-        keys, values = (k, None, None), (v, None, None)
+        strides_of_planes = (*q.stride()[:3], *planes.k_hi.stride()[:3], *planes.v_hi.stride()[:3])
     state = problem.return_state or cut.chunks > 1
     m, S, out = _results(problem, cut.chunks, state)
     todo = torch.empty(cut.blocks * problem.B * problem.Hkv * cut.chunks, dtype=torch.int32, device=problem.device)
@@ -99,19 +102,25 @@ def _run(problem: Problem, operands: Operands, arch: str) -> torch.Tensor | Stat
     extras = (operands.bias, operands.alibi_slopes, operands.sinks, operands.kv_range)
     grid = (todo.numel(),)
     forward.forward_kernel[grid](
-        q, *keys, *values, out, m, S, todo, *extras,
-        *q.stride()[:3], *keys[0].stride()[:3], *values[0].stride()[:3],
+        q, *keys, *values, out, m, S, todo, *extras, *strides_of_planes,
         **shared, BM=cut.tile.BM, BN=cut.tile.BN, MODE=cut.mode,
         num_warps=cut.tile.num_warps, num_stages=cut.tile.num_stages,
     )  # fmt: skip
     forward.careful_kernel[grid](
-        q, k, v, out, m, S, todo, *extras, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        q, k, v, out, m, S, todo, *extras, *strides,
         **shared, BM=cut.tile.BM, PART=CAREFUL_TILE.BM, BN=CAREFUL_TILE.BN,
         num_warps=CAREFUL_TILE.num_warps, num_stages=CAREFUL_TILE.num_stages,
     )  # fmt: skip
     if cut.chunks > 1:
         return _merge(problem, operands, m, S, out)
-    return State(m[0], S[0], out[0]) if problem.return_state else out[0]
+    if m is not None and S is not None:
+        return State(m[0], S[0], out[0])
+    return out[0]
+
+
+def _addressable(x: torch.Tensor) -> torch.Tensor:
+    """x itself, or a compact copy where a tile's offsets would not fit the kernel's 32 bits."""
+    return x if x.stride(2) * 128 < 2**31 else x.contiguous()
 
 
 def _results(
@@ -128,9 +137,7 @@ def _results(
 def _shared_arguments(problem: Problem, operands: Operands, cut: Plan, state: bool) -> dict[str, object]:
     """The arguments that both passes take alike."""
     bias = operands.bias
-    strides = (0, 0, 0, 0)
-    if bias is not None:
-        strides = tuple(0 if n == 1 else stride for n, stride in zip(bias.shape, bias.stride()))
+    strides = [0] * 4 if bias is None else [0 if n == 1 else s for n, s in zip(bias.shape, bias.stride())]
     return {
         **dict(zip(("sbb", "sbh", "sbn", "sbj"), strides)),
         "B": problem.B,

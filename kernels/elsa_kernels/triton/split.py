@@ -136,12 +136,9 @@ def split_kv(k: torch.Tensor, v: torch.Tensor) -> Planes:
     one read and one write for the planes."""
     B, Hkv, N, D = k.shape
     BD = triton.next_power_of_2(D)
-    planes = Planes(
-        *(torch.empty((B, Hkv, N, D), dtype=torch.float16, device=k.device) for _ in range(2)),
-        torch.empty((B, Hkv, D), dtype=torch.float32, device=k.device),
-        *(torch.empty((B, Hkv, N, D), dtype=torch.float16, device=k.device) for _ in range(2)),
-        torch.empty((B, Hkv, D), dtype=torch.float32, device=k.device),
-    )
+    k_hi, k_lo, v_hi, v_lo = (torch.empty((B, Hkv, N, D), dtype=torch.float16, device=k.device) for _ in range(4))
+    k_scale, v_scale = (torch.empty((B, Hkv, D), dtype=torch.float32, device=k.device) for _ in range(2))
+    planes = Planes(k_hi, k_lo, k_scale, v_hi, v_lo, v_scale)
     amax = torch.zeros((2, B, Hkv, D), dtype=torch.int32, device=k.device)
     strides = (*k.stride()[:3], *v.stride()[:3])
     _amax_kernel[(triton.cdiv(N, _ROWS * _AMAX_TILES), B * Hkv)](
@@ -149,7 +146,7 @@ def split_kv(k: torch.Tensor, v: torch.Tensor) -> Planes:
     )
     _split_kernel[(triton.cdiv(N, _ROWS), B * Hkv)](
         k, v, amax[0], amax[1],
-        planes.k_hi, planes.k_lo, planes.k_scale, planes.v_hi, planes.v_lo, planes.v_scale,
+        k_hi, k_lo, k_scale, v_hi, v_lo, v_scale,
         *strides, Hkv, N, D=D, BD=BD, ROWS=_ROWS,
     )  # fmt: skip
     return planes

@@ -1,0 +1,105 @@
+"""Compile the Triton kernels for GPUs that are not here, and read what the binary uses."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import elsa_kernels.triton.forward as forward
+import triton
+from elsa_kernels.triton import tiles
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TARGETS = {
+    "sm_75": GPUTarget("cuda", 75, 32),
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+INTEGERS = ["B", "Hkv", "Nq", "Nk", "q_start", "window", "n_blocks", "first_chunk", "H", "rows", "chunks"]
+STRIDES = [f"s{t}{d}" for t in "qkv" for d in "bhn"] + ["sbb", "sbh", "sbn", "sbj"]
+PLAIN = {
+    "GROUP": 1, "CHUNK": 0, "STATE": False, "CAUSAL": True, "WINDOW": False, "SOFTCAP": False, "ALIBI": False,
+    "HAS_BIAS": False, "HAS_SINKS": False, "HAS_RANGES": False,
+}  # fmt: skip
+EVERYTHING = PLAIN | {
+    "GROUP": 4, "STATE": True, "WINDOW": True, "SOFTCAP": True, "ALIBI": True, "HAS_BIAS": True, "HAS_SINKS": True,
+    "HAS_RANGES": True,
+}  # fmt: skip
+
+
+def compile_kernel(kernel, pointers: dict[str, str], constants: dict, target: GPUTarget, tile: tiles.Tile):
+    """One variant, as the launcher would compile it for 16-byte aligned pointers and strides."""
+    signature, constexprs, aligned = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        name = parameter.name
+        if parameter.is_constexpr:
+            signature[name], constexprs[(i,)] = "constexpr", constants[name]
+        elif name in pointers:
+            signature[name] = pointers[name]
+            aligned[(i,)] = [["tt.divisibility", 16]]
+        elif name in STRIDES:
+            signature[name] = "i32"
+            aligned[(i,)] = [["tt.divisibility", 16]]
+        elif name in INTEGERS:
+            signature[name] = "i32"
+        elif name in ("scale", "softcap"):
+            signature[name] = "fp32"
+        else:  # an absent tensor
+            signature[name], constexprs[(i,)] = "constexpr", None
+    source = ASTSource(kernel, signature, constexprs, aligned)
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    return triton.compile(source, target=target, options=options)
+
+
+def forward_variant(target: str, mode: str, D: int, features: dict, dtype: str = "fp16", rows: int = 4096):
+    """`forward_kernel` in a mode, with the tile that the launcher takes on that device."""
+    BD = max(16, triton.next_power_of_2(D))
+    tile = tiles.rows_of_tile(tiles.choose(mode, BD, target), rows)
+    element = "*fp16" if mode == "split" else f"*{dtype}"
+    pointers = {
+        "Q": "*fp32" if mode == "split" else element, "K0": element, "V0": element, "TODO": "*i32",
+        "OUT": "*fp32" if features["STATE"] or mode == "split" else element,
+    }  # fmt: skip
+    if mode == "split":
+        pointers |= {"K1": element, "V1": element, "KS": "*fp32", "VS": "*fp32"}
+    pointers |= _feature_pointers(features)
+    constants = features | {"D": D, "BD": BD, "BM": tile.BM, "BN": tile.BN, "MODE": mode}
+    return compile_kernel(forward.forward_kernel, pointers, constants, TARGETS[target], tile)
+
+
+def careful_variant(target: str, D: int, features: dict, dtype: str, tile: tiles.Tile):
+    BD = max(16, triton.next_power_of_2(D))
+    pointers = {"Q": f"*{dtype}", "K0": f"*{dtype}", "V0": f"*{dtype}", "TODO": "*i32", "OUT": "*fp32"}
+    pointers |= _feature_pointers(features)
+    constants = features | {"D": D, "BD": BD, "BM": 128, "PART": tile.BM, "BN": tile.BN}
+    return compile_kernel(forward.careful_kernel, pointers, constants, TARGETS[target], tile)
+
+
+def _feature_pointers(features: dict) -> dict[str, str]:
+    pointers = {}
+    if features["STATE"]:
+        pointers |= {"M": "*fp32", "S": "*fp32"}
+    for flag, name, kind in (
+        ("HAS_BIAS", "BIAS", "*fp32"), ("ALIBI", "SLOPES", "*fp32"), ("HAS_SINKS", "SINKS", "*fp32"),
+        ("HAS_RANGES", "RANGES", "*i32"),
+    ):  # fmt: skip
+        if features[flag]:
+            pointers[name] = kind
+    return pointers
+
+
+def resources(compiled) -> dict[str, int]:
+    """Registers, stack bytes and shared memory of a CUDA binary, from its own resource section."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text.stdout)
+    if found is None:
+        raise ValueError(f"cuobjdump printed no resource usage: {text.stdout!r}")
+    return {"registers": int(found[1]), "stack": int(found[2]), "shared": compiled.metadata.shared}
