@@ -19,18 +19,18 @@
 // ELSA_Q_RESIDENT, ELSA_VEC (4: rows are 16-byte aligned, or 1), ELSA_SUPER, ELSA_TILE_SUMS, ELSA_MIN_BLOCKS,
 // ELSA_LOGITS (1: softcap, ALiBi, bias or a scale that is not positive).
 
-constexpr int D = ELSA_D, WARPS = ELSA_WARPS, BN = ELSA_BN, DC = ELSA_DC, NC = ELSA_NC, STAGES = ELSA_STAGES;
+constexpr int HEAD = ELSA_HEAD, D = (HEAD + 31) / 32 * 32, WARPS = ELSA_WARPS, BN = ELSA_BN, DC = ELSA_DC, NC = ELSA_NC, STAGES = ELSA_STAGES;
 constexpr int VEC = ELSA_VEC, SUPER = ELSA_SUPER;
 constexpr bool Q_RESIDENT = ELSA_Q_RESIDENT, TILE_SUMS = ELSA_TILE_SUMS;
 constexpr int THREADS = 32 * WARPS, BM = 16 * WARPS, TM = 8, TN = BN / 16, TO = D / 16;
 constexpr int K_STEPS = D / DC, V_STEPS = BN / NC, STEPS = K_STEPS + V_STEPS;
 // 4 floats of padding put 8 consecutive rows on 8 distinct groups of banks.
-constexpr int QS = (Q_RESIDENT ? D : DC) + 4, KS = DC + 4;
-constexpr int K_FLOATS = BN * KS + (Q_RESIDENT ? 0 : BM * QS), V_FLOATS = NC * D;
+constexpr int QS = BM + 4, KS = BN + 4;
+constexpr int K_FLOATS = DC * KS + (Q_RESIDENT ? 0 : DC * QS), V_FLOATS = NC * D;
 constexpr int SLOT = K_FLOATS > V_FLOATS ? K_FLOATS : V_FLOATS;
-constexpr int RING = Q_RESIDENT ? BM * QS : 0, PROBS = RING + STAGES * SLOT, KEPT = PROBS + BM * BN;
+constexpr int RING = Q_RESIDENT ? D * QS : 0, PROBS = RING + STAGES * SLOT, KEPT = PROBS + BM * BN;
 static_assert(D % 32 == 0 && D <= 256 && D % DC == 0 && DC % 32 == 0, "head dimension");
-static_assert(BN % 32 == 0 && BN % NC == 0 && NC % 4 == 0, "keys per tile");
+static_assert(BN % 64 == 0 && BN % NC == 0 && NC % 16 == 0, "keys per tile");
 static_assert(STAGES >= 2, "a chunk arrives while another is used");
 
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f, LN2_LOW = -1.904654e-9f;
@@ -111,21 +111,42 @@ __device__ constexpr int power_of_two(int at_least) {
   return n;
 }
 
-// Fills to[ROWS][STRIDE] with columns [col0, col0 + WIDTH) of rows [row0, row0 + ROWS); zeros outside [first, end) × [0, d).
-template <int ROWS, int WIDTH, int STRIDE>
-__device__ __forceinline__ void load_rows(float* to, const float* from, i64 row_stride, int row0, int first, int end,
-                                          int col0, int d) {
-  constexpr int PER_ROW = WIDTH / VEC, LANES = power_of_two(PER_ROW), PASS = THREADS / LANES;
+// Fills to[ROWS][D] with rows [row0, row0 + ROWS) of V; zeros outside [first, end) × [0, HEAD).
+template <int ROWS>
+__device__ __forceinline__ void load_rows(float* to, const float* from, i64 row_stride, int row0, int first, int end) {
+  constexpr int PER_ROW = D / VEC, LANES = power_of_two(PER_ROW), PASS = THREADS / LANES;
   unsigned thread = recomputed(threadIdx.x);
   int r = thread / LANES, c = thread % LANES * VEC;
-  if (PER_ROW < LANES && c >= WIDTH) return;
+  if (PER_ROW < LANES && c >= D) return;
   int row = row0 + r - first;
-  unsigned rows = col0 + c < d ? max(end - first, 0) : 0;
-  from += (row0 + r) * row_stride + (col0 + c);
-  to += r * STRIDE + c;
+  unsigned rows = HEAD == D || c < HEAD ? max(end - first, 0) : 0;
+  from += (row0 + r) * row_stride + c;
+  to += r * D + c;
 #pragma unroll
   for (int pass = 0; pass < ROWS; pass += PASS) {
-    if (ROWS % PASS == 0 || r + pass < ROWS) copy<VEC>(to + pass * STRIDE, from, (unsigned)(row + pass) < rows);
+    if (ROWS % PASS == 0 || r + pass < ROWS) copy<VEC>(to + pass * D, from, (unsigned)(row + pass) < rows);
+    from += PASS * row_stride;
+  }
+}
+
+// Fills to[DEPTH][STRIDE] with columns [col0, col0 + DEPTH) of rows [row0, row0 + ROWS) of Q or K, transposed; zeros
+// outside [first, end) × [0, HEAD). A warp copies 8 columns of 4 rows: whole sectors there, distinct banks here.
+template <int ROWS, int DEPTH, int STRIDE>
+__device__ __forceinline__ void load_transposed(float* to, const float* from, i64 row_stride, int row0, int first, int end,
+                                                int col0) {
+  constexpr int PASS = THREADS / 8;
+  unsigned thread = recomputed(threadIdx.x);
+  int r = thread / 8, c = thread % 8;
+  from += (row0 + r) * row_stride + (col0 + c);
+  to += c * STRIDE + r;
+#pragma unroll
+  for (int pass = 0; pass < ROWS; pass += PASS) {
+    int row = row0 + r + pass;
+    bool valid = row >= first && row < end;
+    if (ROWS % PASS == 0 || r + pass < ROWS)
+#pragma unroll
+      for (int k = 0; k < DEPTH; k += 8)
+        copy<1>(to + k * STRIDE + pass, from + k, valid && (HEAD == D || col0 + c + k < HEAD));
     from += PASS * row_stride;
   }
 }
@@ -163,12 +184,12 @@ __device__ __forceinline__ void issue(const Params& a, const Block& k, float* sh
     float* slot = shared + RING + at.slot * SLOT;
     if (at.step < K_STEPS) {
       const float* keys = a.k + k.b * a.k_b + k.hk * a.k_h;
-      load_rows<BN, DC, KS>(slot, keys, a.k_n, at.tile * BN, k.lo, k.hi, at.step * DC, a.d);
+      load_transposed<BN, DC, KS>(slot, keys, a.k_n, at.tile * BN, k.lo, k.hi, at.step * DC);
       if (!Q_RESIDENT)
-        load_rows<BM, DC, QS>(slot + BN * KS, a.q + k.b * a.q_b + k.h * a.q_h, a.q_n, k.q0, 0, a.Nq, at.step * DC, a.d);
+        load_transposed<BM, DC, QS>(slot + DC * KS, a.q + k.b * a.q_b + k.h * a.q_h, a.q_n, k.q0, 0, a.Nq, at.step * DC);
     } else {
       const float* values = a.v + k.b * a.v_b + k.hk * a.v_h;
-      load_rows<NC, D, D>(slot, values, a.v_n, at.tile * BN + (at.step - K_STEPS) * NC, k.lo, k.hi, 0, a.d);
+      load_rows<NC>(slot, values, a.v_n, at.tile * BN + (at.step - K_STEPS) * NC, k.lo, k.hi);
     }
   }
   copies_commit();
@@ -185,27 +206,10 @@ __device__ __forceinline__ const float* next_chunk(const Params& a, const Block&
   return chunk;
 }
 
-// S += Q[8 rows, DC] · K[TN keys, DC]ᵀ; q and keys point at the thread's first row and key.
-template <bool GUARD>
-__device__ __forceinline__ void multiply_qk(float (&S)[TM][TN], const float* q, const float* keys) {
-#pragma unroll(GUARD ? 1 : ELSA_UNROLL_K)
-  for (int c = 0; c < DC; c += 4) {
-    float4 kv[TN];
-#pragma unroll
-    for (int j = 0; j < TN; ++j) kv[j] = *(const float4*)(keys + 16 * j * KS + c);
-#pragma unroll
-    for (int i = 0; i < TM; ++i) {
-      float4 qv = *(const float4*)(q + 2 * i * QS + c);
-#pragma unroll
-      for (int j = 0; j < TN; ++j) S[i][j] = fmaf(qv.x, kv[j].x, S[i][j]);
-#pragma unroll
-      for (int j = 0; j < TN; ++j) S[i][j] = fmaf(qv.y, kv[j].y, S[i][j]);
-#pragma unroll
-      for (int j = 0; j < TN; ++j) S[i][j] = fmaf(qv.z, kv[j].z, S[i][j]);
-#pragma unroll
-      for (int j = 0; j < TN; ++j) S[i][j] = fmaf(qv.w, kv[j].w, S[i][j]);
-    }
-  }
+template <int N>
+__device__ __forceinline__ void read(float (&to)[N], const float* from, int i) {
+  float4 x = *(const float4*)from;
+  to[i] = x.x, to[i + 1] = x.y, to[i + 2] = x.z, to[i + 3] = x.w;
 }
 
 // A masked key carries the probability −0, so that the guarded product can tell it from one that underflowed.
@@ -215,43 +219,66 @@ __device__ __forceinline__ float add_product(float p, float v, float sum) {
   return __float_as_uint(p) == 0x80000000u ? sum : sum + v;
 }
 
+// sum[i][j] += x[i]·y[j]. The register file reads one even and one odd register a cycle, and a factor kept from the
+// product before costs no read: going to and fro over i, every product shares a factor with the one before.
+template <bool GUARD, int N>
+__device__ __forceinline__ void add_outer(float (&sum)[TM][N], const float (&x)[TM], const float (&y)[N]) {
+#pragma unroll
+  for (int j = 0; j < N; ++j)
+#pragma unroll
+    for (int step = 0; step < TM; ++step) {
+      int i = j % 2 ? TM - 1 - step : step;
+      sum[i][j] = add_product<GUARD>(x[i], y[j], sum[i][j]);
+    }
+}
+
+// S += Q[8 rows, DC]·K[TN keys, DC]ᵀ from their transposes; q and keys point at the thread's first row and key.
+template <bool GUARD>
+__device__ __forceinline__ void multiply_qk(float (&S)[TM][TN], const float* q, const float* keys) {
+#pragma unroll(GUARD ? 1 : ELSA_UNROLL_K)
+  for (int c = 0; c < DC; c += 4) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      float x[TM], y[TN];
+#pragma unroll
+      for (int i = 0; i < TM; i += 4) read(x, q + e * QS + 2 * i, i);
+#pragma unroll
+      for (int j = 0; j < TN; j += 4) read(y, keys + e * KS + 16 * j, j);
+      add_outer<false>(S, x, y);
+    }
+    q += 4 * QS, keys += 4 * KS;
+  }
+}
+
 // Column of the thread's output j: groups of four, lane_col·4 + 64·g, then a pair where D % 64 = 32.
 __device__ __forceinline__ int column(int lane_col, int j) {
   return j < D / 64 * 4 ? 64 * (j / 4) + 4 * lane_col + j % 4 : D - 32 + 2 * lane_col + j % 2;
 }
 
-__device__ __forceinline__ void read_columns(float (&w)[TO], const float* row, int lane_col) {
-#pragma unroll
-  for (int j = 0; j + 4 <= TO; j += 4) {
-    float4 x = *(const float4*)(row + column(lane_col, j));
-    w[j] = x.x, w[j + 1] = x.y, w[j + 2] = x.z, w[j + 3] = x.w;
-  }
-  if (D % 64) {
-    float2 x = *(const float2*)(row + column(lane_col, TO - 2));
-    w[TO - 2] = x.x, w[TO - 1] = x.y;
-  }
-}
+// Where rows 4·quarter … 4·quarter + 3 of key n lie in a warp's transposed P: the swizzle spreads the warp's stores.
+__device__ __forceinline__ int place(int n, int quarter) { return 16 * n + 4 * (quarter ^ (n / 4 % 4)); }
 
-// sum[8][TO] += P[8 rows, NC keys] · V[NC keys, D] for the keys from n0 on; p points at the thread's first row.
+// sum[8][TO] += P[8 rows, NC keys]·V[NC keys, D]; p points at the chunk's first key in the warp's P.
 template <bool GUARD>
-__device__ __forceinline__ void multiply_pv(float (&sum)[TM][TO], const float* p, int n0, int swap, const float* values,
+__device__ __forceinline__ void multiply_pv(float (&sum)[TM][TO], const float* p, int lane_row, const float* values,
                                             int lane_col) {
 #pragma unroll(GUARD ? 1 : ELSA_UNROLL_V)
   for (int n = 0; n < NC; n += 4) {
-    float4 pv[TM];
-#pragma unroll
-    for (int i = 0; i < TM; ++i) pv[i] = *(const float4*)(p + 2 * i * BN + ((n0 + n) ^ swap));
+    int at = place(n, lane_row);
+    const float *upper = p + at, *lower = p + (at ^ 8);  // quarters lane_row and lane_row + 2
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      float w[TO];
-      read_columns(w, values + (n + e) * D, lane_col);
+      float x[TM], y[TO];
+      read(x, upper + 16 * e, 0), read(x, lower + 16 * e, 4);
 #pragma unroll
-      for (int i = 0; i < TM; ++i) {
-        float x = e == 0 ? pv[i].x : e == 1 ? pv[i].y : e == 2 ? pv[i].z : pv[i].w;
-#pragma unroll
-        for (int j = 0; j < TO; ++j) sum[i][j] = add_product<GUARD>(x, w[j], sum[i][j]);
+      for (int j = 0; j + 4 <= TO; j += 4) read(y, values + e * D + column(lane_col, j), j);
+      if (D % 64) {
+        float2 last = *(const float2*)(values + e * D + column(lane_col, TO - 2));
+        y[TO - 2] = last.x, y[TO - 1] = last.y;
       }
+      add_outer<GUARD>(sum, x, y);
     }
+    values += 4 * D;
   }
 }
 
@@ -261,18 +288,48 @@ __device__ __forceinline__ float rescaled(float sum, float factor) {
   return GUARD && !finite(sum) ? sum : sum * factor;
 }
 
+template <int N>
+__device__ __forceinline__ void clear(float (&sum)[TM][N]) {
+#pragma unroll
+  for (int i = 0; i < TM; ++i)
+#pragma unroll
+    for (int j = 0; j < N; ++j) sum[i][j] = 0.f;
+}
+
+template <bool GUARD>
+__device__ __forceinline__ void rescale(float (&O)[TM][TO], const float (&alpha)[TM]) {
+#pragma unroll
+  for (int i = 0; i < TM; ++i)
+#pragma unroll
+    for (int j = 0; j < TO; ++j) O[i][j] = rescaled<GUARD>(O[i][j], alpha[i]);
+}
+
+// O ← O·alpha + T
+template <bool GUARD>
+__device__ __forceinline__ void merge(float (&O)[TM][TO], const float (&T)[TM][TO], const float (&alpha)[TM]) {
+#pragma unroll
+  for (int i = 0; i < TM; ++i)
+#pragma unroll
+    for (int j = 0; j < TO; ++j)
+      O[i][j] = GUARD && !finite(O[i][j]) ? O[i][j] + T[i][j] : fmaf(O[i][j], alpha[i], T[i][j]);
+}
+
 // −∞ − (−∞) is NaN: a row without visible keys subtracts 0 instead.
 __device__ __forceinline__ float anchor(float m) { return m == neg_inf() ? 0.f : m; }
+
+// The thread's row i within the block, counted from its first, and its key j within the tile.
+__device__ __forceinline__ int row_at(int i) { return 8 * (i / 4) + i % 4; }
+__device__ __forceinline__ int key_at(int j) { return 64 * (j / 4) + j % 4; }
 
 // Turns products q·k into natural logits: scale, softcap, ALiBi, bias.
 __device__ __forceinline__ void make_logits(const Params& a, const Block& k, float (&S)[TM][TN], int row0, int key0) {
   float slope = a.alibi ? a.alibi[k.h] : 0.f;
 #pragma unroll
   for (int i = 0; i < TM; ++i) {
-    int row = k.q0 + row0 + 2 * i;
+    int row = k.q0 + row0 + row_at(i);
 #pragma unroll
     for (int j = 0; j < TN; ++j) {
-      int key = key0 + 16 * j;
+      int key = key0 + key_at(j);
       float x = S[i][j] * a.scale;
       if (a.softcap > 0.f) x = a.softcap * tanhf(x / a.softcap);
       if (a.alibi) x = fmaf(slope, (float)(key - a.q_start - row), x);
@@ -286,11 +343,11 @@ __device__ __forceinline__ void make_logits(const Params& a, const Block& k, flo
 __device__ __forceinline__ void mask(const Params& a, const Block& k, float (&S)[TM][TN], int row0, int key0) {
 #pragma unroll
   for (int i = 0; i < TM; ++i) {
-    int position = a.q_start + k.q0 + row0 + 2 * i;
+    int position = a.q_start + k.q0 + row0 + row_at(i);
     int lo = max(k.lo, position - k.below + 1), hi = min(k.hi, position + k.above);
 #pragma unroll
     for (int j = 0; j < TN; ++j)
-      if (key0 + 16 * j < lo || key0 + 16 * j >= hi) S[i][j] = neg_inf();
+      if (key0 + key_at(j) < lo || key0 + key_at(j) >= hi) S[i][j] = neg_inf();
   }
 }
 
@@ -298,7 +355,7 @@ __device__ __forceinline__ void mask(const Params& a, const Block& k, float (&S)
 // rescaling factor in alpha. c: factor from S to log2 units, positive.
 template <bool GUARD>
 __device__ __forceinline__ void softmax(float (&S)[TM][TN], float c, float (&m)[TM], float (&l)[TM], float (&alpha)[TM],
-                                        float* p, int lane_col, int swap) {
+                                        float* p, int lane_row, int lane_col) {
   float top[TM];
   bool higher = false;
 #pragma unroll
@@ -320,8 +377,6 @@ __device__ __forceinline__ void softmax(float (&S)[TM][TN], float c, float (&m)[
       m[i] = m_new;
     }
   }
-  float* even = p + lane_col + swap;
-  float* odd = p + lane_col - swap;
 #pragma unroll
   for (int i = 0; i < TM; ++i) {
     float base = anchor(m[i]), sum = 0.f;
@@ -329,25 +384,31 @@ __device__ __forceinline__ void softmax(float (&S)[TM][TN], float c, float (&m)[
     for (int j = 0; j < TN; ++j) {
       float e = exp2_fast(fmaf(S[i][j], c, -base));
       sum += e;
-      (j % 2 ? odd : even)[2 * i * BN + 16 * j] = GUARD && S[i][j] == neg_inf() ? -0.f : e;
+      S[i][j] = GUARD && S[i][j] == neg_inf() ? -0.f : e;
     }
     l[i] = fmaf(l[i], alpha[i], sum);
   }
+#pragma unroll
+  for (int i = 0; i < TM; i += 4)
+#pragma unroll
+    for (int j = 0; j < TN; ++j)
+      *(float4*)(p + place(4 * lane_col + key_at(j), lane_row + i / 2)) =
+          make_float4(S[i][j], S[i + 1][j], S[i + 2][j], S[i + 3][j]);
 }
 
 // Adds the thread's share of a row to what earlier flushes left in the output tensor, times beta, and stores it times
 // factor. Returns whether every sum is finite.
 template <bool GUARD>
-__device__ __forceinline__ bool store_row(float* row, float (&O)[TO], float beta, float factor, bool first, int lane_col,
-                                          int d) {
+__device__ __forceinline__ bool store_row(float* row, float (&O)[TO], float beta, float factor, bool first,
+                                          int lane_col) {
   bool good = true;
 #pragma unroll
   for (int j = 0; j < TO; j += 2) {
     int c = column(lane_col, j);
     float x = O[j], y = O[j + 1];
     O[j] = 0.f, O[j + 1] = 0.f;
-    if (VEC == 4) {
-      if (c >= d) continue;  // d % 4 = 0: both columns exist or none does
+    if (HEAD % 4 == 0) {
+      if (c >= HEAD) continue;  // both columns exist or none does
       float2* at = (float2*)(row + c);
       if (!first) {
         float2 old = *at;
@@ -356,11 +417,11 @@ __device__ __forceinline__ bool store_row(float* row, float (&O)[TO], float beta
       good = good && finite(x) && finite(y);
       *at = make_float2(x * factor, y * factor);
     } else {
-      if (c < d) {
+      if (c < HEAD) {
         if (!first) x += rescaled<GUARD>(row[c], beta);
         good = good && finite(x), row[c] = x * factor;
       }
-      if (c + 1 < d) {
+      if (c + 1 < HEAD) {
         if (!first) y += rescaled<GUARD>(row[c + 1], beta);
         good = good && finite(y), row[c + 1] = y * factor;
       }
@@ -378,7 +439,7 @@ __device__ __forceinline__ bool flush(const Params& a, const Block& k, float* sh
   bool good = true;
 #pragma unroll
   for (int i = 0; i < TM; ++i) {
-    int row = row0 + 2 * i;
+    int row = row0 + row_at(i);
     float sum = l[i], beta = 0.f, factor = 1.f;
 #pragma unroll
     for (int bit = 2; bit < 32; bit *= 2) sum += __shfl_xor_sync(~0u, sum, bit);
@@ -411,7 +472,7 @@ __device__ __forceinline__ bool flush(const Params& a, const Block& k, float* sh
         factor = sum == 0.f ? 0.f : factor / sum;
       }
     }
-    good &= store_row<GUARD>(a.out + at * a.d, O[i], beta, factor, first, lane_col, a.d);
+    good &= store_row<GUARD>(a.out + at * HEAD, O[i], beta, factor, first, lane_col);
   }
   return good;
 }
@@ -420,19 +481,17 @@ __device__ __forceinline__ bool flush(const Params& a, const Block& k, float* sh
 template <bool GUARD>
 __device__ __forceinline__ bool run(const Params& a, const Block& k, float* shared) {
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32, lane_row = lane & 1, lane_col = lane >> 1;
-  int row0 = 16 * warp + lane_row, swap = lane_row << 4;  // swapped halves keep two rows of P on distinct banks
-  float* p = shared + PROBS + row0 * BN;
+  int row0 = 16 * warp + 4 * lane_row;
+  float* p = shared + PROBS + 16 * warp * BN;
   float c = ELSA_LOGITS ? LOG2E : a.scale * LOG2E;
-  float O[TM][TO], T[TM][TO], m[TM], l[TM], alpha[TM];
+  float m[TM], l[TM], alpha[TM];
+  float O[TM][TO], T[TM][TO];
 #pragma unroll
-  for (int i = 0; i < TM; ++i) {
-    m[i] = neg_inf(), l[i] = 0.f;
-#pragma unroll
-    for (int j = 0; j < TO; ++j) O[i][j] = 0.f;
-  }
+  for (int i = 0; i < TM; ++i) m[i] = neg_inf(), l[i] = 0.f;
+  clear(O);
 
   __syncthreads();
-  if (Q_RESIDENT) load_rows<BM, D, QS>(shared, a.q + k.b * a.q_b + k.h * a.q_h, a.q_n, k.q0, 0, a.Nq, 0, a.d);
+  if (Q_RESIDENT) load_transposed<BM, D, QS>(shared, a.q + k.b * a.q_b + k.h * a.q_h, a.q_n, k.q0, 0, a.Nq, 0);
   Cursor ahead = {k.tile, 0, 0};
   for (int i = 0; i < STAGES - 1; ++i) issue(a, k, shared, ahead);
 
@@ -441,38 +500,25 @@ __device__ __forceinline__ bool run(const Params& a, const Block& k, float* shar
 #pragma unroll 1
   for (int tile = k.tile; tile < k.tile_end; ++tile) {
     float S[TM][TN];
-#pragma unroll
-    for (int i = 0; i < TM; ++i)
-#pragma unroll
-      for (int j = 0; j < TN; ++j) S[i][j] = 0.f;
+    clear(S);
 #pragma unroll 1
     for (int step = 0; step < K_STEPS; ++step) {
       const float* chunk = next_chunk(a, k, shared, ahead, slot);
-      const float* q = Q_RESIDENT ? shared + step * DC : chunk + BN * KS;
-      multiply_qk<GUARD>(S, q + row0 * QS, chunk + lane_col * KS);
+      const float* q = Q_RESIDENT ? shared + step * DC * QS : chunk + DC * KS;
+      multiply_qk<GUARD>(S, q + row0, chunk + 4 * lane_col);
     }
-    int key0 = tile * BN + lane_col;
+    int key0 = tile * BN + 4 * lane_col;
     if (ELSA_LOGITS) make_logits(a, k, S, row0, key0);
     if (tile * BN < k.full_lo || (tile + 1) * BN > k.full_hi) mask(a, k, S, row0, key0);
-    softmax<GUARD>(S, c, m, l, alpha, p, lane_col, swap);
-#pragma unroll
-    for (int i = 0; i < TM; ++i)
-#pragma unroll
-      for (int j = 0; j < TO; ++j) {
-        if (TILE_SUMS) T[i][j] = 0.f;
-        else O[i][j] = rescaled<GUARD>(O[i][j], alpha[i]);
-      }
+    softmax<GUARD>(S, c, m, l, alpha, p, lane_row, lane_col);
+    if (TILE_SUMS) clear(T);
+    else rescale<GUARD>(O, alpha);
 #pragma unroll 1
     for (int step = 0; step < V_STEPS; ++step) {
       const float* chunk = next_chunk(a, k, shared, ahead, slot);
-      multiply_pv<GUARD>(TILE_SUMS ? T : O, p, step * NC, swap, chunk, lane_col);
+      multiply_pv<GUARD>(TILE_SUMS ? T : O, p + 16 * step * NC, lane_row, chunk, lane_col);
     }
-    if (TILE_SUMS)
-#pragma unroll
-      for (int i = 0; i < TM; ++i)
-#pragma unroll
-        for (int j = 0; j < TO; ++j)
-          O[i][j] = GUARD && !finite(O[i][j]) ? O[i][j] + T[i][j] : fmaf(O[i][j], alpha[i], T[i][j]);
+    if (TILE_SUMS) merge<GUARD>(O, T, alpha);
     bool last = tile + 1 == k.tile_end;
     if (last || (tile + 1) % SUPER == 0) good = flush<GUARD>(a, k, shared, O, m, l, row0, lane_col, first, last), first = false;
   }

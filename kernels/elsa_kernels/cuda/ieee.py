@@ -94,7 +94,7 @@ def run_tile(problem: Problem, operands: Operands, tile: Tile) -> torch.Tensor |
     logits = problem.softcap is not None or alibi is not None or bias is not None or not problem.scale > 0
     with torch.cuda.device(device):
         index = torch.cuda.current_device()
-        plain, guarded = kernels(index, tile, 4 if _aligned(q, k, v) else 1, logits)
+        plain, guarded = kernels(index, tile, 4 if _aligned(v) else 1, logits)
         driver.launch(plain, blocks, tile.threads, tile.shared_bytes, params)
         again = min(blocks, torch.cuda.get_device_properties(index).multi_processor_count)
         driver.launch(guarded, again, tile.threads, tile.shared_bytes, params)

@@ -42,16 +42,15 @@ class Tile:
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block; the layout of `attention_ieee.cu`."""
-        k_slot = self.keys * (self.k_chunk + 4)
-        if not self.q_resident:
-            k_slot += self.rows * (self.k_chunk + 4)
-        slot = max(k_slot, self.v_chunk * self.head_dim)
-        q = self.rows * (self.head_dim + 4) if self.q_resident else 0
+        padded = -(-self.head_dim // HEAD_DIM_STEP) * HEAD_DIM_STEP
+        k_slot = self.k_chunk * (self.keys + 4 + (0 if self.q_resident else self.rows + 4))
+        slot = max(k_slot, self.v_chunk * padded)
+        q = padded * (self.rows + 4) if self.q_resident else 0
         return 4 * (q + self.stages * slot + self.rows * self.keys + 2 * self.rows)
 
     def defines(self, *, vector: int, logits: bool) -> dict[str, int]:
         return {
-            "ELSA_D": self.head_dim,
+            "ELSA_HEAD": self.head_dim,
             "ELSA_WARPS": self.warps,
             "ELSA_BN": self.keys,
             "ELSA_DC": self.k_chunk,
