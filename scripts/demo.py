@@ -19,7 +19,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from openai import OpenAI
-
 from transformers import AutoTokenizer
 
 from elsa_serve.demo import Document, make_document
