@@ -1,4 +1,4 @@
-"""The Hopper form: what it takes, what its binaries look like (compiled here, ahead of time), and its results on a GPU."""
+"""The Hopper form: what it takes, its binaries (compiled ahead of time, without a GPU), and its results on a GPU."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import re
 import subprocess
 from pathlib import Path
 
+import elsa_kernels
 import pytest
 import torch
-
-import elsa_kernels
 from elsa_kernels import gluon
 from elsa_kernels.reference import attention_reference
 from elsa_kernels.registry import Problem
@@ -221,7 +220,7 @@ LIMIT = {torch.float32: 1e-6, torch.float16: 4e-4, torch.bfloat16: 4e-3}
         (2, 2, 200, 70, True),
         (2, 1, 129, 1025, False),
     ],
-)
+)  # fmt: skip
 def test_agrees_with_the_reference(dtype, D, H, Hkv, Nq, Nk, causal):
     q, k, v = inputs(2, H, Hkv, Nq, Nk, D, dtype)
     out = elsa_kernels.attention(q, k, v, causal=causal, impl="gluon")
@@ -297,12 +296,10 @@ def test_infinities_and_nan_as_in_the_reference(dtype, which, value):
 @pytest.mark.hopper
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_strided_inputs_and_equal_bits_in_any_batch(dtype):
-    q, k, v = (
-        x.transpose(1, 2) for x in (t.transpose(1, 2).contiguous() for t in inputs(3, 4, 2, 300, 300, 128, dtype))
-    )
+    packed = inputs(3, 4, 2, 300, 300, 128, dtype)
+    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in packed)
     out = elsa_kernels.attention(q, k, v, causal=True, impl="gluon")
     assert torch.equal(out, elsa_kernels.attention(q, k, v, causal=True, impl="gluon"))
     alone = elsa_kernels.attention(q[1:2], k[1:2], v[1:2], causal=True, impl="gluon")
     assert torch.equal(out[1:2], alone)
-    packed = elsa_kernels.attention(*(x.contiguous() for x in (q, k, v)), causal=True, impl="gluon")
-    assert torch.equal(out, packed)
+    assert torch.equal(out, elsa_kernels.attention(*packed, causal=True, impl="gluon"))

@@ -1,14 +1,19 @@
-"""What both Hopper kernels share: which tile a program works on, which keys its rows see, the TMA loads and the output.
+"""What both Hopper kernels share: a program's work, its rings of KV tiles, which keys its rows see, and its output.
 
 Positions: query row i sits at key position `q_start + i` and sees the half-open range [lo_i, hi_i) of keys, both
 monotone in i. Every mask of this package's contract that depends on positions alone (causal, window, `kv_range`, the
 tail of K) is such a range, so one pair of bounds per row replaces a mask per feature.
 """
 
-from __future__ import annotations
-
+# No `from __future__ import annotations` here: aggregates read their fields' types from the annotations.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+try:
+    from triton.language.core import aggregate
+except ImportError:  # its name in Triton 3.6
+    from triton.language.core import _aggregate as aggregate
 
 LOG2E = gl.constexpr(1.4426950408889634)
 NEG_INF = gl.constexpr(float("-inf"))
@@ -16,6 +21,140 @@ ROWS = gl.constexpr(64)  # query rows of one consumer warp group: the M of one w
 LN2 = gl.constexpr(0.6931471805599453)
 # Lengths change from call to call: none of them may become part of a compiled variant.
 LENGTHS = ["H", "Hkv", "heads", "tiles", "section", "Nq", "Nk", "q_start", "window"]
+
+
+@aggregate
+class Features:
+    """What a variant is compiled for. LEFT: rows may begin after key 0."""
+
+    CAUSAL: gl.constexpr
+    WINDOW: gl.constexpr
+    LEFT: gl.constexpr
+    SINKS: gl.constexpr
+    STATE: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(self, CAUSAL, WINDOW, LEFT, SINKS, STATE):
+        self.CAUSAL = gl.constexpr(CAUSAL)
+        self.WINDOW = gl.constexpr(WINDOW)
+        self.LEFT = gl.constexpr(LEFT)
+        self.SINKS = gl.constexpr(SINKS)
+        self.STATE = gl.constexpr(STATE)
+
+
+@aggregate
+class Work:
+    """One program's share: rows from row0 on of one head, over the KV tiles [first, end) and the keys [kv0, kv1)."""
+
+    b: gl.tensor
+    head: gl.tensor
+    kv_head: gl.tensor
+    row0: gl.tensor
+    first: gl.tensor
+    end: gl.tensor
+    kv0: gl.tensor
+    kv1: gl.tensor
+    q_start: gl.tensor
+    window: gl.tensor
+    Nq: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, b, head, kv_head, row0, first, end, kv0, kv1, q_start, window, Nq):
+        self.b = b
+        self.head = head
+        self.kv_head = kv_head
+        self.row0 = row0
+        self.first = first
+        self.end = end
+        self.kv0 = kv0
+        self.kv1 = kv1
+        self.q_start = q_start
+        self.window = window
+        self.Nq = Nq
+
+
+@aggregate
+class Output:
+    """Where results go, at this head's first row: out by its row stride, m and s, and the tile's mark (`todo`)."""
+
+    out: gl.tensor
+    m: gl.tensor
+    s: gl.tensor
+    todo: gl.tensor
+    stride: gl.tensor
+    sinks: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, out, m, s, todo, stride, sinks):
+        self.out = out
+        self.m = m
+        self.s = s
+        self.todo = todo
+        self.stride = stride
+        self.sinks = sinks
+
+
+@aggregate
+class Ring:
+    """KV tiles in flight: [stages, 1, 1, BN, D] in shared memory, a barrier per slot for filled and one for free.
+
+    With FP16 pairs a slot holds a tile of each plane; otherwise `lo` is `hi` again.
+    """
+
+    hi: gl.shared_memory_descriptor
+    lo: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor
+    free: gl.shared_memory_descriptor
+    stages: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(self, hi, lo, full, free, stages):
+        self.hi = hi
+        self.lo = lo
+        self.full = full
+        self.free = free
+        self.stages = gl.constexpr(stages)
+
+
+@gluon.jit
+def new_barriers(number: gl.constexpr, arrivals: gl.constexpr):
+    bars = gl.allocate_shared_memory(gl.int64, [number, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(number):
+        mbarrier.init(bars.index(i), count=arrivals)
+    return bars
+
+
+@gluon.jit
+def new_ring(desc, STAGES: gl.constexpr, GROUPS: gl.constexpr, PLANES: gl.constexpr):
+    hi = gl.allocate_shared_memory(desc.dtype, [STAGES, 1, 1, desc.block_shape[2], desc.block_shape[3]], desc.layout)
+    lo = hi
+    if PLANES == 2:
+        lo = gl.allocate_shared_memory(
+            desc.dtype, [STAGES, 1, 1, desc.block_shape[2], desc.block_shape[3]], desc.layout
+        )
+    return Ring(hi, lo, new_barriers(STAGES, 1), new_barriers(STAGES, GROUPS), STAGES)
+
+
+@gluon.jit
+def fill(ring, i, hi_desc, lo_desc, work, key, PLANES: gl.constexpr):
+    """Producer: load the ring's i-th tile, which begins at `key`, once its slot is free."""
+    slot = i % ring.stages
+    mbarrier.wait(ring.free.index(slot), ((i // ring.stages) & 1) ^ 1)
+    bar = ring.full.index(slot)
+    mbarrier.expect(bar, PLANES * hi_desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(hi_desc, [work.b, work.kv_head, key, 0], bar, ring.hi.index(slot))
+    if PLANES == 2:
+        tma.async_copy_global_to_shared(lo_desc, [work.b, work.kv_head, key, 0], bar, ring.lo.index(slot))
+
+
+@gluon.jit
+def wait_full(ring, i):
+    mbarrier.wait(ring.full.index(i % ring.stages), (i // ring.stages) & 1)
+
+
+@gluon.jit
+def release(ring, i):
+    mbarrier.arrive(ring.free.index(i % ring.stages), count=1)
 
 
 @gluon.jit
@@ -62,8 +201,8 @@ def tile_range(row0, row1, kv0, kv1, q_start, window, BN: gl.constexpr, CAUSAL: 
     """
     lo_least = gl.maximum(key_begin(row0, q_start, window, WINDOW), kv0)
     lo_most = gl.maximum(key_begin(row1 - 1, q_start, window, WINDOW), kv0)
-    hi_least = gl.maximum(gl.minimum(key_end(row0, kv1, q_start, window, CAUSAL, WINDOW), kv1), 0)
-    hi_most = gl.maximum(gl.minimum(key_end(row1 - 1, kv1, q_start, window, CAUSAL, WINDOW), kv1), 0)
+    hi_least = gl.maximum(key_end(row0, kv1, q_start, window, CAUSAL, WINDOW), 0)
+    hi_most = gl.maximum(key_end(row1 - 1, kv1, q_start, window, CAUSAL, WINDOW), 0)
     first = lo_least // BN
     end = gl.maximum((hi_most + BN - 1) // BN, first)
     if hi_most <= lo_least:
@@ -74,18 +213,82 @@ def tile_range(row0, row1, kv0, kv1, q_start, window, BN: gl.constexpr, CAUSAL: 
 
 
 @gluon.jit
-def state_correction(m):
-    """The running max from log2 to natural units, and the factor that sums taken against the former need.
+def plan_work(H, Hkv, heads, tiles, section, Nq, Nk, q_start, window, kv_range, BN: gl.constexpr, TILE: gl.constexpr,
+              features, KV_RANGE: gl.constexpr):  # fmt: skip
+    """This program's work (a tile of TILE rows), and where its mark lies: the Triton form's order of programs."""
+    bh, tile = tile_of_program(gl.program_id(0), heads, tiles, section)
+    b = bh // H
+    head = bh % H
+    kv_head = head // (H // Hkv)
+    row0 = tile * TILE
+    kv0 = gl.to_tensor(0)
+    kv1 = Nk
+    if KV_RANGE:
+        kv0 = gl.maximum(gl.load(kv_range + 2 * b), 0)
+        kv1 = gl.minimum(gl.load(kv_range + 2 * b + 1), Nk)
+    row1 = gl.minimum(row0 + TILE, Nq)
+    first, end, _, _ = tile_range(row0, row1, kv0, kv1, q_start, window, BN, features.CAUSAL, features.WINDOW)
+    mark = (b * Hkv + kv_head) * tiles + (tiles - 1 - tile if features.CAUSAL else tile)
+    return Work(b, head, kv_head, row0, first, end, kv0, kv1, q_start, window, Nq), mark
 
-    m·ln2 rounds; a state is merged by exp(m), so that rounding would weigh whole states by up to |m|·2^-24. The factor
-    2^(m − m_natural·log2e) puts it back, with log2e in two parts.
+
+@gluon.jit
+def at_head(work, H, out, stride_b, stride_h, stride_n, m_out, s_out, todo, sinks):
+    out += work.b.to(gl.int64) * stride_b + work.head.to(gl.int64) * stride_h
+    row = (work.b * H + work.head).to(gl.int64) * work.Nq
+    return Output(out, m_out + row, s_out + row, todo, stride_n.to(gl.int64), sinks)
+
+
+@gluon.jit
+def row_bounds(rows, work, features):
+    """[lo, hi): the keys that each row sees."""
+    lo = gl.maximum(key_begin(rows, work.q_start, work.window, features.WINDOW), work.kv0)
+    return lo, key_end(rows, work.kv1, work.q_start, work.window, features.CAUSAL, features.WINDOW)
+
+
+@gluon.jit
+def tiles_of_group(mine, work, BN: gl.constexpr, features):
+    """`tile_range` of one warp group's rows, clamped to its program's tiles."""
+    row1 = gl.minimum(mine + ROWS, work.Nq)
+    a, z, fa, fz = tile_range(
+        mine, row1, work.kv0, work.kv1, work.q_start, work.window, BN, features.CAUSAL, features.WINDOW
+    )
+    a = gl.minimum(gl.maximum(a, work.first), work.end)
+    z = gl.minimum(gl.maximum(z, a), work.end)
+    fa = gl.minimum(gl.maximum(fa, a), z)
+    return a, z, fa, gl.minimum(gl.maximum(fz, fa), z)
+
+
+@gluon.jit
+def initial_sums(output, work, unit: gl.constexpr, R: gl.constexpr, features):
+    """(m in log2 units, l) of no key at all, or of the head's sink, whose weight is `unit`."""
+    l = gl.zeros([ROWS], gl.float32, R)
+    m = gl.full([ROWS], NEG_INF, gl.float32, R)
+    if features.SINKS:
+        m = l + gl.load(output.sinks + work.head).to(gl.float32) * LOG2E
+        l = gl.where(m == NEG_INF, 0.0, l + unit)
+    return m, l
+
+
+@gluon.jit
+def fold(s, m, l, factor, shift: gl.constexpr, t, lo, hi, BN: gl.constexpr, MASK: gl.constexpr):
+    """Fold the products s = q·k of tile t into (m, l); returns them with P·2^shift and the factor that old sums take.
+
+    factor (a scalar, or one per row) turns s into logits in log2 units.
     """
-    empty = m == float("-inf")
-    m_natural = m * LN2
-    safe = gl.where(empty, 0.0, m_natural)
-    rest = gl.fma(safe, gl.full_like(safe, -1.4426950216293335), gl.where(empty, 0.0, m))
-    rest = gl.fma(safe, gl.full_like(safe, -1.9259629911266175e-8), rest)
-    return m_natural, gl.exp2(rest)
+    S: gl.constexpr = s.type.layout
+    if MASK:
+        keys = gl.expand_dims(t * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, S)), 0)
+        s = gl.where((keys >= gl.expand_dims(lo, 1)) & (keys < gl.expand_dims(hi, 1)), s, NEG_INF)
+        m_new = gl.maximum(m, gl.max(s, axis=1) * factor)
+        # A row that has seen no key yet: any finite stand-in gives exp2(-inf) = 0 instead of NaN.
+        anchor = gl.where(m_new == NEG_INF, 0.0, m_new)
+    else:
+        m_new = gl.maximum(m, gl.max(s, axis=1) * factor)
+        anchor = m_new
+    p = gl.exp2(s * gl.expand_dims(factor, 1) - gl.expand_dims(anchor - shift, 1))
+    decay = gl.exp2(m - anchor)
+    return m_new, l * decay + gl.sum(p, axis=1), p, decay
 
 
 @gluon.jit
@@ -95,8 +298,40 @@ def inverse_power(x):
 
 
 @gluon.jit
-def report_broken(todo, l, acc):
-    """Mark the program's tile for the careful second pass if any of its sums is not finite."""
-    worst = gl.max(((l - l) != 0.0).to(gl.int32), axis=0)
-    worst = gl.maximum(worst, gl.max(gl.max(((acc - acc) != 0.0).to(gl.int32), axis=1), axis=0))
-    gl.store(todo, 1, mask=worst != 0)
+def state_correction(m):
+    """The running max from log2 to natural units, and the factor that sums taken against the former need.
+
+    m·ln2 rounds; a state is merged by exp(m), so that rounding would weigh whole states by up to |m|·2^-24. The factor
+    2^(m − m_natural·log2e) puts it back, with log2e in two parts.
+    """
+    empty = m == NEG_INF
+    m_natural = m * LN2
+    safe = gl.where(empty, 0.0, m_natural)
+    rest = gl.fma(safe, gl.full_like(safe, -1.4426950216293335), gl.where(empty, 0.0, m))
+    rest = gl.fma(safe, gl.full_like(safe, -1.9259629911266175e-8), rest)
+    return m_natural, gl.exp2(rest)
+
+
+@gluon.jit
+def write_rows(output, mine, Nq, m, l, acc, columns, unit: gl.constexpr, O: gl.constexpr, features):
+    """Write a warp group's rows: acc / l, or the state; both times `columns`. l and acc carry the factor `unit`.
+
+    A row whose sums are not finite marks the program's tile for the careful second pass.
+    """
+    broken = gl.max(((l - l) != 0.0).to(gl.int32), axis=0)
+    broken = gl.maximum(broken, gl.max(gl.max(((acc - acc) != 0.0).to(gl.int32), axis=1), axis=0))
+    gl.store(output.todo, 1, mask=broken != 0)
+    D: gl.constexpr = acc.shape[1]
+    if features.STATE:
+        rows = mine + gl.arange(0, ROWS, layout=l.type.layout)
+        m_natural, per_row = state_correction(m)
+        per_row = per_row * (1.0 / unit)
+        gl.store(output.m + rows, m_natural, mask=rows < Nq)
+        gl.store(output.s + rows, l * per_row, mask=rows < Nq)
+    else:
+        per_row = gl.where(l == 0.0, 0.0, 1.0 / l)
+    rows_o = mine + gl.arange(0, ROWS, layout=gl.SliceLayout(1, O))
+    channels = gl.arange(0, D, layout=gl.SliceLayout(0, O))
+    offsets = gl.expand_dims(rows_o.to(gl.int64) * output.stride, 1) + gl.expand_dims(channels, 0)
+    value = acc * gl.expand_dims(gl.convert_layout(per_row, gl.SliceLayout(1, O)), 1) * columns
+    gl.store(output.out + offsets, value.to(output.out.dtype.element_ty), mask=gl.expand_dims(rows_o < Nq, 1))
