@@ -1,0 +1,91 @@
+"""Error against float64 over lengths and families of inputs, for ours and for the peers.
+
+python -m kernels.bench.accuracy --output kernels/bench/results/accuracy-h200.json
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import elsa_kernels
+import torch
+from elsa_kernels.registry import UnsupportedProblem
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from kernels.bench import inputs, results_file
+from kernels.bench.cases import ACCURACY_LENGTHS, FAMILIES, Case
+
+MATH_LIMIT = 2 << 30  # bytes of logits
+HEADS = 2
+QUERIES = 256  # rows computed: the last ones, which see most keys
+
+
+def contenders() -> dict[str, object]:
+    """Name → call (q, k, v) in float32."""
+
+    def ours(impl: str, precision: str):
+        return lambda q, k, v: elsa_kernels.attention(q, k, v, precision=precision, impl=impl)
+
+    def sdpa(backend: SDPBackend):
+        def call(q, k, v):
+            with sdpa_kernel(backend):
+                return scaled_dot_product_attention(q, k, v)
+
+        return call
+
+    return {
+        "elsa.gluon": ours("gluon", "fp32"),
+        "elsa.triton": ours("triton", "fp32"),
+        "elsa.cuda_ieee": ours("cuda_ieee", "ieee"),
+        "sdpa.mem_efficient": sdpa(SDPBackend.EFFICIENT_ATTENTION),
+        "sdpa.math": sdpa(SDPBackend.MATH),
+        "elsa.triton.tf32": ours("triton", "tf32"),
+    }
+
+
+def rows_of(case: Case, family: str) -> list[results_file.Row]:
+    tensors = inputs.draw(case, family)
+    rows = []
+    for name, call in contenders().items():
+        if name == "sdpa.math" and 4 * case.H * case.Nq * case.Nk > MATH_LIMIT:
+            continue
+        try:
+            out = call(*tensors)  # type: ignore[operator]
+        except UnsupportedProblem as refusal:
+            print(f"  {name}: {refusal}")
+            continue
+        error = inputs.relative_error(case, tensors, out, rows=32)
+        precision = {"elsa.cuda_ieee": "ieee", "elsa.triton.tf32": "tf32"}.get(name, "fp32")
+        ours = name.startswith("elsa.")
+        rows.append(
+            case.row()
+            | {"op": "accuracy", "impl": name, "ours": ours, "precision": precision, "family": family}
+            | {"relerr": float(f"{error:.3g}")}
+        )
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", nargs="+", type=int, default=list(ACCURACY_LENGTHS))
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
+    parser.add_argument("--head-dims", nargs="+", type=int, default=[128])
+    parser.add_argument("--output", help="results file to write")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        parser.error("the implementations compared run on a CUDA device")
+    rows: list[results_file.Row] = []
+    for D in options.head_dims:
+        for family in options.families:
+            for N in options.lengths:
+                case = Case("float32", False, 1, HEADS, min(N, QUERIES), D, Nk=N)
+                found = rows_of(case, family)
+                rows += found
+                print(D, family, N, {row["impl"]: row["relerr"] for row in found}, flush=True)
+    if options.output:
+        results_file.write(options.output, rows)
+
+
+if __name__ == "__main__":
+    main()

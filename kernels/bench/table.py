@@ -1,0 +1,105 @@
+"""Tables of a document, rendered from results files between `<!-- table:NAME -->` and `<!-- /table -->`.
+
+python -m kernels.bench.table README.md            # rewrite the tables
+python -m kernels.bench.table README.md --check    # fail if one is out of date
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from kernels.bench import results_file
+
+RESULTS = Path(__file__).parent / "results"
+MARKED = re.compile(r"(<!-- table:(?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- /table -->)", re.DOTALL)
+Row = results_file.Row
+
+
+def markdown(header: list[str], lines: list[list[str]]) -> str:
+    rule = "|" + "|".join("---" if i == 0 else "---:" for i in range(len(header))) + "|"
+    return (
+        "\n".join(["| " + " | ".join(header) + " |", rule, *("| " + " | ".join(line) + " |" for line in lines)]) + "\n"
+    )
+
+
+def problem(row: Row) -> str:
+    """A row's problem in words, the same for all implementations of one case."""
+    length = f"{row['Nq']}" if row["Nq"] == row["Nk"] else f"{row['Nq']} of {row['Nk']}"
+    heads = f"{row['H']}" if row["H"] == row["Hkv"] else f"{row['H']}/{row['Hkv']}"
+    return f"{row['dtype']} B{row['B']} H{heads} D{row['D']} N {length} {'causal' if row['causal'] else 'full'}"
+
+
+def speed_table(rows: list[Row], dtypes: tuple[str, ...]) -> str:
+    """One line a case: TFLOP/s (relerr) of each implementation, and the best of ours over the best peer."""
+    rows = [row for row in rows if row["op"] == "prefill" and row["dtype"] in dtypes]
+    impls = list(dict.fromkeys(row["impl"] for row in rows))
+    cases = dict.fromkeys(problem(row) for row in rows)
+    lines = []
+    for case in cases:
+        found = {row["impl"]: row for row in rows if problem(row) == case}
+        cells = [f"{found[i]['tflops']:.0f} ({found[i]['relerr']:.0e})" if i in found else "–" for i in impls]
+        ours = max((r["tflops"] for r in found.values() if r["ours"]), default=None)
+        peers = max((r["tflops"] for r in found.values() if not r["ours"]), default=None)
+        lines.append([case, *cells, f"{ours / peers:.2f}×" if ours and peers else "–"])
+    return markdown(["problem", *impls, "best of ours / best peer"], lines)
+
+
+def accuracy_table(rows: list[Row]) -> str:
+    """One line a family of inputs: each implementation's error at the shortest and at the longest length."""
+    rows = [row for row in rows if row["op"] == "accuracy"]
+    impls = list(dict.fromkeys(row["impl"] for row in rows))
+    lines = []
+    for family in dict.fromkeys(row["family"] for row in rows):
+        cells = []
+        for impl in impls:
+            found = sorted((r["Nk"], r["relerr"]) for r in rows if r["family"] == family and r["impl"] == impl)
+            cells.append(f"{found[0][1]:.0e} … {found[-1][1]:.0e}" if found else "–")
+        lines.append([family, *cells])
+    return markdown(["inputs", *impls], lines)
+
+
+def _rows(name: str) -> list[Row]:
+    return results_file.read(RESULTS / name)["rows"]
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "attention-fp32": lambda: speed_table(_rows("attention-h200.json"), ("float32",)),
+    "attention-half": lambda: speed_table(_rows("attention-h200.json"), ("float16", "bfloat16")),
+    "accuracy": lambda: accuracy_table(_rows("accuracy-h200.json")),
+}
+
+
+def render(text: str, tables: dict[str, Callable[[], str]] | None = None) -> str:
+    """The document with every marked table of ours replaced. Names of other tools' tables are left alone."""
+    known = TABLES if tables is None else tables
+
+    def replace(found: re.Match[str]) -> str:
+        make = known.get(found["name"])
+        return found[0] if make is None else found[1] + make() + found[4]
+
+    return MARKED.sub(replace, text)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("documents", nargs="+", type=Path)
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if a table is out of date")
+    options = parser.parse_args(arguments)
+    stale = []
+    for path in options.documents:
+        text = path.read_text()
+        new = render(text)
+        if new != text:
+            stale.append(path)
+            if not options.check:
+                path.write_text(new)
+    if options.check and stale:
+        sys.exit(f"tables out of date in {', '.join(map(str, stale))}: run python -m kernels.bench.table on them")
+
+
+if __name__ == "__main__":
+    main()
