@@ -100,14 +100,17 @@ def elsa_attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Atte
 
 
 def sdpa_attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: AttentionOptions) -> torch.Tensor:
-    """torch's SDPA. FP32 on CUDA runs the memory-efficient kernel or fails: never one that writes the scores out."""
+    """torch's SDPA. On CUDA its flash kernel or, in FP32, the memory-efficient one, never one that writes scores out.
+
+    cuDNN's is left out: it plans anew, for about 10 ms, whenever the length of the KV changes, which is every token.
+    """
     if options.softcap is not None or options.sinks is not None:
         raise UsageError('torch\'s SDPA has no softcap and no sinks: this model needs attention="elsa"')
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    if q.device.type == "cuda" and q.dtype == torch.float32:
-        with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION]):
+    if q.device.type == "cuda":
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
             return _sdpa_causal(q, k, v, options)
     return _sdpa_causal(q, k, v, options)
 

@@ -12,6 +12,7 @@ from engine_models import (
     FAMILIES,
     generate,
     make_engine,
+    plan_as_for_a_cpu,
     prompt_of,
     reference,
     request_of,
@@ -40,15 +41,9 @@ def device(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def options_for(device: str, options: dict[str, Any]) -> dict[str, Any]:
-    """The same placement on a GPU, whose budget also carries the context's reserve."""
-    if device == "cpu":
-        return {"device": device, **options}
-    from elsa_serve.offload.plan import CUDA_CONTEXT
-    from elsa_serve.offload.units import parse_size
-
-    budget = parse_size(options.get("gpu_memory", "64MiB")) + CUDA_CONTEXT
-    return {"device": device, **options, "gpu_memory": budget}
+@pytest.fixture(autouse=True)
+def same_placement_on_every_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("elsa_serve.offload.loading.make_plan", plan_as_for_a_cpu)
 
 
 def expected(family: str, prompt: list[int], count: int) -> list[int]:
@@ -78,7 +73,7 @@ def test_greedy_tokens_are_those_of_transformers(
     if family == "gemma2" and attention == "sdpa":
         pytest.skip("SDPA has no softcap; the engine refuses it (test_engine)")
     prompt = prompt_of(61, seed=1)
-    options = options_for(device, {**STREAMED, "attention": attention})
+    options = {**STREAMED, "device": device, "attention": attention}
     assert run(checkpoints[family], prompt, **options) == expected(family, prompt, 12)
 
 
@@ -88,15 +83,15 @@ def test_placement_and_overlap_do_not_change_tokens(
     family: str, serial: bool, device: str, checkpoints: dict[str, Path]
 ) -> None:
     prompt = prompt_of(50, seed=2)
-    resident = run(checkpoints[family], prompt, **options_for(device, {"resident_layers": 5, "chunk_tokens": 16}))
+    resident = run(checkpoints[family], prompt, device=device, resident_layers=5, chunk_tokens=16)
     assert len(set(resident)) > 3  # a model that repeats itself would hide a wrong order of layers or tokens
     for options in (STREAMED, KV_ON_HOST, {**STREAMED, "resident_layers": 2, "slots": 2}):
-        tokens = run(checkpoints[family], prompt, **options_for(device, {**options, "serial": serial}))
+        tokens = run(checkpoints[family], prompt, **options, device=device, serial=serial)
         assert tokens == resident, options
 
 
 def test_kv_really_lies_on_the_host(device: str, checkpoints: dict[str, Path]) -> None:
-    engine = make_engine(checkpoints["llama"], **options_for(device, KV_ON_HOST))
+    engine = make_engine(checkpoints["llama"], **KV_ON_HOST, device=device)
     try:
         assert 0 < len(engine.plan.kv_gpu_layers) < 5
         used: dict[str, int] = {}
@@ -121,7 +116,7 @@ def test_requests_that_join_and_leave_get_the_tokens_they_get_alone(
     options: dict[str, Any], device: str, checkpoints: dict[str, Path]
 ) -> None:
     """Seven requests of different lengths through a batch of three: joins, leaves, mixed passes and waiting."""
-    options = options_for(device, {**options, "max_batch": 3})
+    options = {**options, "device": device, "max_batch": 3}
     prompts = [prompt_of(length, seed=length) for length in (40, 3, 17, 1, 90, 33, 8)]
     counts = [9, 14, 3, 20, 6, 1, 11]
     engine = make_engine(checkpoints["llama"], **options)
