@@ -56,7 +56,13 @@ def documented(
     else:
         responses[200] = {"model": response, "description": "Success."}
     if streams is not None:
-        event_stream = {"schema": {"type": "string", "description": f"Server-sent events of {streams.__name__}."}}
+        text = f"A {streams.__name__}, an ErrorResponse, or [DONE] at the end."
+        event = {
+            "type": "object",
+            "required": ["data"],
+            "properties": {"data": {"type": "string", "description": text}},
+        }
+        event_stream = {"schema": event}
         responses[200]["content"] = {"text/event-stream": event_stream}
     if request is not None:
         content = {"application/json": {"schema": {"$ref": PREFIX + request.__name__}}}

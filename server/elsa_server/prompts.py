@@ -19,6 +19,11 @@ def invalid(message: str) -> PydanticCustomError:
     return PydanticCustomError("invalid", "{message}", {"message": message})
 
 
+def whole(value: Any) -> Any:
+    """JSON has one kind of number: 3.0 is an integer there, and some clients write it so."""
+    return int(value) if type(value) is float and value.is_integer() else value
+
+
 def check_text(value: str) -> str:
     """Refuse lone surrogates, which JSON can carry in escapes and no tokenizer can encode."""
     try:
@@ -31,10 +36,13 @@ def check_text(value: str) -> str:
 def check_token_ids(value: Any) -> list[int]:
     if not isinstance(value, list) or not value:
         raise invalid("expected a non-empty list of token ids")
+    ids = []
     for token in value:
-        if type(token) is not int or not 0 <= token <= MAX_TOKEN_ID:
+        number = whole(token)
+        if type(number) is not int or not 0 <= number <= MAX_TOKEN_ID:
             raise invalid("token ids must be non-negative integers of 31 bits")
-    return value
+        ids.append(number)
+    return ids
 
 
 def check_prompt(value: Any) -> str | list[Any]:
@@ -42,15 +50,14 @@ def check_prompt(value: Any) -> str | list[Any]:
         return check_text(value)
     if not isinstance(value, list) or not value:
         raise invalid("expected a non-empty string, a list of strings, a list of token ids or a list of such lists")
-    if isinstance(value[0], int):
+    if isinstance(value[0], int | float):
         return check_token_ids(value)
     if len(value) > MAX_SEQUENCES:
         raise invalid(f"at most {MAX_SEQUENCES} prompts in one request")
     for one in value:
         if not one or type(one) is not type(value[0]) or not isinstance(one, str | list):
             raise invalid("prompts must be non-empty and of one kind: all strings, or all lists of token ids")
-        check_text(one) if isinstance(one, str) else check_token_ids(one)
-    return value
+    return [check_text(one) if isinstance(one, str) else check_token_ids(one) for one in value]
 
 
 TOKEN_IDS_SCHEMA = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0, "maximum": MAX_TOKEN_ID}}

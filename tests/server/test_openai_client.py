@@ -59,7 +59,7 @@ def test_prompts_of_all_forms(running: Running) -> None:
 
 
 def test_choices_have_seeds_of_their_own(running: Running) -> None:
-    answer = running.openai().completions.create(model="fake", prompt=["one", "two"], n=2, seed=7)
+    answer = running.openai().completions.create(model="fake", prompt=["one", "two"], n=2.0, seed=7)  # 2.0 is JSON's 2
     assert [choice.text for choice in answer.choices] == [" one", " one", " two", " two"]
     assert answer.usage.prompt_tokens == 2  # a prompt counts once, whatever n is
     assert [request.sampling.seed for request in running.engine.requests[-4:]] == [7, 8, 7, 8]
@@ -162,6 +162,7 @@ def test_every_answer_has_its_declared_form(running: Running) -> None:
         ({"n": 0}, "n"),
         ({"n": 129}, "n"),
         ({"n": True}, "n"),
+        ({"n": 1.5}, "n"),
         ({"stop": ["a", "b", "c", "d", "e"]}, "stop"),
         ({"logprobs": 6}, "logprobs"),
         ({"max_tokens": -1}, "max_tokens"),
