@@ -1,4 +1,7 @@
-"""The implementation "cpu": correct on every machine for every feature, and tiled so that matrix products dominate."""
+"""The implementation "cpu": correct on every machine for every feature.
+
+Plain problems run on PyTorch's fused kernel (fused.py), the others on tiles of torch operations (tiled.py).
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,14 @@ def supports(problem: Problem) -> str | None:
 
 
 def run(problem: Problem, operands: Operands) -> torch.Tensor | State:
-    from elsa_kernels.cpu import tiled
+    from elsa_kernels.cpu import fused, tiled
 
-    state = tiled.attend(problem, operands)
+    road = fused if fused.takes(problem) else tiled
+    state = road.attend(problem, operands)
+    if not bool(state.W.isfinite().all()):
+        state = tiled.attend(problem, operands, careful=True)
+    if operands.sinks is not None:
+        state = state.merge(State.from_sinks(operands.sinks, state.m.shape, problem.D, dtype=state.m.dtype))
     return state if problem.return_state else state.finalize(problem.dtype)
 
 

@@ -33,19 +33,13 @@ class Tile:
     i1: int
 
 
-def attend(problem: Problem, operands: Operands) -> State:
-    """The state of every row, in float32 (float64 for float64 inputs)."""
+def attend(problem: Problem, operands: Operands, *, careful: bool = False) -> State:
+    """The state of every row without sinks, in float32 (float64 for float64 inputs).
+
+    0·∞ and 0·NaN in a tile's product carry a masked key's value into rows that do not see it; `careful` leaves such
+    keys out, for several times the price.
+    """
     dtype = torch.float64 if problem.dtype == torch.float64 else torch.float32
-    state = _attend(problem, operands, dtype, careful=False)
-    if not bool(state.W.isfinite().all()):
-        # 0·∞ and 0·NaN in a tile's product may have carried a masked key's value into rows that do not see it.
-        state = _attend(problem, operands, dtype, careful=True)
-    if operands.sinks is not None:
-        state = state.merge(State.from_sinks(operands.sinks, state.m.shape, problem.D, dtype=dtype))
-    return state
-
-
-def _attend(problem: Problem, operands: Operands, dtype: torch.dtype, *, careful: bool) -> State:
     B, H, Nq, D = problem.B, problem.H, problem.Nq, problem.D
     m = torch.empty((B, H, Nq), dtype=dtype)
     S, W = torch.empty_like(m), torch.empty((B, H, Nq, D), dtype=dtype)
