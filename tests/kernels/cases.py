@@ -6,9 +6,11 @@ tolerance depends on the dtype alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import elsa_kernels
 import torch
@@ -169,16 +171,31 @@ CASES = [
 ]  # fmt: skip
 
 
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """torch.empty gives NaN (or a large integer), so that nothing passes by reading what it did not write."""
+    real = torch.empty
+
+    def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
+        tensor = real(*args, **kwargs)
+        return tensor.fill_(NAN if tensor.is_floating_point() else 77)
+
+    with mock.patch("torch.empty", poisoned):
+        yield
+
+
 def check(case: Case, impl: str | None, device: str, dtype: torch.dtype, **precision: Any) -> None:
     """Output and state of one case against the float64 reference."""
     (q, k, v), options = case.make(device, dtype)
     truth = attention_reference(q, k, v, return_state=True, **options)
-    out = elsa_kernels.attention(q, k, v, impl=impl, **options, **precision)
+    with poisoned_memory():
+        out = elsa_kernels.attention(q, k, v, impl=impl, **options, **precision)
     assert isinstance(out, torch.Tensor)
     assert out.dtype == dtype
     assert out.is_contiguous()
     judge(out, truth.finalize(), dtype)
-    state = elsa_kernels.attention(q, k, v, impl=impl, return_state=True, **options, **precision)
+    with poisoned_memory():
+        state = elsa_kernels.attention(q, k, v, impl=impl, return_state=True, **options, **precision)
     assert isinstance(state, State)
     assert state.m.dtype == state.S.dtype == state.W.dtype == (dtype if dtype == torch.float64 else torch.float32)
     judge(state.finalize(), truth.finalize(), dtype)

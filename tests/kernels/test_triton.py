@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import os
 
+import elsa_kernels
 import pytest
 import torch
+from elsa_kernels.reference import attention_reference
 
-from tests.kernels.cases import CASES, Case, check
+from tests.kernels.cases import CASES, NAN, TOLERANCE, Case, check, judge
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -32,3 +34,76 @@ def test_fp32(case: Case) -> None:
 @pytest.mark.parametrize("case", [case for case in CASES if not case.fp32_only], ids=lambda case: case.name)
 def test_half(case: Case, dtype: torch.dtype) -> None:
     check(case, "triton", DEVICE, dtype)
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_other_precisions(precision: str) -> None:
+    if INTERPRETED or precision == "ieee":  # the interpreter multiplies in FP32 whatever it is told
+        check(next(case for case in CASES if case.name == "gqa"), "triton", DEVICE, torch.float32, precision=precision)
+        return
+    q, k, v = (torch.randn(1, 2, 300, 64, device=DEVICE) for _ in range(3))
+    out = elsa_kernels.attention(q, k, v, precision="tf32", impl="triton")
+    truth = attention_reference(q, k, v)
+    error = float((out - truth).norm() / truth.norm())
+    assert 1e-5 < error < 3e-3, f"relerr {error:.1e} is not that of TF32"
+
+
+def test_strided_inputs_give_the_same_bits() -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, n, 3, 2, 48, device=DEVICE)[:, :, 1].transpose(1, 2) for n in (40, 70, 70))
+    assert not k.is_contiguous()
+    out = elsa_kernels.attention(q, k, v, causal=True, impl="triton")
+    compact = elsa_kernels.attention(*(x.contiguous() for x in (q, k, v)), causal=True, impl="triton")
+    assert torch.equal(out, compact)
+    judge(out, attention_reference(q, k, v, causal=True), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("Nq", [1, 90])
+def test_a_sequence_does_not_depend_on_its_batch(dtype: torch.dtype, Nq: int) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(3, 2, n, 32, device=DEVICE).to(dtype) for n in (Nq, 700, 700))
+    q[0], k[0], v[0] = 50 * q[0], NAN, 1000 * v[0]
+    together = elsa_kernels.attention(q, k, v, causal=True, impl="triton")
+    alone = elsa_kernels.attention(q[1:2], k[1:2], v[1:2], causal=True, impl="triton")
+    assert torch.equal(together[1:2], alone)
+    again = elsa_kernels.attention(q, k, v, causal=True, impl="triton")
+    torch.testing.assert_close(together, again, rtol=0, atol=0, equal_nan=True)
+
+
+def test_packed_sequences() -> None:
+    torch.manual_seed(0)
+    offsets = torch.tensor([0, 20, 20, 21, 64], dtype=torch.int32, device=DEVICE)
+    q, k, v = (torch.randn(64, 2, 32, device=DEVICE) for _ in range(3))
+    bounds = {"max_seqlen_q": 43, "max_seqlen_k": 43}
+    out = elsa_kernels.attention_varlen(q, k, v, offsets, offsets, **bounds, causal=True, impl="triton")
+    for a, b in ((0, 20), (20, 21), (21, 64)):
+        one = attention_reference(*(x[a:b].transpose(0, 1).unsqueeze(0) for x in (q, k, v)), causal=True)
+        judge(out[a:b].transpose(0, 1).unsqueeze(0), one, torch.float32)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="needs 26 GB of GPU memory")
+def test_more_than_two_to_the_31_elements() -> None:
+    if torch.cuda.get_device_properties(0).total_memory < 60e9:
+        pytest.skip("needs 60 GB of GPU memory")
+    heads, N, D = 65, 2**18, 128
+    k = torch.zeros(1, heads, N, D, device=DEVICE, dtype=torch.float16)
+    assert k.numel() > 2**31
+    q = torch.randn(1, heads, 4, D, device=DEVICE, dtype=torch.float16)
+    k[:, -1].normal_()
+    out = elsa_kernels.attention(q, k, k, impl="triton")[:, -1:]
+    truth = attention_reference(q[:, -1:], k[:, -1:], k[:, -1:])
+    assert float((out - truth).norm() / truth.norm()) <= TOLERANCE[torch.float16]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="graphs are a GPU's")
+def test_a_cuda_graph_replays_the_same_bits() -> None:
+    q, k, v = (torch.randn(1, 4, 200, 64, device=DEVICE) for _ in range(3))
+    expected = elsa_kernels.attention(q, k, v, causal=True, impl="triton")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = elsa_kernels.attention(q, k, v, causal=True, impl="triton")
+    out.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(out, expected)

@@ -17,7 +17,7 @@ from elsa_kernels.state import State, tree_merge
 # With at most this many packed rows, keys are cut into chunks of fixed length and place, for all cores to work on.
 DECODE_ROWS = 64
 CHUNK_KEYS = 1024
-CHUNKS_AT_ONCE = 16  # bounds the widened copy of 16-bit keys and values
+WIDENED_ELEMENTS = 2**21  # of a widened copy of 16-bit keys, or of values: a few MB, reused from span to span
 
 
 def takes(problem: Problem) -> bool:
@@ -80,26 +80,36 @@ def _see_triangle(problem: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.T
 
 
 def _by_chunks(problem: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> State:
-    """Chunks of CHUNK_KEYS keys as heads of the call, then merged in a tree; the rest of the keys last."""
+    """Chunks of CHUNK_KEYS keys as heads of the call, merged in a tree by position; the last may be shorter."""
     states = []
+    Hkv, Nk, D = k.shape[1:]
+    span = Nk
+    if k.dtype != torch.float32:
+        span = max(1, WIDENED_ELEMENTS // (Hkv * D * CHUNK_KEYS)) * CHUNK_KEYS
+    room = [torch.empty((Hkv, min(span, Nk), D)) for _ in range(2)] if span < Nk else None
     for b in range(q.shape[0]):
         chunks: list[State] = []
-        span = CHUNK_KEYS * CHUNKS_AT_ONCE
-        for j in range(0, k.shape[2], span):
-            k_span, v_span = (x[b, :, j : j + span].float() for x in (k, v))  # [Hkv, keys, D]
-            whole = k_span.shape[1] // CHUNK_KEYS
-            if whole:
-                k_heads, v_heads = (
-                    x[:, : whole * CHUNK_KEYS].unflatten(1, (whole, CHUNK_KEYS)) for x in (k_span, v_span)
-                )
-                part = _call(q[b].unsqueeze(1).expand(-1, whole, -1, -1), k_heads, v_heads, problem.scale, causal=False)
-                chunks += [State(part.m[:, c], part.S[:, c], part.W[:, c]) for c in range(whole)]
-            if k_span.shape[1] % CHUNK_KEYS:
-                k_tail, v_tail = (x[:, whole * CHUNK_KEYS :].unsqueeze(1) for x in (k_span, v_span))
-                part = _call(q[b].unsqueeze(1), k_tail, v_tail, problem.scale, causal=False)
-                chunks.append(State(part.m[:, 0], part.S[:, 0], part.W[:, 0]))
+        for j in range(0, Nk, span):
+            parts = [x[b, :, j : j + span] for x in (k, v)]  # [Hkv, keys, D]
+            if room is not None:
+                parts = [wide[:, : part.shape[1]].copy_(part) for wide, part in zip(room, parts)]
+            chunks += _chunk_states(problem, q[b], parts[0].float(), parts[1].float())
         states.append(tree_merge(chunks))
     return State(*(torch.stack([getattr(state, name) for state in states]) for name in ("m", "S", "W")))
+
+
+def _chunk_states(problem: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[State]:
+    """The states of q [Hkv, rows, D] over each chunk of k, v [Hkv, keys, D]."""
+    states = []
+    whole = k.shape[1] // CHUNK_KEYS
+    for keys, count in ((slice(0, whole * CHUNK_KEYS), whole), (slice(whole * CHUNK_KEYS, None), 1)):
+        k_part, v_part = k[:, keys], v[:, keys]
+        if k_part.shape[1] == 0:
+            continue
+        k_heads, v_heads = (x.unflatten(1, (count, x.shape[1] // count)) for x in (k_part, v_part))
+        part = _call(q.unsqueeze(1).expand(-1, count, -1, -1), k_heads, v_heads, problem.scale, causal=False)
+        states += [State(part.m[:, c], part.S[:, c], part.W[:, c]) for c in range(count)]
+    return states
 
 
 def _call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, *, causal: bool) -> State:

@@ -1,0 +1,107 @@
+"""The Triton kernels compile for GPUs that are not here, and keep to the budgets of the ones we chose tiles for."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from elsa_kernels.triton import tiles  # noqa: E402
+
+from tests.kernels import aot  # noqa: E402
+
+# What a program may use of shared memory, in bytes.
+SHARED = {"sm_75": 64 * 1024, "sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
+
+
+@pytest.mark.parametrize(
+    ("target", "mode", "D", "dtype"),
+    [
+        ("sm_75", "ieee", 128, "fp32"),
+        ("sm_75", "ieee", 64, "fp16"),
+        ("sm_80", "split", 128, "fp32"),
+        ("sm_80", "half", 128, "bf16"),
+        ("sm_90", "half", 128, "fp16"),
+        ("sm_90", "tf32", 128, "fp32"),
+        ("sm_90", "ieee", 128, "fp32"),
+        ("gfx942", "split", 128, "fp32"),
+        ("gfx942", "half", 64, "bf16"),
+    ],
+)
+def test_forward_compiles_and_fits(target: str, mode: str, D: int, dtype: str) -> None:
+    compiled = aot.forward_variant(target, mode, D, aot.PLAIN, dtype)
+    assert compiled.metadata.shared <= SHARED[target]
+
+
+@pytest.mark.parametrize("D", [64, 128])
+def test_the_hot_loop_for_hopper_uses_tensor_cores_and_no_local_memory(D: int) -> None:
+    compiled = aot.forward_variant("sm_90", "split", D, aot.PLAIN)
+    used = aot.resources(compiled)
+    assert used["shared"] <= SHARED["sm_90"]
+    assert used["stack"] <= 32  # a pointer or two that waits for the epilogue
+    lines = disassemble(compiled.asm["cubin"])
+    products = [i for i, line in enumerate(lines) if "HGMMA" in line]
+    assert products
+    loops = lines[products[0] : products[-1]]
+    assert not [line for line in loops if re.search(r"\b(LDL|STL)\b", line)]
+
+
+def disassemble(cubin: bytes) -> list[str]:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        result = subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True)
+    return result.stdout.splitlines()
+
+
+def test_ieee_touches_no_tensor_core() -> None:
+    compiled = aot.forward_variant("sm_90", "ieee", 64, aot.PLAIN, "fp32")
+    assert not [line for line in disassemble(compiled.asm["cubin"]) if re.search(r"\b[HQI]G?MMA\b", line)]
+
+
+def test_everything_at_once_compiles_for_hopper() -> None:
+    compiled = aot.forward_variant("sm_90", "split", 128, aot.EVERYTHING)
+    assert compiled.metadata.shared <= SHARED["sm_90"]
+
+
+@pytest.mark.parametrize("target", ["sm_75", "sm_90", "gfx942"])
+def test_careful_pass_compiles(target: str) -> None:
+    from elsa_kernels.triton.launch import CAREFUL_TILE
+
+    compiled = aot.careful_variant(target, 128, aot.EVERYTHING, "fp32", CAREFUL_TILE)
+    assert compiled.metadata.shared <= SHARED[target]
+
+
+# --- tiles
+
+
+def test_tiles_are_found_for_every_device_and_head_dimension() -> None:
+    for arch in ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100"):
+        for mode in ("split", "half", "ieee", "tf32"):
+            for D in (16, 32, 64, 128, 256):
+                assert tiles.choose(mode, D, arch).BN >= 16
+
+
+def test_small_relatives_of_big_devices_get_the_small_tiles() -> None:
+    assert tiles.choose("split", 128, "sm_89") == tiles.choose("split", 128, "unheard_of")
+    assert tiles.choose("split", 128, "sm_100") == tiles.choose("split", 128, "sm_90")
+    assert tiles.choose("split", 128, "sm_90") != tiles.choose("split", 128, "sm_80")
+
+
+def test_turing_falls_back_to_plain_fp32_products() -> None:
+    from elsa_kernels.registry import Problem
+    from elsa_kernels.triton import launch
+
+    problem = Problem(
+        B=1, H=4, Hkv=4, Nq=500, Nk=500, D=64, dtype=torch.float32, device=torch.device("cuda"), precision="fp32",
+        causal=True, scale=0.1, q_start=0,
+    )  # fmt: skip
+    assert launch.plan(problem, "sm_75").mode == "ieee"
+    assert launch.plan(problem, "sm_90").mode == "split"
