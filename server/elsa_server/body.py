@@ -23,6 +23,12 @@ def refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
+def number(text: str) -> float | int:
+    """JSON has one kind of number: 3.0 is an integer there, and some clients write it so."""
+    value = float(text)
+    return int(value) if value.is_integer() else value
+
+
 class YieldingDecoder(json.JSONDecoder):
     """The standard decoder with its scanner in Python, which lets other threads run between values.
 
@@ -31,7 +37,7 @@ class YieldingDecoder(json.JSONDecoder):
     """
 
     def __init__(self) -> None:
-        super().__init__(parse_constant=refuse_constant)
+        super().__init__(parse_constant=refuse_constant, parse_float=number)
         self.parse_object = self._bounded(json.decoder.JSONObject)  # type: ignore[attr-defined]
         self.parse_array = self._bounded(json.decoder.JSONArray)  # type: ignore[attr-defined]
         self.scan_once = json.scanner.py_make_scanner(self)  # type: ignore[attr-defined]
@@ -51,7 +57,11 @@ class YieldingDecoder(json.JSONDecoder):
 
 def parse(body: bytes, model: type[ModelT]) -> ModelT:
     """Raises ApiError 400 naming the first problem."""
-    decoder = YieldingDecoder() if len(body) > SMALL_BODY else json.JSONDecoder(parse_constant=refuse_constant)
+    decoder = (
+        YieldingDecoder()
+        if len(body) > SMALL_BODY
+        else json.JSONDecoder(parse_constant=refuse_constant, parse_float=number)
+    )
     try:
         value = decoder.decode(body.decode())
     except RecursionError:

@@ -16,7 +16,6 @@ from elsa_server.settings import Settings
 logger = logging.getLogger("elsa_server")
 
 LOADING_RETRY_S = 5.0
-POLL_S = 0.02
 
 
 class Lifecycle:

@@ -19,11 +19,6 @@ def invalid(message: str) -> PydanticCustomError:
     return PydanticCustomError("invalid", "{message}", {"message": message})
 
 
-def whole(value: Any) -> Any:
-    """JSON has one kind of number: 3.0 is an integer there, and some clients write it so."""
-    return int(value) if type(value) is float and value.is_integer() else value
-
-
 def check_text(value: str) -> str:
     """Refuse lone surrogates, which JSON can carry in escapes and no tokenizer can encode."""
     try:
@@ -36,13 +31,10 @@ def check_text(value: str) -> str:
 def check_token_ids(value: Any) -> list[int]:
     if not isinstance(value, list) or not value:
         raise invalid("expected a non-empty list of token ids")
-    ids = []
     for token in value:
-        number = whole(token)
-        if type(number) is not int or not 0 <= number <= MAX_TOKEN_ID:
+        if type(token) is not int or not 0 <= token <= MAX_TOKEN_ID:
             raise invalid("token ids must be non-negative integers of 31 bits")
-        ids.append(number)
-    return ids
+    return value
 
 
 def check_prompt(value: Any) -> str | list[Any]:
@@ -50,7 +42,7 @@ def check_prompt(value: Any) -> str | list[Any]:
         return check_text(value)
     if not isinstance(value, list) or not value:
         raise invalid("expected a non-empty string, a list of strings, a list of token ids or a list of such lists")
-    if isinstance(value[0], int | float):
+    if isinstance(value[0], int):
         return check_token_ids(value)
     if len(value) > MAX_SEQUENCES:
         raise invalid(f"at most {MAX_SEQUENCES} prompts in one request")

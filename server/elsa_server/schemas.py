@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-from elsa_server.prompts import Prompt, TokenIds, check_text, invalid, whole
+from elsa_server.prompts import Prompt, TokenIds, check_text, invalid
 
 MAX_MESSAGES = 2048
 MAX_PARTS = 8192  # content parts of all messages together
@@ -40,7 +40,6 @@ class Neutral:
 
 
 Text = Annotated[str, AfterValidator(check_text)]
-Integer = Annotated[int, BeforeValidator(whole)]
 NoNumber = Annotated[Any, Neutral(0)]
 NoFlag = Annotated[Any, Neutral(False)]
 NoList = Annotated[Any, Neutral([])]
@@ -72,17 +71,15 @@ class GenerationOptions(Model):
     model_config = ConfigDict(strict=True, extra="forbid", json_schema_extra=needs_stream)
 
     model: str = Field(min_length=1, max_length=512)
-    n: Integer | None = Field(1, ge=1, le=128)
+    n: int | None = Field(1, ge=1, le=128)
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     stop: StopText | Annotated[list[StopText], Field(max_length=4)] | None = None
     temperature: float | None = Field(1.0, ge=0, le=2)
     top_p: float | None = Field(1.0, ge=0, le=1)
-    seed: Integer | None = Field(None, ge=-INT64, lt=INT64)
-    top_k: Integer | None = Field(0, ge=0, lt=INT64, description="Extension: keep the k best tokens; 0 is off.")
-    min_tokens: Integer | None = Field(
-        0, ge=0, lt=INT64, description="Extension: no end of text before this many tokens."
-    )
+    seed: int | None = Field(None, ge=-INT64, lt=INT64)
+    top_k: int | None = Field(0, ge=0, lt=INT64, description="Extension: keep the k best tokens; 0 is off.")
+    min_tokens: int | None = Field(0, ge=0, lt=INT64, description="Extension: no end of text before this many tokens.")
     ignore_eos: bool | None = Field(False, description="Extension: go on after the end of text, to max_tokens.")
     presence_penalty: NoNumber = None
     frequency_penalty: NoNumber = None
@@ -106,8 +103,8 @@ class GenerationOptions(Model):
 
 class CompletionRequest(GenerationOptions):
     prompt: Prompt
-    max_tokens: Integer | None = Field(16, ge=0, lt=INT64)
-    logprobs: Integer | None = Field(None, ge=0, le=5)
+    max_tokens: int | None = Field(16, ge=0, lt=INT64)
+    logprobs: int | None = Field(None, ge=0, le=5)
     best_of: Annotated[Any, Neutral(1)] = None
     echo: NoFlag = None
     suffix: Annotated[Any, Neutral("")] = None
@@ -170,10 +167,10 @@ class TextFormat(Model):
 
 class ChatCompletionRequest(GenerationOptions):
     messages: Messages
-    max_tokens: Integer | None = Field(None, ge=1, lt=INT64)
-    max_completion_tokens: Integer | None = Field(None, ge=1, lt=INT64)
+    max_tokens: int | None = Field(None, ge=1, lt=INT64)
+    max_completion_tokens: int | None = Field(None, ge=1, lt=INT64)
     logprobs: bool | None = False
-    top_logprobs: Integer | None = Field(None, ge=0, le=20)
+    top_logprobs: int | None = Field(None, ge=0, le=20)
     response_format: TextFormat | None = None
     audio: Nothing = None
     function_call: Annotated[Any, Neutral("none", "auto")] = None
