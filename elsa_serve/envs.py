@@ -22,7 +22,3 @@ def cache_dir() -> Path:
 
 def api_keys() -> tuple[str, ...]:
     return tuple(key.strip() for key in os.environ.get("ELSA_API_KEY", "").split(",") if key.strip())
-
-
-def commit() -> str | None:
-    return os.environ.get("ELSA_COMMIT") or None

@@ -1,6 +1,6 @@
 """The offload engine at full size with random weights: one long prompt and some tokens, per configuration.
 
-    python load_tests/offload_bench.py --dtype float16 --context 32768 --decode-tokens 8 --gpu-memory 8GiB \\
+    python -m load_tests.offload_bench --dtype float16 --context 32768 --decode-tokens 8 --gpu-memory 8GiB \\
         --run attention=elsa --run serial=1 --run attention=sdpa --run gpu-memory=24GiB
 
 Every --run changes some of the flags for one configuration; without any, the flags are the one configuration. All runs
@@ -16,22 +16,18 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from elsa_serve import envs
 from elsa_serve.errors import ElsaError
 from elsa_serve.offload import attention as attentions
 from elsa_serve.offload.engine import OffloadEngine
@@ -40,6 +36,7 @@ from elsa_serve.offload.machine import host_memory
 from elsa_serve.offload.weights import ModelWeights, load_model
 from elsa_serve.protocol import GenerationRequest, SamplingParams, stream
 from elsa_serve.stats import Record, StepStats, Transfer
+from kernels.bench import results_file
 
 MODEL = Path(__file__).parent / "models" / "llama-13b.json"
 RUN_KEYS = (
@@ -291,59 +288,9 @@ def host_peak() -> int | None:
 
 
 def append_rows(file: Path, rows: list[dict[str, Any]]) -> None:
-    """Add rows to the file; the envelope (machine, versions, commit, command) is of the latest run."""
-    known = json.loads(file.read_text()) if file.exists() else {"rows": []}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(envelope() | {"rows": known["rows"] + rows}, indent=1) + "\n")
-
-
-def envelope() -> dict[str, Any]:
-    import transformers
-
-    cuda = torch.cuda.is_available()
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-    return {
-        "machine": {
-            "gpu": torch.cuda.get_device_name() if cuda else None,
-            "gpu_count": torch.cuda.device_count() if cuda else 0,
-            "cpu": cpu_name(),
-            "cores": torch.get_num_threads(),
-            "ram_bytes": host_memory().limit,
-            "driver": driver_version() if cuda else None,
-        },
-        "versions": versions,
-        "commit": commit(),
-        "command": " ".join(["python", *sys.argv]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def driver_version() -> str | None:
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    return _output(query).partition("\n")[0] or None
-
-
-def commit() -> str | None:
-    return envs.commit() or _output(["git", "rev-parse", "HEAD"]) or None
-
-
-def _output(command: list[str]) -> str:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
+    """Add rows to the file; machine, versions, commit and command are those of the latest run."""
+    known = results_file.read(file)["rows"] if file.exists() else []
+    results_file.write(file, [*known, *rows])
 
 
 def table(rows: list[dict[str, Any]]) -> None:
