@@ -132,5 +132,7 @@ def _announce(refusals: list[tuple[Implementation, str]], chosen: Implementation
         if problem.device.type in entry.home and (entry.name, reason) not in _announced:
             _announced.add((entry.name, reason))
             warnings.warn(
-                f"elsa_kernels: {entry.name} refused ({reason}); {chosen.name} runs instead", FallbackWarning, stacklevel=4
+                f"elsa_kernels: {entry.name} refused ({reason}); {chosen.name} runs instead",
+                FallbackWarning,
+                stacklevel=4,
             )
