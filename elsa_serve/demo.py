@@ -1,9 +1,10 @@
 """Long documents with hidden facts, for the embedded demo model: its training, its evaluation, the demo and the tests.
 
-A fact is the sentence "The code of WORD is DIGITS." with a made-up word and random digits. A document is ordinary text
-(English-like prose from a small grammar, or sources of the running interpreter's standard library) with one or more such
-sentences hidden in it. Nobody can guess an answer: a model either reads it from the right place or is wrong, so a fault
-in attention, in the KV cache or in the weights that were streamed shows as a wrong answer and not as a plausible one.
+A fact is the sentence "The code of WORD is DIGITS." with a made-up word and random digits. A document is ordinary
+text (English-like prose from a small grammar, or sources of the running interpreter's standard library) with one or
+more such sentences hidden in it. Nobody can guess an answer: a model either reads it from the right place or is wrong,
+so a fault in attention, in the KV cache or in the weights that were streamed shows as a wrong answer and not as a
+plausible one.
 
 Words and modules are divided into a training part and a held-out part by a checksum, so that what the model is asked
 about was never seen in training. Everything depends on the seed alone (and for Python sources on the interpreter).
@@ -19,24 +20,64 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-__all__ = ["Document", "Fact", "hide_facts", "is_held_out", "make_document", "make_facts", "prose_lines", "python_files"]
+__all__ = [
+    "Document",
+    "Fact",
+    "hide_facts",
+    "is_held_out",
+    "make_document",
+    "make_facts",
+    "prose_lines",
+    "python_files",
+]
 
 CONSONANTS = "bdfgjklmnprstvz"
 VOWELS = "aeiou"
 CODAS = ("", "", "", "n", "r", "s", "l", "k")
 
-ADJECTIVES = """old quiet narrow bright heavy patient distant wooden early careful broken empty gentle northern curious
-plain silver crowded honest pale steep warm foreign modest sudden dusty familiar hollow loyal restless""".split()
-PLACES = """harbour village library orchard station market valley mill bridge garden workshop tower river school chapel
-meadow quarry island theatre kitchen warehouse courtyard lighthouse forest hospital museum canal bakery cellar""".split()
-PEOPLE = """miller teacher captain gardener clerk painter doctor fisherman widow engineer shepherd printer traveller baker
-musician judge carpenter nurse merchant student porter weaver astronomer ferryman""".split()
-THINGS = """letter lantern map clock basket ladder blanket kettle violin ledger compass key table coat bell wheel book
-photograph umbrella hammer candle parcel mirror rope anchor chair notebook telescope""".split()
-VERBS = """carried repaired forgot described borrowed painted counted found examined hid sold remembered dropped measured
-admired polished ordered delivered copied abandoned collected lifted""".split()
-TIMES = """in the morning|after the rain|before the harvest|late in autumn|on the third day|during the long winter|at noon|
-when the bells rang|without a word|for the second time|a week later|as the lamps were lit|by the following spring""".split("|")
+
+def _split(words: str, separator: str | None = None) -> tuple[str, ...]:
+    return tuple(word.strip() for word in words.split(separator))
+
+
+ADJECTIVES = _split(
+    """
+    old quiet narrow bright heavy patient distant wooden early careful broken empty gentle northern curious plain
+    silver crowded honest pale steep warm foreign modest sudden dusty familiar hollow loyal restless
+    """,
+)
+PLACES = _split(
+    """
+    harbour village library orchard station market valley mill bridge garden workshop tower river school chapel
+    meadow quarry island theatre kitchen warehouse courtyard lighthouse forest hospital museum canal bakery cellar
+    """,
+)
+PEOPLE = _split(
+    """
+    miller teacher captain gardener clerk painter doctor fisherman widow engineer shepherd printer traveller baker
+    musician judge carpenter nurse merchant student porter weaver astronomer ferryman
+    """,
+)
+THINGS = _split(
+    """
+    letter lantern map clock basket ladder blanket kettle violin ledger compass key table coat bell wheel book
+    photograph umbrella hammer candle parcel mirror rope anchor chair notebook telescope
+    """,
+)
+VERBS = _split(
+    """
+    carried repaired forgot described borrowed painted counted found examined hid sold remembered dropped measured
+    admired polished ordered delivered copied abandoned collected lifted
+    """,
+)
+TIMES = _split(
+    """
+    in the morning| after the rain| before the harvest| late in autumn| on the third day| during the long winter|
+    at noon| when the bells rang| without a word| for the second time| a week later| as the lamps were lit|
+    by the following spring
+    """,
+    "|",
+)
 LINKS = ("and", "but", "while", "because", "although", "so that", "until")
 
 
@@ -55,7 +96,7 @@ class Fact:
 
     @property
     def answer(self) -> str:
-        """The right answer in full: the statement again, so that finding the value is continuing a repeated sentence."""
+        """The right answer in full: the statement again, so that the value continues a repeated sentence."""
         return self.statement
 
 
@@ -110,7 +151,7 @@ def _clause(rng: random.Random) -> str:
     if rng.random() < 0.5:
         clause += f" in the {rng.choice(PLACES)}"
     if rng.random() < 0.4:
-        clause += " " + rng.choice(TIMES).strip()
+        clause += " " + rng.choice(TIMES)
     return clause
 
 
@@ -152,7 +193,8 @@ def hide_facts(lines: Sequence[str], facts: Sequence[Fact], rng: random.Random) 
     """
     places = [rng.randint(0, len(lines)) for _ in facts]
     order = sorted(range(len(facts)), key=lambda i: places[i])
-    merged, where, taken = [], [0] * len(facts), 0
+    merged: list[str] = []
+    where, taken = [0] * len(facts), 0
     for i in order:
         merged += lines[taken : places[i]]
         taken = places[i]
@@ -174,8 +216,8 @@ def make_document(
     """A document of at most `size` units with `n_facts` hidden facts about different words, one of which is asked.
 
     `measure` gives a line's size, newline included: `len` counts characters; a tokenizer's count of tokens fits a
-    document to a context exactly. `depth` in [0, 1] is where the asked fact stands (None: anywhere). `source` is "prose"
-    (the same on every machine) or "python". Raises ValueError where the facts alone do not fit.
+    document to a context exactly. `depth` in [0, 1] is where the asked fact stands (None: anywhere). `source` is
+    "prose" (the same on every machine) or "python". Raises ValueError where the facts alone do not fit.
     """
     if source not in ("prose", "python"):
         raise ValueError(f"source is 'prose' or 'python', not {source!r}")

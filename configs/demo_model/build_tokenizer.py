@@ -1,7 +1,7 @@
-"""Train the demo model's tokenizer: a byte-level BPE of 2,048 entries that never joins digits and never crosses a newline.
+"""Train the demo model's tokenizer: a byte-level BPE of 2,048 entries that never joins digits nor crosses a newline.
 
-Each line of a text is encoded on its own, so the tokens of a document are the tokens of its lines put together: the data
-pipeline composes documents from encoded parts and still gets exactly what the tokenizer gives for the whole text.
+Each line of a text is encoded on its own, so the tokens of a document are the tokens of its lines put together: the
+data pipeline composes documents from encoded parts and still gets exactly what the tokenizer gives for the whole text.
 
     python configs/demo_model/build_tokenizer.py --out configs/demo_model
 """

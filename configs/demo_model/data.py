@@ -1,8 +1,9 @@
 """Training data of the demo model, composed from encoded parts by worker processes while the model trains.
 
 A training sequence is a chat of exactly `length` tokens: text with hidden facts, then turns that ask about them, each
-answer repeating the fact. A step's batch holds several segments of SEGMENT tokens; each segment is cut into sequences of
-one length, drawn from a mix that the training loop adapts. A token's class (bits 12 and up) says how the loss treats it.
+answer repeating the fact. A step's batch holds several segments of SEGMENT tokens; each segment is cut into sequences
+of one length, drawn from a mix that the training loop adapts. A token's class (bits 12 and up) says how the loss
+treats it.
 """
 
 from __future__ import annotations
@@ -102,7 +103,8 @@ class Composer:
         rng = self.rng
         kind = rng.choices((0, 1, 2), (0.45, 0.45, 0.1))[0]
         if kind == 2:  # random tokens: nothing but the facts can be understood
-            body = np.random.default_rng(rng.getrandbits(32)).integers(len(SPECIAL), self.vocabulary, size, dtype=np.uint16)
+            noise = np.random.default_rng(rng.getrandbits(32))
+            body = noise.integers(len(SPECIAL), self.vocabulary, size, dtype=np.uint16)
             return body, sorted((int(rng.random() * (size + 1)), False) for _ in range(n_places))
         corpus = self.corpora[kind]
         start = int(rng.random() * (len(corpus.tokens) - size))
@@ -116,7 +118,8 @@ class Composer:
         body, places = self.body(size, len(facts))
         parts, taken = [], 0
         for fact, (place, on_line) in zip(facts, places):
-            sentence = self.statement(fact, self.the) + self.newline if on_line else self.statement(fact, self.the_inline)
+            sentence = self.statement(fact, self.the if on_line else self.the_inline)
+            sentence += self.newline if on_line else []
             parts += [body[taken:place], np.array(sentence, dtype=np.uint16)]
             taken = place
         return [*parts, body[taken:]]

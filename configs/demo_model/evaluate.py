@@ -4,8 +4,9 @@
     python configs/demo_model/evaluate.py --lengths 8192 --documents 200 --device cuda --dtype float16
 
 A document with its question and the answer fills the stated number of tokens. The default check needs one pass a
-document: the answer counts as right when, after every prefix of the right answer, the most likely token is its next one,
-up to the end-of-turn token. That is when greedy decoding produces exactly this answer; --generate decodes for real.
+document: the answer counts as right when, after every prefix of the right answer, the most likely token is its next
+one, up to the end-of-turn token. That is when greedy decoding produces exactly this answer; --generate decodes for
+real.
 """
 
 from __future__ import annotations
@@ -74,8 +75,8 @@ def evaluate(model, tokenizer, length: int, seeds: Iterable[int], documents: int
 
 def table(rows: list[dict]) -> str:
     """Exact answers by length (lines) and depth of the fact (columns, fifths of the document)."""
-    lines = ["| tokens | documents | exact | " + " | ".join(f"depth {i / 5:.1f}–{(i + 1) / 5:.1f}" for i in range(5)) + " |"]
-    lines.append("|" + "---:|" * 8)
+    depths = " | ".join(f"depth {i / 5:.1f}–{(i + 1) / 5:.1f}" for i in range(5))
+    lines = [f"| tokens | documents | exact | {depths} |", "|" + "---:|" * 8]
     by_length = defaultdict(list)
     for row in rows:
         by_length[row["length"]].append(row)

@@ -1,7 +1,7 @@
-"""Train the demo model from nothing on one machine: any number of GPUs with torchrun, or a tiny check on a CPU.
+"""Train the demo model from nothing on one machine: any number of GPUs with torchrun, or a tiny trial on a CPU.
 
     torchrun --standalone --nproc_per_node=4 configs/demo_model/train.py --seconds 560 --out OUT
-    python configs/demo_model/train.py --tiny --seconds 60 --out OUT          # CPU: does the loop learn?
+    python configs/demo_model/train.py --tiny --seconds 60 --out OUT          # CPU: does the loop run?
 
 It stops by the wall clock. Lengths from 128 to 32,768 tokens are mixed in every step; the mix favours the lengths that
 the model still answers wrongly, and longer ones join as soon as the longest so far is mostly right. OUT receives the
@@ -46,7 +46,9 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon) * weight
 
 
-def project_qkv(x: Tensor, norm: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, epsilon: float) -> tuple[Tensor, ...]:
+def project_qkv(
+    x: Tensor, norm: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, epsilon: float
+) -> tuple[Tensor, ...]:
     """x [T, C] float32 -> q, k, v [T, H, D] of bfloat16, rotated; cos and sin [T, 1, D / 2]."""
     heads, half = x.shape[1] // (2 * cos.shape[-1]), cos.shape[-1]
     qkv = F.linear(rms_norm(x, norm, epsilon).bfloat16(), weight.bfloat16()).view(len(x), 3, heads, 2 * half)
@@ -86,7 +88,12 @@ class DemoLlama(nn.Module):
         self.embedding = nn.Parameter(torch.randn(shape.vocabulary, c) * 0.02)
         self.norm = nn.Parameter(torch.ones(c))
         residual = 0.02 / math.sqrt(2 * shape.layers)
-        sizes = {"qkv": (3 * c, c, 0.02), "output": (c, c, residual), "gate_up": (2 * f, c, 0.02), "down": (c, f, residual)}
+        sizes = {
+            "qkv": (3 * c, c, 0.02),
+            "output": (c, c, residual),
+            "gate_up": (2 * f, c, 0.02),
+            "down": (c, f, residual),
+        }
         self.layers = nn.ModuleList()
         for _ in range(shape.layers):
             layer = nn.ParameterDict({name: torch.randn(m, n) * std for name, (m, n, std) in sizes.items()})
@@ -107,7 +114,8 @@ class DemoLlama(nn.Module):
             q_i, k_i, v_i = (
                 part[i * size : (i + 1) * size].unflatten(0, (-1, length)).transpose(1, 2) for part in (q, k, v)
             )
-            parts.append(F.scaled_dot_product_attention(q_i, k_i, v_i, is_causal=True).transpose(1, 2).reshape(size, -1))
+            attended = F.scaled_dot_product_attention(q_i, k_i, v_i, is_causal=True)
+            parts.append(attended.transpose(1, 2).reshape(size, -1))
         return torch.cat(parts)
 
     def forward(self, batch: dict[str, Tensor], lengths: list[int]) -> tuple[Tensor, Tensor]:
@@ -118,9 +126,7 @@ class DemoLlama(nn.Module):
             q, k, v = self.project_qkv(x, p["norm1"], p["qkv"], cos, sin, epsilon)
             attended = self.attend(q, k, v, lengths)
             x = self.mix_and_feed(x, attended, p["output"], p["norm2"], p["gate_up"], p["down"], epsilon)
-        return self.head_loss(
-            x, self.norm, self.embedding, batch["index"], batch["target"], batch["weight"], epsilon
-        )
+        return self.head_loss(x, self.norm, self.embedding, batch["index"], batch["target"], batch["weight"], epsilon)
 
     def hf_state(self) -> dict[str, Tensor]:
         """FP16 weights under the names that LlamaForCausalLM uses."""
@@ -128,7 +134,8 @@ class DemoLlama(nn.Module):
         for i, p in enumerate(self.layers):
             q, k, v = p["qkv"].chunk(3)
             gate, up = p["gate_up"].chunk(2)
-            named = {"self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v, "self_attn.o_proj": p["output"]}
+            named = {"self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v}
+            named |= {"self_attn.o_proj": p["output"]}
             named |= {"mlp.gate_proj": gate, "mlp.up_proj": up, "mlp.down_proj": p["down"]}
             named |= {"input_layernorm": p["norm1"], "post_attention_layernorm": p["norm2"]}
             state |= {f"model.layers.{i}.{name}.weight": value for name, value in named.items()}
@@ -161,7 +168,7 @@ def export(model: DemoLlama, folder: Path) -> None:
         dtype="float16",
     )
     config.save_pretrained(folder)
-    ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
+    ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     GenerationConfig(do_sample=False, **ids).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     save_file(model.hf_state(), folder / "model.safetensors", metadata={"format": "pt"})
@@ -234,8 +241,9 @@ class Trainer:
         plain = [p for p in self.parameters if p.dim() != 2 or p is self.model.embedding]
         groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=cuda)
-        self.mix = Mix(0 if arguments.tiny else 2, 2 if arguments.tiny else len(data.LENGTHS) - 1, self.device)
-        self.resumed = bool(arguments.resume)
+        last = 2 if arguments.tiny else len(data.LENGTHS) - 1
+        first = last if arguments.resume else last // 4  # a resumed model has seen all lengths
+        self.mix = Mix(first, last, self.device)
         if arguments.resume:
             self.load(arguments.resume)
 
@@ -297,7 +305,8 @@ class Trainer:
             if step % (4 * ADJUST_EVERY) == 0:
                 accuracy = [round(a, 3) for a in self.mix.accuracy.tolist()]
                 loss = torch.stack(losses).mean().item()
-                self.log(step=step, loss=round(loss, 4), rate=rate, open=data.LENGTHS[self.mix.frontier], digits=accuracy)
+                longest = data.LENGTHS[self.mix.frontier]
+                self.log(step=step, loss=round(loss, 4), rate=rate, open=longest, digits=accuracy)
                 losses.clear()
             if elapsed - saved > 100:
                 saved = elapsed
@@ -364,7 +373,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=8, help="data processes for each GPU")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", type=Path, help="folder of a checkpoint to continue from")
-    parser.add_argument("--tiny", action="store_true", help="small model, lengths up to 512: a check on a CPU")
+    parser.add_argument("--tiny", action="store_true", help="small model, lengths up to 512: a trial on a CPU")
     parser.add_argument("--documents", type=int, default=200, help="held-out documents for each length")
     parser.add_argument("--evaluate", type=int, nargs="*", default=[8192, 512, 2048, 32768, 16384, 4096, 128])
     arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""The embedded demo model: its documents, its tokenizer and chat format, its training data, and that it answers right."""
+"""The embedded demo model: its documents, tokenizer, chat format and training data, and that it answers right."""
 
 from __future__ import annotations
 
@@ -90,7 +90,8 @@ def test_tokenizer_roundtrip_and_lines_are_independent(tokenizer):
     def encode(text):
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    for text in (make_document(3000, 1).text, make_document(3000, 1, source="python").text, "naïve – 漢字\t\r\n  x  \n\n"):
+    documents = [make_document(3000, 1, source=source).text for source in ("prose", "python")]
+    for text in (*documents, "naïve – 漢字\t\r\n  x  \n\n"):
         assert tokenizer.decode(encode(text)) == text
         lines = text.splitlines(keepends=True)
         assert [i for line in lines for i in encode(line)] == encode(text)
@@ -113,7 +114,7 @@ def test_chat_template(tokenizer):
 
 
 def test_training_sequence_is_what_inference_sees(scripts, tokenizer):
-    """The first question of a training sequence, decoded, is the chat template's text, and encodes to the same tokens."""
+    """A training sequence up to its first answer reads exactly as the chat template's rendering of that message."""
     composer = small_composer(scripts["data"], tokenizer)
     compared = 0
     for length in (256, 1024, 4096):
@@ -127,7 +128,8 @@ def test_training_sequence_is_what_inference_sees(scripts, tokenizer):
         content = prompt.removeprefix("<|begin|><|user|>\n").removesuffix("<|end|>\n")
         messages = [{"role": "user", "content": content}]
         rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        assert rendered.split("\n")[2:] == (prompt + "<|assistant|>\n").split("\n")[2:]  # spaces may be trimmed at first
+        # The template trims spaces around the content: skip the line where the text begins.
+        assert rendered.split("\n")[2:] == (prompt + "<|assistant|>\n").split("\n")[2:]
         assert answer.split("<|end|>")[0] in content
         compared += 1
     assert compared
@@ -149,8 +151,9 @@ def test_loss_covers_every_retrievable_digit_and_no_chance(scripts, tokenizer, m
     monkeypatch.setattr(data, "SEGMENT", 2048)
     composer = small_composer(data, tokenizer)
     buckets = np.array([0, 2, 4])
-    coded = np.concatenate([composer.sequence(data.LENGTHS[b]) for b in buckets for _ in range(2048 // data.LENGTHS[b])])
-    positions = np.concatenate([np.tile(np.arange(data.LENGTHS[b]), 2048 // data.LENGTHS[b]) for b in buckets])
+    lengths = [data.LENGTHS[b] for b in buckets for _ in range(2048 // data.LENGTHS[b])]
+    coded = np.concatenate([composer.sequence(length) for length in lengths])
+    positions = np.concatenate([np.arange(length) for length in lengths])
     fields = data.loss_fields(coded, positions, buckets, np.random.default_rng(0))
     kinds = coded & ~np.uint16(data.TOKEN_MASK)
     targets = fields["index"] + 1
