@@ -108,7 +108,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="results file to write")
     args = parser.parse_args()
-    from kernels.bench.results_file import write_results
+    from kernels.bench import results_file
 
     rows: list[dict] = []
     for shape in TALL + SKINNY:
@@ -120,7 +120,7 @@ def main() -> int:
     K = 32768
     for family in FAMILIES[:2]:
         rows += measure(1024, 1024, K, family, timed=False)
-    write_results(args.out, rows)
+    results_file.write(args.out, rows)
     return 0
 
 
