@@ -27,6 +27,13 @@ def require_exact_matmul() -> None:
         raise RuntimeError("TF32 is still allowed for float32 matrix products; the engine needs it off")
 
 
+def indexed(device: torch.device) -> torch.device:
+    """The device with its index, which torch's memory limits want: "cuda" is the current CUDA device."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
 def limit_memory(device: torch.device, nbytes: int) -> None:
     """Make torch's allocator refuse to reserve more than `nbytes` on a CUDA device."""
     if device.type != "cuda":
@@ -35,14 +42,14 @@ def limit_memory(device: torch.device, nbytes: int) -> None:
     if nbytes > total:
         raise BudgetError(f"the device has {format_size(total)}, less than the {format_size(nbytes)} asked for")
     torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(nbytes / total, device)
+    torch.cuda.set_per_process_memory_fraction(nbytes / total, indexed(device))
     torch.cuda.reset_peak_memory_stats(device)
 
 
 def unlimit_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.set_per_process_memory_fraction(1.0, indexed(device))
 
 
 def device_memory(device: torch.device, budget: int) -> DeviceMemory:

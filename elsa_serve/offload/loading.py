@@ -94,7 +94,7 @@ class LoadedModel:
 
 def load(options: EngineOptions) -> LoadedModel:
     """Raises CheckpointError, BudgetError or UsageError before anything large is read, where it can."""
-    device = _device(options)
+    device = devices.indexed(torch.device(options.device) if options.device else machine.default_device())
     config = options.weights.config if options.weights else load_config(options.model_dir)
     attentions.check_model(config, options.attention)
     dtype = options.weights.dtype if options.weights else _dtype(options, config)
@@ -112,14 +112,6 @@ def load(options: EngineOptions) -> LoadedModel:
             weights.close()
         devices.unlimit_memory(device)
         raise
-
-
-def _device(options: EngineOptions) -> torch.device:
-    """With an index where it is a CUDA device: torch's memory limits want one."""
-    device = torch.device(options.device) if options.device is not None else machine.default_device()
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
 
 
 def _dtype(options: EngineOptions, config: Any) -> torch.dtype:
