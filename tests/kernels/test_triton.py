@@ -36,6 +36,26 @@ def test_half(case: Case, dtype: torch.dtype) -> None:
     check(case, "triton", DEVICE, dtype)
 
 
+@pytest.mark.parametrize("N", [70, 4500])
+def test_planes_hold_their_tensors(N: int) -> None:
+    from elsa_kernels.triton.split import split_kv
+
+    torch.manual_seed(0)
+    channels = torch.tensor([1.0, 1e30, 1e-30, 0.0, 2.0**-140, 1e-3], device=DEVICE)
+    k, v = torch.randn(1, 2, N, 6, device=DEVICE) * channels, torch.randn(1, 2, N, 6, device=DEVICE)
+    k[0, 0, 3, 1] = NAN
+    planes = split_kv(k, v)
+    for x, hi, lo, scale in (
+        (k, planes.k_hi, planes.k_lo, planes.k_scale), (v, planes.v_hi, planes.v_lo, planes.v_scale),
+    ):  # fmt: skip
+        assert bool((scale.log2() == scale.log2().round()).all())
+        held = (hi.double() + lo.double()) / scale.double().unsqueeze(2)
+        assert torch.equal(held.isnan(), x.isnan())
+        x = x.double().nan_to_num(0)
+        floor = x.abs().amax(2, keepdim=True) * 2.0**-39
+        assert bool(((held.nan_to_num(0) - x).abs() <= torch.maximum(x.abs() * 2.0**-23, floor)).all())
+
+
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
 def test_other_precisions(precision: str) -> None:
     if INTERPRETED or precision == "ieee":  # the interpreter multiplies in FP32 whatever it is told

@@ -20,7 +20,8 @@ import triton.language as tl
 TARGET = tl.constexpr(14)
 MAX_EXPONENT = tl.constexpr(126)  # of a scale, so that it and its inverse are normal FP32 numbers
 _ROWS = 64  # of a tile
-_AMAX_TILES = 8  # tiles whose maxima one program reduces before its atomics
+_AMAX_TILES = 8  # tiles whose maxima one program reduces before its atomics, where there are many tiles
+_MANY_KEYS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,8 +142,9 @@ def split_kv(k: torch.Tensor, v: torch.Tensor) -> Planes:
     planes = Planes(k_hi, k_lo, k_scale, v_hi, v_lo, v_scale)
     amax = torch.zeros((2, B, Hkv, D), dtype=torch.int32, device=k.device)
     strides = (*k.stride()[:3], *v.stride()[:3])
-    _amax_kernel[(triton.cdiv(N, _ROWS * _AMAX_TILES), B * Hkv)](
-        k, v, amax[0], amax[1], *strides, Hkv, N, D=D, BD=BD, ROWS=_ROWS, TILES=_AMAX_TILES
+    per_program = _AMAX_TILES if N > _MANY_KEYS else 1  # a maximum is the same however it is cut
+    _amax_kernel[(triton.cdiv(N, _ROWS * per_program), B * Hkv)](
+        k, v, amax[0], amax[1], *strides, Hkv, N, D=D, BD=BD, ROWS=_ROWS, TILES=per_program
     )
     _split_kernel[(triton.cdiv(N, _ROWS), B * Hkv)](
         k, v, amax[0], amax[1],
