@@ -1,0 +1,39 @@
+"""The benchmark of the offload engine, on a tiny model: its rows, and that a refusal becomes one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from engine_models import make_config
+
+from kernels.bench import results_file
+from load_tests import offload_bench
+
+
+def test_runs_of_one_load_become_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = make_config("llama", num_key_value_heads=4).to_dict()
+    model, output = tmp_path / "tiny.json", tmp_path / "rows.json"
+    model.write_text(json.dumps(config))
+    flags = ["--model", model, "--device", "cpu", "--dtype", "float32", "--layers", "3", "--context", "150"]
+    flags += ["--decode-tokens", "3", "--gpu-memory", "2MiB", "--chunk-tokens", "32", "--output", output]
+    runs = ["--run", "resident-layers=0", "--run", "resident-layers=0,serial=1", "--run", "gpu-memory=100KiB"]
+    for _ in range(2):
+        assert offload_bench.main([str(flag) for flag in flags] + runs) == 0
+    rows = results_file.read(output)["rows"]
+    assert len(rows) == 6
+    streamed, serial, refused = rows[:3]
+    assert (streamed["layers"], streamed["context"], streamed["serial"]) == (3, 150, False)
+    assert streamed["tokens_equal"]
+    assert serial["tokens_equal"]
+    assert serial["hidden_s"] == 0
+    assert streamed["prefill_s"] > 0
+    assert streamed["decode_s_per_token"] > 0
+    assert streamed["h2d_bytes"] > 0
+    assert "--gpu-memory" in refused["error"]
+
+
+def test_a_misspelt_run_is_refused() -> None:
+    with pytest.raises(SystemExit, match="serail"):
+        offload_bench.main(["--run", "serail=1"])
