@@ -1,10 +1,13 @@
 // Exact attention in IEEE FP32: FFMA only, no tensor core, from sm_60 to sm_90 and newer. Compiled by NVRTC.
 //
 // A block of WARPS warps owns BM = 16·WARPS queries; a warp owns 16 of them, so the softmax never leaves the warp. In a
-// warp the lanes form a 2 × 16 grid (bit 0: row, bits 1-4: column) and a thread owns the rows row0 + 2·i, i < 8. Both
-// products are register-blocked outer products fed by 16-byte shared loads whose half-warps hit 32 distinct banks:
-//   S[8][BN/16] = Q·Kᵀ, walking along D four at a time; key of column j: lane_col + 16·j
-//   T[8][D/16]  = P·V,  walking along the keys four at a time, P passing through the warp's own shared memory
+// warp the lanes form a 2 × 16 grid (bit 0: row, bits 1-4: column) and a thread owns 8 rows. Both products are sums of
+// outer products of registers, one step of the inner dimension at a time, fed by 16-byte shared loads of which each
+// half-warp hits 32 distinct banks:
+//   S[8][BN/16] = Q·Kᵀ from the transposes of Q and K;  T[8][D/16] = P·V, P passing transposed through shared memory.
+// The register file has two banks (even, odd) and reads one register of each a cycle, so a product with three operands
+// needs one of them kept from the product before. Hence operands that lie in vectors along the rows and the columns, not
+// along the inner dimension, where all would share a bank; it is worth a third of the speed (see add_outer).
 // K and V stream through a ring of STAGES slots, a chunk of DC of K's D, then a chunk of NC of V's keys at a time.
 //
 // Sums are a tree in three levels, so that the error does not grow like a chain's: within a tile of BN keys from zero
@@ -15,21 +18,22 @@
 // A key with logit −∞ must contribute nothing even where its value is ∞ or NaN, but 0·∞ is NaN. Blocks whose result
 // is finite are right as they are; the others run once more, in a second launch, with every product guarded.
 //
-// Needs: ELSA_D (head dimension padded to a multiple of 32), ELSA_WARPS, ELSA_BN, ELSA_DC, ELSA_NC, ELSA_STAGES,
-// ELSA_Q_RESIDENT, ELSA_VEC (4: rows are 16-byte aligned, or 1), ELSA_SUPER, ELSA_TILE_SUMS, ELSA_MIN_BLOCKS,
-// ELSA_LOGITS (1: softcap, ALiBi, bias or a scale that is not positive).
+// Needs: ELSA_HEAD (head dimension), ELSA_WARPS, ELSA_BN, ELSA_DC, ELSA_NC, ELSA_STAGES, ELSA_Q_RESIDENT, ELSA_VEC (4:
+// rows of V are 16-byte aligned, or 1), ELSA_SUPER, ELSA_TILE_SUMS, ELSA_MIN_BLOCKS, ELSA_UNROLL_K, ELSA_UNROLL_V,
+// ELSA_LOGITS (1: softcap, ALiBi, bias or a scale that is not positive). tiles.py chooses them.
 
-constexpr int HEAD = ELSA_HEAD, D = (HEAD + 31) / 32 * 32, WARPS = ELSA_WARPS, BN = ELSA_BN, DC = ELSA_DC, NC = ELSA_NC, STAGES = ELSA_STAGES;
-constexpr int VEC = ELSA_VEC, SUPER = ELSA_SUPER;
+constexpr int HEAD = ELSA_HEAD, D = (HEAD + 31) / 32 * 32;  // columns behind HEAD are zeros
+constexpr int WARPS = ELSA_WARPS, BN = ELSA_BN, DC = ELSA_DC, NC = ELSA_NC;
+constexpr int STAGES = ELSA_STAGES, VEC = ELSA_VEC, SUPER = ELSA_SUPER;
 constexpr bool Q_RESIDENT = ELSA_Q_RESIDENT, TILE_SUMS = ELSA_TILE_SUMS;
 constexpr int THREADS = 32 * WARPS, BM = 16 * WARPS, TM = 8, TN = BN / 16, TO = D / 16;
 constexpr int K_STEPS = D / DC, V_STEPS = BN / NC, STEPS = K_STEPS + V_STEPS;
-// 4 floats of padding put 8 consecutive rows on 8 distinct groups of banks.
+// 4 floats of padding: a warp that stores 8 columns of 4 rows, transposed, hits 32 distinct banks.
 constexpr int QS = BM + 4, KS = BN + 4;
 constexpr int K_FLOATS = DC * KS + (Q_RESIDENT ? 0 : DC * QS), V_FLOATS = NC * D;
 constexpr int SLOT = K_FLOATS > V_FLOATS ? K_FLOATS : V_FLOATS;
 constexpr int RING = Q_RESIDENT ? D * QS : 0, PROBS = RING + STAGES * SLOT, KEPT = PROBS + BM * BN;
-static_assert(D % 32 == 0 && D <= 256 && D % DC == 0 && DC % 32 == 0, "head dimension");
+static_assert(D <= 256 && D % DC == 0 && DC % 8 == 0, "head dimension");
 static_assert(BN % 64 == 0 && BN % NC == 0 && NC % 16 == 0, "keys per tile");
 static_assert(STAGES >= 2, "a chunk arrives while another is used");
 
@@ -45,7 +49,7 @@ struct Params {
   const int* kv_range;
   i64 q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, bias_b, bias_h, bias_n, bias_k;  // strides in elements
   unsigned char* redo;                                // for each block, whether it has to be run guarded
-  int B, H, Hkv, Nq, Nk, d, q_start, causal, window;  // window 0: none
+  int B, H, Hkv, Nq, Nk, q_start, causal, window;  // window 0: none
   int blocks;
   float scale, softcap;                               // softcap 0: none
 };
@@ -220,31 +224,40 @@ __device__ __forceinline__ float add_product(float p, float v, float sum) {
 }
 
 // sum[i][j] += x[i]·y[j]. The register file reads one even and one odd register a cycle, and a factor kept from the
-// product before costs no read: going to and fro over i, every product shares a factor with the one before.
-template <bool GUARD, int N>
+// product before costs no read: going to and fro over the rows, or over the columns, every product shares a factor
+// with the one before.
+template <bool GUARD, bool ALONG_ROWS, int N>
 __device__ __forceinline__ void add_outer(float (&sum)[TM][N], const float (&x)[TM], const float (&y)[N]) {
+  constexpr int OUTER = ALONG_ROWS ? TM : N, INNER = ALONG_ROWS ? N : TM;
 #pragma unroll
-  for (int j = 0; j < N; ++j)
+  for (int outer = 0; outer < OUTER; ++outer)
 #pragma unroll
-    for (int step = 0; step < TM; ++step) {
-      int i = j % 2 ? TM - 1 - step : step;
+    for (int step = 0; step < INNER; ++step) {
+      int inner = outer % 2 ? INNER - 1 - step : step;
+      int i = ALONG_ROWS ? outer : inner, j = ALONG_ROWS ? inner : outer;
       sum[i][j] = add_product<GUARD>(x[i], y[j], sum[i][j]);
     }
 }
 
-// S += Q[8 rows, DC]·K[TN keys, DC]ᵀ from their transposes; q and keys point at the thread's first row and key.
+__device__ __forceinline__ void read_qk(float (&x)[TM], float (&y)[TN], const float* q, const float* keys) {
+#pragma unroll
+  for (int i = 0; i < TM; i += 4) read(x, q + 2 * i, i);
+#pragma unroll
+  for (int j = 0; j < TN; j += 4) read(y, keys + 16 * j, j);
+}
+
+// S += Q[8 rows, DC]·K[TN keys, DC]ᵀ from their transposes; q and keys point at the thread's first row and key. Operands
+// are read one step ahead; what the last step reads lies behind the chunk, within shared memory, and is not used.
 template <bool GUARD>
 __device__ __forceinline__ void multiply_qk(float (&S)[TM][TN], const float* q, const float* keys) {
+  float x[2][TM], y[2][TN];
+  read_qk(x[0], y[0], q, keys);
 #pragma unroll(GUARD ? 1 : ELSA_UNROLL_K)
   for (int c = 0; c < DC; c += 4) {
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      float x[TM], y[TN];
-#pragma unroll
-      for (int i = 0; i < TM; i += 4) read(x, q + e * QS + 2 * i, i);
-#pragma unroll
-      for (int j = 0; j < TN; j += 4) read(y, keys + e * KS + 16 * j, j);
-      add_outer<false>(S, x, y);
+      read_qk(x[(e + 1) % 2], y[(e + 1) % 2], q + (e + 1) * QS, keys + (e + 1) * KS);
+      add_outer<false, false>(S, x[e % 2], y[e % 2]);
     }
     q += 4 * QS, keys += 4 * KS;
   }
@@ -258,27 +271,36 @@ __device__ __forceinline__ int column(int lane_col, int j) {
 // Where rows 4·quarter … 4·quarter + 3 of key n lie in a warp's transposed P: the swizzle spreads the warp's stores.
 __device__ __forceinline__ int place(int n, int quarter) { return 16 * n + 4 * (quarter ^ (n / 4 % 4)); }
 
-// sum[8][TO] += P[8 rows, NC keys]·V[NC keys, D]; p points at the chunk's first key in the warp's P.
+__device__ __forceinline__ void read_pv(float (&x)[TM], float (&y)[TO], const float* upper, const float* lower,
+                                        const float* values, int lane_col) {
+  read(x, upper, 0), read(x, lower, 4);
+#pragma unroll
+  for (int j = 0; j + 4 <= TO; j += 4) read(y, values + column(lane_col, j), j);
+  if (D % 64) {
+    float2 last = *(const float2*)(values + column(lane_col, TO - 2));
+    y[TO - 2] = last.x, y[TO - 1] = last.y;
+  }
+}
+
+// sum[8][TO] += P[8 rows, NC keys]·V[NC keys, D]; p points at the chunk's first key in the warp's P. Reads ahead likewise.
 template <bool GUARD>
 __device__ __forceinline__ void multiply_pv(float (&sum)[TM][TO], const float* p, int lane_row, const float* values,
                                             int lane_col) {
+  float x[2][TM], y[2][TO];
+  int at = place(0, lane_row);
+  const float *upper = p + at, *lower = p + (at ^ 8);  // quarters lane_row and lane_row + 2
+  read_pv(x[0], y[0], upper, lower, values, lane_col);
 #pragma unroll(GUARD ? 1 : ELSA_UNROLL_V)
   for (int n = 0; n < NC; n += 4) {
-    int at = place(n, lane_row);
-    const float *upper = p + at, *lower = p + (at ^ 8);  // quarters lane_row and lane_row + 2
+    at = place(n + 4, lane_row);
+    const float *upper_next = p + at, *lower_next = p + (at ^ 8);
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      float x[TM], y[TO];
-      read(x, upper + 16 * e, 0), read(x, lower + 16 * e, 4);
-#pragma unroll
-      for (int j = 0; j + 4 <= TO; j += 4) read(y, values + e * D + column(lane_col, j), j);
-      if (D % 64) {
-        float2 last = *(const float2*)(values + e * D + column(lane_col, TO - 2));
-        y[TO - 2] = last.x, y[TO - 1] = last.y;
-      }
-      add_outer<GUARD>(sum, x, y);
+      if (e < 3) read_pv(x[(e + 1) % 2], y[(e + 1) % 2], upper + 16 * (e + 1), lower + 16 * (e + 1), values + (e + 1) * D, lane_col);
+      else read_pv(x[0], y[0], upper_next, lower_next, values + 4 * D, lane_col);
+      add_outer<GUARD, (ELSA_UNROLL_V == 4)>(sum, x[e % 2], y[e % 2]);
     }
-    values += 4 * D;
+    upper = upper_next, lower = lower_next, values += 4 * D;
   }
 }
 
@@ -286,6 +308,12 @@ __device__ __forceinline__ void multiply_pv(float (&sum)[TM][TO], const float* p
 template <bool GUARD>
 __device__ __forceinline__ float rescaled(float sum, float factor) {
   return GUARD && !finite(sum) ? sum : sum * factor;
+}
+
+// old·factor + added, under the same rule.
+template <bool GUARD>
+__device__ __forceinline__ float merged(float old, float factor, float added) {
+  return GUARD && !finite(old) ? old + added : fmaf(old, factor, added);
 }
 
 template <int N>
@@ -310,8 +338,7 @@ __device__ __forceinline__ void merge(float (&O)[TM][TO], const float (&T)[TM][T
 #pragma unroll
   for (int i = 0; i < TM; ++i)
 #pragma unroll
-    for (int j = 0; j < TO; ++j)
-      O[i][j] = GUARD && !finite(O[i][j]) ? O[i][j] + T[i][j] : fmaf(O[i][j], alpha[i], T[i][j]);
+    for (int j = 0; j < TO; ++j) O[i][j] = merged<GUARD>(O[i][j], alpha[i], T[i][j]);
 }
 
 // −∞ − (−∞) is NaN: a row without visible keys subtracts 0 instead.
@@ -412,17 +439,17 @@ __device__ __forceinline__ bool store_row(float* row, float (&O)[TO], float beta
       float2* at = (float2*)(row + c);
       if (!first) {
         float2 old = *at;
-        x += rescaled<GUARD>(old.x, beta), y += rescaled<GUARD>(old.y, beta);
+        x = merged<GUARD>(old.x, beta, x), y = merged<GUARD>(old.y, beta, y);
       }
       good = good && finite(x) && finite(y);
       *at = make_float2(x * factor, y * factor);
     } else {
       if (c < HEAD) {
-        if (!first) x += rescaled<GUARD>(row[c], beta);
+        if (!first) x = merged<GUARD>(row[c], beta, x);
         good = good && finite(x), row[c] = x * factor;
       }
       if (c + 1 < HEAD) {
-        if (!first) y += rescaled<GUARD>(row[c + 1], beta);
+        if (!first) y = merged<GUARD>(row[c + 1], beta, y);
         good = good && finite(y), row[c + 1] = y * factor;
       }
     }

@@ -1,4 +1,4 @@
-"""`cuda_ieee`: FP32 attention on CUDA cores alone (FFMA, no tensor core), compiled at first use."""
+"""Launcher of `attention_ieee.cu`: chooses the tile, has it compiled for the device, fills in the parameters."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from importlib.resources import files
 import torch
 
 from elsa_kernels.cuda import driver, nvrtc
-from elsa_kernels.cuda.tiles import Tile
+from elsa_kernels.cuda.tiles import Tile, choose
 from elsa_kernels.registry import Operands, Problem
 from elsa_kernels.state import State
 
-NO_LIMIT = 1 << 29  # positions stay far enough under 2³¹ for sums of two of them
+WIDEST_WINDOW = 1 << 29  # sums of two positions stay under 2³¹
 
 
 class Params(ctypes.Structure):
@@ -25,7 +25,7 @@ class Params(ctypes.Structure):
         + [(f"{tensor}_{axis}", ctypes.c_longlong) for tensor in "qkv" for axis in "bhn"]
         + [(f"bias_{axis}", ctypes.c_longlong) for axis in "bhnk"]
         + [("redo", ctypes.c_void_p)]
-        + [(name, ctypes.c_int) for name in ("B", "H", "Hkv", "Nq", "Nk", "d", "q_start", "causal", "window", "blocks")]
+        + [(name, ctypes.c_int) for name in ("B", "H", "Hkv", "Nq", "Nk", "q_start", "causal", "window", "blocks")]
         + [(name, ctypes.c_float) for name in ("scale", "softcap")]
     )
 
@@ -61,6 +61,21 @@ def _float(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return None if tensor is None else tensor.float()
 
 
+@functools.cache
+def shared_limit(device: int) -> int:
+    """Bytes of shared memory a block may ask for."""
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+
+
+def run(problem: Problem, operands: Operands) -> torch.Tensor | State:
+    index = problem.device.index
+    tile = choose(problem.D, shared_limit(torch.cuda.current_device() if index is None else index))
+    if tile is None:
+        raise ValueError(f"head dimension {problem.D} fits no tile on {problem.device}; ask `supports` first")
+    return run_tile(problem, operands, tile)
+
+
 def run_tile(problem: Problem, operands: Operands, tile: Tile) -> torch.Tensor | State:
     """Run one problem with the given tile shape."""
     q, k, v = operands.q, operands.k, operands.v
@@ -85,8 +100,8 @@ def run_tile(problem: Problem, operands: Operands, tile: Tile) -> torch.Tensor |
         *(s for t in (q, k, v) for s in t.stride()[:3]),
         *(bias.stride() if bias is not None else (0, 0, 0, 0)),
         redo.data_ptr(),
-        *(B, H, problem.Hkv, Nq, problem.Nk, D, problem.q_start, int(problem.causal)),
-        min(problem.window or 0, NO_LIMIT),
+        *(B, H, problem.Hkv, Nq, problem.Nk, problem.q_start, int(problem.causal)),
+        min(problem.window or 0, WIDEST_WINDOW),
         blocks,
         problem.scale,
         problem.softcap or 0.0,

@@ -1,8 +1,15 @@
 """Tile shapes of the FFMA attention kernel, and what they cost in registers and shared memory.
 
-A thread keeps 8 rows. In registers it holds O [8, D/16], the larger of S [8, BN/16] and the tile's sums T [8, D/16]
-(where `tile_sums`), m, l, alpha [8 each] and about 48 operands. In shared memory lie Q [16·warps, D + 4] (where
-`q_resident`), the ring of `stages` slots, and P [16·warps, BN]; see `attention_ieee.cu`.
+Registers of a thread, which keeps 8 rows: O [8, D/16]; the larger of S [8, keys/16] and, with `tile_sums`, T [8, D/16];
+m, l, alpha [8 each]; two sets of operands [8 + the larger of keys/16 and D/16]; about 20 addresses. At D = 128 and 128
+keys that is 64 + 64 + 24 + 32 + 20 of 255. Above D = 128 T does not fit: tiles chain in O, 512 keys at a time.
+
+Shared memory: Q transposed [D, rows + 4] (where `q_resident`), the ring of `stages` chunks of K [k_chunk, keys + 4] or V
+[v_chunk, D], P [keys, rows], and (m, l) of the rows. `choose` takes the first shape that fits the device:
+    D          227 KiB (sm_90)           99 KiB (sm_86, sm_89)      48 KiB (sm_60 … sm_75)
+    64         rows 64,  82 KiB          same                       64 × 64, 32 KiB
+    128        rows 64, 100 KiB          64 × 64, 78 KiB            64 × 64, 34 KiB
+    256        rows 128, 216 KiB         64 × 64, 67 KiB            32 × 64, 41 KiB
 """
 
 from __future__ import annotations
@@ -12,11 +19,13 @@ from dataclasses import dataclass
 ROWS_PER_WARP = 16
 HEAD_DIM_STEP = 32
 MAX_HEAD_DIM = 256
+MERGE_EVERY = 1024  # keys summed in registers before they are merged into global memory
+MERGE_EVERY_CHAINED = 512  # the same where tiles have no sums of their own
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """One way to cut the work. `super_tiles`: tiles summed before they are merged into global memory."""
+    """One way to cut the work: what a block of `warps` warps keeps where. Unrolling counts steps of four."""
 
     head_dim: int
     warps: int
@@ -29,7 +38,7 @@ class Tile:
     super_tiles: int
     blocks_per_sm: int = 1
     unroll_k: int = 2
-    unroll_v: int = 2
+    unroll_v: int = 4
 
     @property
     def rows(self) -> int:
@@ -42,13 +51,14 @@ class Tile:
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block; the layout of `attention_ieee.cu`."""
-        padded = -(-self.head_dim // HEAD_DIM_STEP) * HEAD_DIM_STEP
+        padded = _padded(self.head_dim)
         k_slot = self.k_chunk * (self.keys + 4 + (0 if self.q_resident else self.rows + 4))
         slot = max(k_slot, self.v_chunk * padded)
         q = padded * (self.rows + 4) if self.q_resident else 0
         return 4 * (q + self.stages * slot + self.rows * self.keys + 2 * self.rows)
 
     def defines(self, *, vector: int, logits: bool) -> dict[str, int]:
+        """The macros that `attention_ieee.cu` wants."""
         return {
             "ELSA_HEAD": self.head_dim,
             "ELSA_WARPS": self.warps,
@@ -65,3 +75,53 @@ class Tile:
             "ELSA_VEC": vector,
             "ELSA_LOGITS": int(logits),
         }
+
+
+def _padded(head_dim: int) -> int:
+    return -(-head_dim // HEAD_DIM_STEP) * HEAD_DIM_STEP
+
+
+def choose(head_dim: int, shared_limit: int) -> Tile | None:
+    """The preferred tile whose shared memory fits, or None. A function of the device and D alone: bits follow it."""
+    return next((tile for tile in candidates(head_dim) if tile.shared_bytes <= shared_limit), None)
+
+
+def candidates(head_dim: int) -> list[Tile]:
+    """The tiles for a head dimension, preferred first."""
+    if head_dim <= 128:
+        padded = _padded(head_dim)
+        half = padded if padded <= 64 else padded // 2
+        return [
+            _tile(head_dim, warps=8, keys=128, k_chunk=half, v_chunk=64, stages=2, q_resident=True),
+            _tile(head_dim, warps=4, keys=64, k_chunk=32, v_chunk=16, stages=3, q_resident=True),
+            _tile(head_dim, warps=4, keys=64, k_chunk=16, v_chunk=16, stages=2, q_resident=False),
+        ]
+    return [
+        _tile(head_dim, warps=8, keys=64, k_chunk=32, v_chunk=16, stages=3, q_resident=True),
+        _tile(head_dim, warps=4, keys=64, k_chunk=32, v_chunk=16, stages=2, q_resident=False),
+        _tile(head_dim, warps=2, keys=64, k_chunk=16, v_chunk=16, stages=2, q_resident=False),
+    ]
+
+
+def _tile(
+    head_dim: int,
+    *,
+    warps: int,
+    keys: int,
+    k_chunk: int,
+    v_chunk: int,
+    stages: int,
+    q_resident: bool,
+) -> Tile:
+    tile_sums = head_dim <= 128
+    return Tile(
+        head_dim=head_dim,
+        warps=warps,
+        keys=keys,
+        k_chunk=k_chunk,
+        v_chunk=v_chunk,
+        stages=stages,
+        q_resident=q_resident,
+        tile_sums=tile_sums,
+        super_tiles=(MERGE_EVERY if tile_sums else MERGE_EVERY_CHAINED) // keys,
+    )
