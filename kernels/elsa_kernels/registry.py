@@ -83,6 +83,8 @@ class Implementation:
     run: Callable[[Problem, Operands], torch.Tensor | State]
     # Device types for which a refusal is worth announcing: a CUDA kernel refusing a CPU tensor is not news.
     home: tuple[str, ...] = ()
+    # Where given and False, automatic choice passes the entry by without a word; a choice by name still reaches it.
+    preferred: Callable[[Problem], bool] | None = None
 
 
 _implementations: dict[str, Implementation] = {}
@@ -118,6 +120,8 @@ def select(problem: Problem, impl: str | None = None) -> Implementation:
         return entry
     refusals: list[tuple[Implementation, str]] = []
     for entry in implementations():
+        if entry.preferred is not None and not entry.preferred(problem):
+            continue
         reason = entry.supports(problem)
         if reason is None:
             _announce(refusals, entry, problem)

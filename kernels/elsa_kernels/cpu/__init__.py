@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from elsa_kernels.cpu import native
 from elsa_kernels.registry import Implementation, Operands, Problem, register
 from elsa_kernels.state import State
 
@@ -32,3 +33,5 @@ def run(problem: Problem, operands: Operands) -> torch.Tensor | State:
 
 
 implementation = register(Implementation(name="cpu", priority=10, supports=supports, run=run, home=("cpu",)))
+
+__all__ = ["implementation", "native", "run", "supports"]
