@@ -77,6 +77,6 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     """Keyword arguments of `OffloadEngine` from the flags above."""
     names = (
         "dtype", "context", "load_format", "gpu_memory", "host_memory", "max_batch",
-        "resident_layers", "slots", "chunk_tokens", "attention", "serial", "device", "seed",
+        "resident_layers", "slots", "chunk_tokens", "attention", "linear", "serial", "device", "seed",
     )  # fmt: skip
     return {name: getattr(args, name) for name in names}

@@ -19,8 +19,8 @@ EngineState = Literal["loading", "ready", "draining", "stalled", "failed"]
 class SamplingParams:
     """How tokens are drawn. temperature 0 is greedy; top_k 0 and top_p 1 switch those filters off.
 
-    `logprobs` asks for the chosen token's log-probability and those of that many best alternatives (0: the chosen only).
-    They are of the model's own distribution, before temperature and filters.
+    `logprobs` asks for the chosen token's log-probability and those of that many best alternatives (0: the chosen
+    one only). They are of the model's own distribution, before temperature and filters.
     """
 
     max_tokens: int = 16
@@ -129,7 +129,7 @@ class Engine(Protocol):
         ...
 
     def abort(self, request_id: str) -> bool:
-        """Stop a request; its last event has finish_reason "cancelled". False when it is unknown or already finished."""
+        """Stop a request; its last event has finish_reason "cancelled". False if it is unknown or already finished."""
         ...
 
     def stats(self) -> EngineStats: ...

@@ -33,6 +33,7 @@ from elsa_serve.offload import attention as attentions
 from elsa_serve.offload.engine import OffloadEngine
 from elsa_serve.offload.loading import DTYPES
 from elsa_serve.offload.machine import host_memory
+from elsa_serve.offload.split import CHOICES, split_linears
 from elsa_serve.offload.weights import ModelWeights, load_model
 from elsa_serve.protocol import GenerationRequest, SamplingParams, stream
 from elsa_serve.stats import Record, StepStats, Transfer
@@ -87,6 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--gpu-memory", default="24GiB", help="device budget, enforced (default: 24GiB)")
     parser.add_argument("--host-memory", help="host budget (default: 90%% of what is free, the weights included)")
     parser.add_argument("--attention", choices=sorted(attentions.ATTEND), default="elsa")
+    parser.add_argument("--linear", choices=CHOICES, default="torch", help="float32 linear layers, for all runs")
     parser.add_argument("--serial", type=int, default=0, help="1: the serial twin")
     parser.add_argument("--resident-layers", type=int, help="layers on the device (default: planned)")
     parser.add_argument("--slots", type=int)
@@ -126,6 +128,8 @@ def shared_weights(args: argparse.Namespace, folder: Path) -> Iterator[tuple[Pat
         attn_implementation=attentions.NAME,
         progress=sys.stderr.isatty(),
     )
+    if args.linear == "elsa":
+        split_linears(weights, progress=sys.stderr.isatty())
     try:
         yield folder, weights, time.perf_counter() - start
     finally:
@@ -208,6 +212,7 @@ def make_engine(run: argparse.Namespace, directory: Path, weights: ModelWeights,
         slots=run.slots,
         chunk_tokens=run.chunk_tokens,
         attention=run.attention,
+        linear=run.linear,
         serial=bool(run.serial),
         load_format="dummy",
         weights=weights,
@@ -232,6 +237,7 @@ def base_row(args: argparse.Namespace, run: argparse.Namespace, weights: ModelWe
         "layers": len(weights.decoder_layers),
         "dtype": args.dtype,
         "attention": run.attention,
+        "linear": args.linear,
         "context": run.context,
         "batch": 1,
         "serial": bool(run.serial),

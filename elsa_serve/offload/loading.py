@@ -15,9 +15,11 @@ from elsa_serve.offload import machine
 from elsa_serve.offload.checkpoint import Checkpoint, load_config
 from elsa_serve.offload.host import HostBuffer
 from elsa_serve.offload.kv import ALIGNMENT, HostKV, KVPool, KVShape
+from elsa_serve.offload.norms import fuse_norms, restore_norms
 from elsa_serve.offload.output import eos_token_ids
 from elsa_serve.offload.plan import Geometry, Plan, make_plan
 from elsa_serve.offload.ring import WeightStream
+from elsa_serve.offload.split import check_linear, split_linears
 from elsa_serve.offload.step import Part, PassRunner
 from elsa_serve.offload.streams import Streams, make_streams
 from elsa_serve.offload.tokenizer import load_tokenizer
@@ -33,8 +35,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class EngineOptions:
     """How an engine is set up; None leaves the choice to the planner or the machine.
 
-    Memory sizes are bytes or text such as "24GiB". `weights` are already loaded ones of this very model and dtype (with
-    `attn_implementation=attention.NAME`), which the engine then uses and leaves alone at its end.
+    Memory sizes are bytes or text such as "24GiB". `weights` are already loaded ones of this very model, dtype and
+    `linear` (with `attn_implementation=attention.NAME`), which the engine then uses and leaves alone at its end.
     """
 
     model_dir: Path
@@ -48,6 +50,7 @@ class EngineOptions:
     slots: int | None = None
     chunk_tokens: int | None = None
     attention: str = "elsa"
+    linear: str = "torch"
     serial: bool = False
     load_format: LoadFormat = "auto"
     seed: int = 0
@@ -81,6 +84,7 @@ class LoadedModel:
     def close(self) -> None:
         """Free everything, the device's budget included."""
         device = self.weights.device
+        restore_norms(self.weights.model)
         self.runner.close()
         self.stream.close()
         self.streams.close()
@@ -98,6 +102,7 @@ def load(options: EngineOptions) -> LoadedModel:
     config = options.weights.config if options.weights else load_config(options.model_dir)
     attentions.check_model(config, options.attention)
     dtype = options.weights.dtype if options.weights else _dtype(options, config)
+    check_linear(options.linear, dtype)
     plan = _plan(options, device, config, dtype)
     tokenizer = load_tokenizer(options.model_dir, plan.geometry.vocab, dummy=options.load_format == "dummy")
     allocator_bytes = plan.gpu_budget - plan.gpu_bytes.get("CUDA context", 0)
@@ -146,7 +151,7 @@ def _size(size: str | int | None) -> int | None:
 
 def _weights(options: EngineOptions, device: torch.device, dtype: torch.dtype, plan: Plan) -> ModelWeights:
     attentions.register()
-    return load_model(
+    weights = load_model(
         options.model_dir,
         dtype=dtype,
         device=device,
@@ -156,6 +161,13 @@ def _weights(options: EngineOptions, device: torch.device, dtype: torch.dtype, p
         seed=options.seed,
         progress=options.progress,
     )
+    if options.linear == "elsa":
+        try:
+            split_linears(weights, options.progress)
+        except BaseException:
+            weights.close()
+            raise
+    return weights
 
 
 def _assemble(
@@ -167,6 +179,7 @@ def _assemble(
 ) -> LoadedModel:
     device, geometry = weights.device, plan.geometry
     _check_interface(weights)
+    fuse_norms(weights.model, device)
     streams = make_streams(device, serial=options.serial)
     stream = WeightStream(weights, plan.resident_layers, plan.slots, streams)
     shape = KVShape(geometry.layers, geometry.kv_heads, geometry.head_dim, weights.dtype)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from elsa_serve import envs
+from elsa_serve import __version__, envs
 from elsa_serve.offload.host import HostBuffer
 
 _NO_LIMIT = 1 << 60  # cgroup v1 writes "no limit" as a number of this size
@@ -52,6 +52,12 @@ class GpuFacts:
     multiprocessors: int
     total: int  # bytes
     free: int  # bytes
+
+
+def software() -> dict[str, str]:
+    """Versions that decide how this process computes, and its GPU; empty where there is none."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return {"version": __version__, "torch": torch.__version__, "cuda": torch.version.cuda or "", "gpu": gpu}
 
 
 def default_device() -> torch.device:

@@ -158,26 +158,50 @@ def _refusal(name: str, x: torch.Tensor, K: int) -> str | None:
 def _run(x: torch.Tensor, w: SplitMatrix, bias: torch.Tensor | None, out: torch.Tensor, impl: str) -> None:
     from elsa_kernels.triton.linear_kernel import repair_kernel
 
-    if x.shape[0] <= SKINNY:
-        return _run_skinny(x, w, bias, out)
     split = split_rows(x)
-    (_run_gluon if impl == "gluon" else _run_triton)(split, w, bias, out)
     (M, N), K = out.shape, x.shape[1]
-    repair_kernel[(M, triton.cdiv(N, 64))](
-        x, x.stride(0), split.nonfinite, w.hi, w.lo, w.exponent, bias, out, N, K, BN=64, BK=64, BIAS=bias is not None
-    )
+    if M <= SKINNY:
+        return _run_skinny(x, split, w, bias, out)
+    (_run_gluon if impl == "gluon" else _run_triton)(split, w, bias, out)
+    repair_kernel[(triton.cdiv(M, 128),)](
+        x, x.stride(0), split.nonfinite, w.hi, w.lo, w.exponent, bias, out, M, N, K,
+        ROWS=128, BN=64, BK=64, BIAS=bias is not None,
+    )  # fmt: skip
     return None
 
 
-def _run_skinny(x: torch.Tensor, w: SplitMatrix, bias: torch.Tensor | None, out: torch.Tensor, BN: int = 0) -> None:
-    from elsa_kernels.triton.linear_kernel import skinny_kernel
+@dataclass(frozen=True, slots=True)
+class SkinnyTile:
+    """Tile of the form for few rows. SPAN of K goes to one program: fixed, so that no result depends on the batch."""
 
+    BN: int = 32
+    BK: int = 128
+    SPAN: int = 1280
+    warps: int = 4
+    stages: int = 4
+
+
+def _run_skinny(
+    x: torch.Tensor,
+    split: SplitMatrix,
+    w: SplitMatrix,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    tile: SkinnyTile | None = None,
+) -> None:
+    from elsa_kernels.triton.linear_kernel import combine_kernel, skinny_kernel
+
+    tile = tile or SkinnyTile()
     (M, N), K = out.shape, x.shape[1]
-    # Small column tiles: every multiprocessor must stream part of W, or its memory idles.
-    BN = BN or (16 if N <= 8192 else 32)
-    skinny_kernel[(triton.cdiv(N, BN),)](
-        x, x.stride(0), w.hi, w.lo, w.exponent, bias, out, M, N, K,
-        BM=16 if M <= 16 else 32, BN=BN, BK=128, BIAS=bias is not None, num_warps=4, num_stages=4,
+    spans = triton.cdiv(K, tile.SPAN)
+    parts = torch.empty(spans, M, N, dtype=torch.float32, device=x.device)
+    skinny_kernel[(triton.cdiv(N, tile.BN), spans)](
+        split.hi, split.lo, w.hi, w.lo, parts, M, N, K, tile.SPAN,
+        BM=16 if M <= 16 else 32, BN=tile.BN, BK=tile.BK, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    combine_kernel[(M, triton.cdiv(N, 256))](
+        parts, spans, x, x.stride(0), split.exponent, split.nonfinite, w.hi, w.lo, w.exponent, bias, out, M, N, K,
+        BN=256, BK=32, BIAS=bias is not None,
     )  # fmt: skip
 
 

@@ -182,6 +182,7 @@ def load(args: argparse.Namespace, settings: Settings, sink: MetricsSink, future
     """Fill `future` with the engine, or with the reason why there is none. Runs on a thread of its own."""
     start = time.monotonic()
     try:
+        from elsa_serve.offload import machine
         from elsa_serve.offload.engine import OffloadEngine  # torch and transformers, seconds to import
 
         name = settings.served_names[0]
@@ -192,18 +193,9 @@ def load(args: argparse.Namespace, settings: Settings, sink: MetricsSink, future
         return
     info = engine.info
     seconds = time.monotonic() - start
-    sink.record(EngineStarted(info.name, info.dtype, info.attention, info.max_context, seconds, versions()))
+    sink.record(EngineStarted(info.name, info.dtype, info.attention, info.max_context, seconds, machine.software()))
     logger.info("ready: %s, context %d, %s, loaded in %.1f s", info.name, info.max_context, info.dtype, seconds)
     future.set_result(engine)
-
-
-def versions() -> dict[str, str]:
-    import torch
-
-    from elsa_serve import __version__
-
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    return {"version": __version__, "torch": torch.__version__, "cuda": torch.version.cuda or "", "gpu": gpu}
 
 
 def finish(engine: Future[Engine]) -> int:

@@ -92,93 +92,92 @@ def linear_kernel(
 
 
 @triton.jit
-def repair_kernel(
-    x, stride, nonfinite, w_hi, w_lo, w_exponent, bias, out, N, K,
-    BN: tl.constexpr, BK: tl.constexpr, BIAS: tl.constexpr,
-):  # fmt: skip
-    """Recompute the rows of out whose x holds an Inf or NaN, as FP32 has them: pairs would give Inf − Inf."""
-    row = tl.program_id(0).to(tl.int64)
-    if tl.load(nonfinite + row) != 0:
-        cols = tl.program_id(1) * BN + tl.arange(0, BN)
-        inner = tl.arange(0, BK)
-        mask = cols < N
-        e = tl.load(w_exponent + cols, mask=mask, other=0)
-        acc = tl.zeros([BN], tl.float32)
-        for start in range(0, K, BK):
-            m_inner = start + inner < K
-            offsets = cols.to(tl.int64)[:, None] * K + start + inner[None, :]
-            pair = mask[:, None] & m_inner[None, :]
-            w = tl.load(w_hi + offsets, mask=pair, other=0.0).to(tl.float32)
-            w += tl.load(w_lo + offsets, mask=pair, other=0.0).to(tl.float32)
-            w = _apply_exponent(w, e[:, None])
-            value = tl.load(x + row * stride + start + inner, mask=m_inner, other=0.0)
-            # Past the end 0·0 adds nothing; an Inf in x is never multiplied by the padding.
-            acc += tl.sum(tl.where(pair, value[None, :] * w, 0.0), axis=1)
-        if BIAS:
-            acc += tl.load(bias + cols, mask=mask, other=0.0)
-        tl.store(out + row * N + cols, acc, mask=mask)
+def _exact_row(x, w_hi, w_lo, e, cols, N, K, BN: tl.constexpr, BK: tl.constexpr):
+    """One row of X·Wᵀ [BN] as FP32 arithmetic has it, Inf and NaN included: pairs would give Inf − Inf."""
+    inner = tl.arange(0, BK)
+    acc = tl.zeros([BN], tl.float32)
+    for start in range(0, K, BK):
+        m_inner = start + inner < K
+        pair = (cols < N)[:, None] & m_inner[None, :]
+        offsets = cols.to(tl.int64)[:, None] * K + start + inner[None, :]
+        w = tl.load(w_hi + offsets, mask=pair, other=0.0).to(tl.float32)
+        w += tl.load(w_lo + offsets, mask=pair, other=0.0).to(tl.float32)
+        value = tl.load(x + start + inner, mask=m_inner, other=0.0)
+        # An Inf of x is never multiplied by the padding of W.
+        acc += tl.sum(tl.where(pair, value[None, :] * _apply_exponent(w, e[:, None]), 0.0), axis=1)
+    return acc
 
 
 @triton.jit
-def _infinite_products(b_x, w_positive, w_negative, w_zero):
-    """What the non-finite elements of x [BM, BK] add to X·Wᵀ [BM, BN]: ±Inf, NaN, or 0 where there are none.
-
-    Counted with exact FP16 products of zeros and ones: how many terms are +Inf, −Inf, and NaN (Inf·0 or NaN).
-    """
-    x_up = (b_x == float("inf")).to(tl.float16)
-    x_down = (b_x == float("-inf")).to(tl.float16)
-    x_nan = (b_x != b_x).to(tl.float16)
-    up = tl.dot(x_up, w_positive, input_precision="ieee") + tl.dot(x_down, w_negative, input_precision="ieee")
-    down = tl.dot(x_up, w_negative, input_precision="ieee") + tl.dot(x_down, w_positive, input_precision="ieee")
-    nan = tl.dot(x_up + x_down, w_zero, input_precision="ieee")
-    nan += tl.dot(x_nan, w_zero + w_positive + w_negative, input_precision="ieee")
-    total = tl.where(up > 0, float("inf"), 0.0) + tl.where(down > 0, float("-inf"), 0.0)  # both: NaN, as in FP32
-    return tl.where(nan > 0, float("nan"), total)
+def repair_kernel(
+    x, stride, nonfinite, w_hi, w_lo, w_exponent, bias, out, M, N, K,
+    ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """Recompute the rows of out whose x holds an Inf or NaN. A program looks after ROWS rows, mostly in vain."""
+    first = tl.program_id(0) * ROWS
+    rows = first + tl.arange(0, ROWS)
+    if tl.max(tl.load(nonfinite + rows, mask=rows < M, other=0), axis=0) != 0:
+        for row in range(first, tl.minimum(first + ROWS, M)):
+            if tl.load(nonfinite + row) != 0:
+                for start in range(0, N, BN):
+                    cols = start + tl.arange(0, BN)
+                    e = tl.load(w_exponent + cols, mask=cols < N, other=0)
+                    o_row = tl.cast(row, tl.int64)
+                    acc = _exact_row(x + o_row * stride, w_hi, w_lo, e, cols, N, K, BN, BK)
+                    if BIAS:
+                        acc += tl.load(bias + cols, mask=cols < N, other=0.0)
+                    tl.store(out + o_row * N + cols, acc, mask=cols < N)
 
 
 @triton.jit
 def skinny_kernel(
-    x, stride, w_hi, w_lo, w_exponent, bias, out, M, N, K,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BIAS: tl.constexpr,
+    x_hi, x_lo, w_hi, w_lo, parts, M, N, K, SPAN,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """out [M ≤ BM, N] = x·Wᵀ (+ bias) for a few rows: one pass over W's planes, x split on the way, BK by BK.
+    """parts [K / SPAN, M, N]: X·Wᵀ of a few rows over spans of K, before exponents: one pass over W's planes.
 
-    Each row's chunk of BK has its own exponent, and the accumulator that of the largest chunk yet: no intermediate
-    overflows or underflows where the result does not.
+    The spans give every multiprocessor several programs even where N is small; they do not depend on M.
     """
     rows = tl.arange(0, BM)
     cols = tl.program_id(0) * BN + tl.arange(0, BN)
     inner = tl.arange(0, BK)
+    begin = tl.program_id(1) * SPAN
     m_rows = (rows < M)[:, None]
     m_cols = (cols < N)[None, :]
-    p_x = x + rows.to(tl.int64)[:, None] * stride + inner[None, :]
+    o_x = rows.to(tl.int64)[:, None] * K + inner[None, :]
     o_w = cols.to(tl.int64)[None, :] * K + inner[:, None]
     acc = tl.zeros([BM, BN], tl.float32)
-    e_acc = tl.full([BM], -112, tl.int32)
-    for start in range(0, K, BK):
+    for start in range(begin, tl.minimum(begin + SPAN, K), BK):
         m_inner = start + inner < K
         b_w0 = tl.load(w_hi + o_w + start, mask=m_cols & m_inner[:, None], other=0.0)  # [BK, BN]
         b_w1 = tl.load(w_lo + o_w + start, mask=m_cols & m_inner[:, None], other=0.0)
-        b_x = tl.load(p_x + start, mask=m_rows & m_inner[None, :], other=0.0)  # [BM, BK]
-        finite = tl.abs(b_x) < float("inf")
-        b_x0 = tl.where(finite, b_x, 0.0)
-        largest = tl.max(tl.abs(b_x0), axis=1)
-        e = tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, 15) - 127
-        b_x0 = b_x0 * ((141 - e) << 23).to(tl.float32, bitcast=True)[:, None]
-        b_hi = b_x0.to(tl.float16)
-        b_lo = (b_x0 - b_hi.to(tl.float32)).to(tl.float16)
-        part = tl.dot(b_lo, b_w0, input_precision="ieee", out_dtype=tl.float32)
-        part = tl.dot(b_hi, b_w1, part, input_precision="ieee", out_dtype=tl.float32)
-        part = tl.dot(b_hi, b_w0, part, input_precision="ieee", out_dtype=tl.float32)
-        e_new = tl.maximum(e_acc, e)
-        acc = acc * _power_of_two(e_acc - e_new)[:, None] + part * _power_of_two(e - e_new)[:, None]
-        e_acc = e_new
-        if tl.sum((finite == 0).to(tl.int32)) > 0:
-            w = b_w0.to(tl.float32) + b_w1.to(tl.float32)
-            zero = ((w == 0) & m_inner[:, None]).to(tl.float16)
-            acc += _infinite_products(b_x, (w > 0).to(tl.float16), (w < 0).to(tl.float16), zero)
-    e_out = (e_acc - 14)[:, None] + tl.load(w_exponent + cols, mask=cols < N, other=0)[None, :]
-    acc = _apply_exponent(acc, e_out)
+        b_x0 = tl.load(x_hi + o_x + start, mask=m_rows & m_inner[None, :], other=0.0)  # [BM, BK]
+        b_x1 = tl.load(x_lo + o_x + start, mask=m_rows & m_inner[None, :], other=0.0)
+        part = tl.dot(b_x1, b_w0, input_precision="ieee", out_dtype=tl.float32)
+        part = tl.dot(b_x0, b_w1, part, input_precision="ieee", out_dtype=tl.float32)
+        part = tl.dot(b_x0, b_w0, part, input_precision="ieee", out_dtype=tl.float32)
+        acc += part
+    o_part = (tl.program_id(1).to(tl.int64) * M + rows[:, None]) * N + cols[None, :]
+    tl.store(parts + o_part, acc, mask=m_rows & m_cols)
+
+
+@triton.jit
+def combine_kernel(
+    parts, spans, x, stride, x_exponent, nonfinite, w_hi, w_lo, w_exponent, bias, out, M, N, K,
+    BN: tl.constexpr, BK: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """out [M, N] = the parts in order, times 2^exponents (+ bias); rows with Inf or NaN anew. A program has one row."""
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BN + tl.arange(0, BN)
+    mask = cols < N
+    w_e = tl.load(w_exponent + cols, mask=mask, other=0)
+    acc = tl.zeros([BN], tl.float32)
+    if tl.load(nonfinite + row) != 0:
+        acc = _exact_row(x + row * stride, w_hi, w_lo, w_e, cols, N, K, BN, BK)
+    else:
+        for span in range(spans):
+            acc += tl.load(parts + (span * M + row) * N + cols, mask=mask, other=0.0)
+        acc = _apply_exponent(acc, w_e + tl.load(x_exponent + row))
     if BIAS:
-        acc += tl.load(bias + cols, mask=cols < N, other=0.0)[None, :]
-    tl.store(out + rows.to(tl.int64)[:, None] * N + cols[None, :], acc, mask=m_rows & m_cols)
+        acc += tl.load(bias + cols, mask=mask, other=0.0)
+    tl.store(out + row * N + cols, acc, mask=mask)
