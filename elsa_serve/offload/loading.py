@@ -15,7 +15,6 @@ from elsa_serve.offload import machine
 from elsa_serve.offload.checkpoint import Checkpoint, load_config
 from elsa_serve.offload.host import HostBuffer
 from elsa_serve.offload.kv import ALIGNMENT, HostKV, KVPool, KVShape
-from elsa_serve.offload.norms import fuse_norms, restore_norms
 from elsa_serve.offload.output import eos_token_ids
 from elsa_serve.offload.plan import Geometry, Plan, make_plan
 from elsa_serve.offload.ring import WeightStream
@@ -84,7 +83,6 @@ class LoadedModel:
     def close(self) -> None:
         """Free everything, the device's budget included."""
         device = self.weights.device
-        restore_norms(self.weights.model)
         self.runner.close()
         self.stream.close()
         self.streams.close()
@@ -179,7 +177,6 @@ def _assemble(
 ) -> LoadedModel:
     device, geometry = weights.device, plan.geometry
     _check_interface(weights)
-    fuse_norms(weights.model, device)
     streams = make_streams(device, serial=options.serial)
     stream = WeightStream(weights, plan.resident_layers, plan.slots, streams)
     shape = KVShape(geometry.layers, geometry.kv_heads, geometry.head_dim, weights.dtype)
