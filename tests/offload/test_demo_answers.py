@@ -1,0 +1,42 @@
+"""The embedded model through the engine: a wrong byte in weights or KV is a wrong answer here, not a plausible one."""
+
+from pathlib import Path
+
+import pytest
+
+from elsa_serve.demo import make_document
+from elsa_serve.offload.engine import OffloadEngine
+from elsa_serve.protocol import GenerationRequest, SamplingParams, stream
+
+MODEL = Path(__file__).parents[2] / "configs" / "demo_model"
+PLACEMENTS = {
+    "all layers resident": {"resident_layers": 5},
+    "all layers streamed": {"resident_layers": 0, "chunk_tokens": 512},
+    "serial twin": {"resident_layers": 0, "chunk_tokens": 512, "serial": True},
+    # Embeddings, the ring, a chunk's activations and the working buffers fit; most layers' KV does not.
+    "KV on the host": {"resident_layers": 0, "chunk_tokens": 128, "gpu_memory": "56MiB"},
+    "split linear layers": {"resident_layers": 0, "linear": "elsa"},
+}
+
+
+def ask(engine, document):
+    conversation = [{"role": "user", "content": document.prompt}]
+    tokens = engine.tokenizer.apply_chat_template(
+        conversation, add_generation_prompt=True, tokenize=True, return_dict=False
+    )
+    request = GenerationRequest(f"seed {len(tokens)}", tokens, SamplingParams(max_tokens=40, temperature=0.0))
+    return "".join(event.text for event in stream(engine, request))
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_every_placement_finds_the_fact(placement):
+    options = {"device": "cpu", "dtype": "float32", "context": 4096, "max_batch": 1, "progress": False}
+    engine = OffloadEngine(MODEL, **options | {"gpu_memory": "200MiB"} | PLACEMENTS[placement])
+    try:
+        if placement == "KV on the host":
+            assert len(engine.plan.kv_gpu_layers) < engine.plan.geometry.layers
+        for seed in (3, 4):
+            document = make_document(3000, seed, depth=seed / 10, measure=lambda line: len(line) // 4)
+            assert document.answer in ask(engine, document)
+    finally:
+        engine.shutdown()
