@@ -48,7 +48,9 @@ def _refuse_compiler(major: int, minor: int) -> str | None:
     reason = nvrtc.unavailable()
     if reason is None and 10 * major + minor not in nvrtc.architectures():
         release = ".".join(str(n) for n in nvrtc.version())
-        reason = f"NVRTC {release} does not compile for compute capability {major}.{minor}; use a CUDA release that does"
+        reason = (
+            f"NVRTC {release} does not compile for compute capability {major}.{minor}; use a CUDA release that does"
+        )
     if reason is not None:
         logger.warning("cuda_ieee is not available: %s", reason)
     return reason

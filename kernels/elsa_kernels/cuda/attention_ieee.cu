@@ -6,8 +6,8 @@
 // half-warp hits 32 distinct banks:
 //   S[8][BN/16] = Q·Kᵀ from the transposes of Q and K;  T[8][D/16] = P·V, P passing transposed through shared memory.
 // The register file has two banks (even, odd) and reads one register of each a cycle, so a product with three operands
-// needs one of them kept from the product before. Hence operands that lie in vectors along the rows and the columns, not
-// along the inner dimension, where all would share a bank; it is worth a third of the speed (see add_outer).
+// needs one of them kept from the product before. Hence operands that lie in vectors along the rows and the columns,
+// not along the inner dimension, where all would share a bank; it is worth a sixth of the speed (see add_outer).
 // K and V stream through a ring of STAGES slots, a chunk of DC of K's D, then a chunk of NC of V's keys at a time.
 //
 // Sums are a tree in three levels, so that the error does not grow like a chain's: within a tile of BN keys from zero
@@ -79,7 +79,8 @@ __device__ __forceinline__ void copy(float* to, const float* from, bool valid) {
   unsigned address = (unsigned)__cvta_generic_to_shared(to);
   int bytes = valid ? 4 * WIDTH : 0;  // what is not read is zero-filled
   if (WIDTH == 4)
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes)
+                 : "memory");
   else
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
 #else
@@ -136,8 +137,8 @@ __device__ __forceinline__ void load_rows(float* to, const float* from, i64 row_
 // Fills to[DEPTH][STRIDE] with columns [col0, col0 + DEPTH) of rows [row0, row0 + ROWS) of Q or K, transposed; zeros
 // outside [first, end) × [0, HEAD). A warp copies 8 columns of 4 rows: whole sectors there, distinct banks here.
 template <int ROWS, int DEPTH, int STRIDE>
-__device__ __forceinline__ void load_transposed(float* to, const float* from, i64 row_stride, int row0, int first, int end,
-                                                int col0) {
+__device__ __forceinline__ void load_transposed(float* to, const float* from, i64 row_stride, int row0, int first,
+                                                int end, int col0) {
   constexpr int PASS = THREADS / 8;
   unsigned thread = recomputed(threadIdx.x);
   int r = thread / 8, c = thread % 8;
@@ -190,7 +191,8 @@ __device__ __forceinline__ void issue(const Params& a, const Block& k, float* sh
       const float* keys = a.k + k.b * a.k_b + k.hk * a.k_h;
       load_transposed<BN, DC, KS>(slot, keys, a.k_n, at.tile * BN, k.lo, k.hi, at.step * DC);
       if (!Q_RESIDENT)
-        load_transposed<BM, DC, QS>(slot + DC * KS, a.q + k.b * a.q_b + k.h * a.q_h, a.q_n, k.q0, 0, a.Nq, at.step * DC);
+        load_transposed<BM, DC, QS>(slot + DC * KS, a.q + k.b * a.q_b + k.h * a.q_h, a.q_n, k.q0, 0, a.Nq,
+                                    at.step * DC);
     } else {
       const float* values = a.v + k.b * a.v_b + k.hk * a.v_h;
       load_rows<NC>(slot, values, a.v_n, at.tile * BN + (at.step - K_STEPS) * NC, k.lo, k.hi);
@@ -201,7 +203,8 @@ __device__ __forceinline__ void issue(const Params& a, const Block& k, float* sh
 }
 
 // Waits for the next chunk and starts the copies of the one that takes the slot just freed. Returns the chunk.
-__device__ __forceinline__ const float* next_chunk(const Params& a, const Block& k, float* shared, Cursor& ahead, int& slot) {
+__device__ __forceinline__ const float* next_chunk(const Params& a, const Block& k, float* shared, Cursor& ahead,
+                                                   int& slot) {
   copies_wait<STAGES - 2>();
   __syncthreads();  // the chunk has arrived, and everyone is done with the slot that is filled next
   issue(a, k, shared, ahead);
@@ -246,8 +249,8 @@ __device__ __forceinline__ void read_qk(float (&x)[TM], float (&y)[TN], const fl
   for (int j = 0; j < TN; j += 4) read(y, keys + 16 * j, j);
 }
 
-// S += Q[8 rows, DC]·K[TN keys, DC]ᵀ from their transposes; q and keys point at the thread's first row and key. Operands
-// are read one step ahead; what the last step reads lies behind the chunk, within shared memory, and is not used.
+// S += Q[8 rows, DC]·K[TN keys, DC]ᵀ from their transposes; q and keys point at the thread's first row and key.
+// Operands are read one step ahead; what the last step reads lies behind the chunk, in shared memory, and is not used.
 template <bool GUARD>
 __device__ __forceinline__ void multiply_qk(float (&S)[TM][TN], const float* q, const float* keys) {
   float x[2][TM], y[2][TN];
@@ -282,7 +285,7 @@ __device__ __forceinline__ void read_pv(float (&x)[TM], float (&y)[TO], const fl
   }
 }
 
-// sum[8][TO] += P[8 rows, NC keys]·V[NC keys, D]; p points at the chunk's first key in the warp's P. Reads ahead likewise.
+// sum[8][TO] += P[8 rows, NC keys]·V[NC keys, D]; p points at the chunk's first key in the warp's P. Reads ahead too.
 template <bool GUARD>
 __device__ __forceinline__ void multiply_pv(float (&sum)[TM][TO], const float* p, int lane_row, const float* values,
                                             int lane_col) {
@@ -296,8 +299,11 @@ __device__ __forceinline__ void multiply_pv(float (&sum)[TM][TO], const float* p
     const float *upper_next = p + at, *lower_next = p + (at ^ 8);
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      if (e < 3) read_pv(x[(e + 1) % 2], y[(e + 1) % 2], upper + 16 * (e + 1), lower + 16 * (e + 1), values + (e + 1) * D, lane_col);
-      else read_pv(x[0], y[0], upper_next, lower_next, values + 4 * D, lane_col);
+      if (e == 3)
+        read_pv(x[0], y[0], upper_next, lower_next, values + 4 * D, lane_col);
+      else
+        read_pv(x[(e + 1) % 2], y[(e + 1) % 2], upper + 16 * (e + 1), lower + 16 * (e + 1), values + (e + 1) * D,
+                lane_col);
       add_outer<GUARD, (ELSA_UNROLL_V == 4)>(sum, x[e % 2], y[e % 2]);
     }
     upper = upper_next, lower = lower_next, values += 4 * D;
@@ -460,8 +466,8 @@ __device__ __forceinline__ bool store_row(float* row, float (&O)[TO], float beta
 // Merges O and l into the output tensor and the shared (m, l) of the rows, and starts them anew; the last flush
 // finishes the rows. Returns whether every sum is finite.
 template <bool GUARD>
-__device__ __forceinline__ bool flush(const Params& a, const Block& k, float* shared, float (&O)[TM][TO], float (&m)[TM],
-                                      float (&l)[TM], int row0, int lane_col, bool first, bool last) {
+__device__ __forceinline__ bool flush(const Params& a, const Block& k, float* shared, float (&O)[TM][TO],
+                                      float (&m)[TM], float (&l)[TM], int row0, int lane_col, bool first, bool last) {
   float *kept_m = shared + KEPT, *kept_l = kept_m + BM;
   bool good = true;
 #pragma unroll
@@ -547,7 +553,10 @@ __device__ __forceinline__ bool run(const Params& a, const Block& k, float* shar
     }
     if (TILE_SUMS) merge<GUARD>(O, T, alpha);
     bool last = tile + 1 == k.tile_end;
-    if (last || (tile + 1) % SUPER == 0) good = flush<GUARD>(a, k, shared, O, m, l, row0, lane_col, first, last), first = false;
+    if (last || (tile + 1) % SUPER == 0) {
+      good = flush<GUARD>(a, k, shared, O, m, l, row0, lane_col, first, last);
+      first = false;
+    }
   }
   return good;
 }

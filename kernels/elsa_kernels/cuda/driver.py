@@ -45,9 +45,7 @@ class Module:
         return function
 
 
-def launch(
-    function: ctypes.c_void_p, blocks: int, threads: int, shared_bytes: int, params: ctypes.Structure
-) -> None:
+def launch(function: ctypes.c_void_p, blocks: int, threads: int, shared_bytes: int, params: ctypes.Structure) -> None:
     """Launch a kernel that takes one structure by value, on torch's current stream."""
     stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
     arguments = (ctypes.c_void_p * 1)(ctypes.addressof(params))

@@ -5,6 +5,7 @@ NVRTC comes with every CUDA build of torch; without one, `pip install nvidia-cud
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -110,10 +111,8 @@ def cached_cubin(source: str, arch: int, defines: Mapping[str, int]) -> bytes:
     """As `compile_cubin`, from the cache on disk where it has been compiled before with the same NVRTC."""
     options = b"\0".join([source.encode(), *_options(arch, defines), repr(version()).encode()])
     path = cache_dir() / f"{hashlib.sha256(options).hexdigest()[:32]}.cubin"
-    try:
+    with contextlib.suppress(OSError):
         return path.read_bytes()
-    except FileNotFoundError:
-        pass
     started = time.perf_counter()
     cubin = compile_cubin(source, arch, defines)
     logger.info("compiled a kernel for sm_%d in %.1f s; cached as %s", arch, time.perf_counter() - started, path)
@@ -122,7 +121,7 @@ def cached_cubin(source: str, arch: int, defines: Mapping[str, int]) -> bytes:
 
 
 def cache_dir() -> Path:
-    """Where compiled kernels are kept: under $ELSA_CACHE_DIR, else $XDG_CACHE_HOME/elsa-serve or ~/.cache/elsa-serve."""
+    """Where compiled kernels are kept: under $ELSA_CACHE_DIR, $XDG_CACHE_HOME/elsa-serve or ~/.cache/elsa-serve."""
     chosen = os.environ.get("ELSA_CACHE_DIR")
     base = Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "elsa-serve"
     return base / "cuda"

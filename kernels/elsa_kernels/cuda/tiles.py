@@ -4,12 +4,13 @@ Registers of a thread, which keeps 8 rows: O [8, D/16]; the larger of S [8, keys
 m, l, alpha [8 each]; two sets of operands [8 + the larger of keys/16 and D/16]; about 20 addresses. At D = 128 and 128
 keys that is 64 + 64 + 24 + 32 + 20 of 255. Above D = 128 T does not fit: tiles chain in O, 512 keys at a time.
 
-Shared memory: Q transposed [D, rows + 4] (where `q_resident`), the ring of `stages` chunks of K [k_chunk, keys + 4] or V
-[v_chunk, D], P [keys, rows], and (m, l) of the rows. `choose` takes the first shape that fits the device:
-    D          227 KiB (sm_90)           99 KiB (sm_86, sm_89)      48 KiB (sm_60 … sm_75)
-    64         rows 64,  82 KiB          same                       64 × 64, 32 KiB
-    128        rows 64, 100 KiB          64 × 64, 78 KiB            64 × 64, 34 KiB
-    256        rows 128, 216 KiB         64 × 64, 67 KiB            32 × 64, 41 KiB
+Shared memory: Q transposed [D, rows + 4] (where `q_resident`), the ring of `stages` chunks of K [k_chunk, keys + 4] or
+V [v_chunk, D], P [keys, rows], and (m, l) of the rows. `choose` takes the first shape that fits the device:
+    D          227 KiB (sm_90)          99 KiB (sm_86, sm_89)     48 KiB (sm_60 … sm_62)
+    64         64 × 128,   82 KiB       the same                  64 × 64, 33 KiB
+    128        128 × 128, 197 KiB       64 × 64, 76 KiB           64 × 64, 33 KiB
+    256        128 × 64,  213 KiB       64 × 64, 50 KiB           32 × 64, 40 KiB
+in rows × keys. On 48 KiB the chunks of Q stream beside those of K, with plain loads instead of asynchronous copies.
 """
 
 from __future__ import annotations
@@ -88,18 +89,19 @@ def choose(head_dim: int, shared_limit: int) -> Tile | None:
 
 def candidates(head_dim: int) -> list[Tile]:
     """The tiles for a head dimension, preferred first."""
-    if head_dim <= 128:
-        padded = _padded(head_dim)
-        half = padded if padded <= 64 else padded // 2
+    if head_dim > 128:
         return [
-            _tile(head_dim, warps=8, keys=128, k_chunk=half, v_chunk=64, stages=2, q_resident=True),
-            _tile(head_dim, warps=4, keys=64, k_chunk=32, v_chunk=16, stages=3, q_resident=True),
-            _tile(head_dim, warps=4, keys=64, k_chunk=16, v_chunk=16, stages=2, q_resident=False),
+            _tile(head_dim, warps=8, keys=64, k_chunk=32, v_chunk=16, stages=3, q_resident=True),
+            _tile(head_dim, warps=4, keys=64, k_chunk=32, v_chunk=16, stages=2, q_resident=False),
+            _tile(head_dim, warps=2, keys=64, k_chunk=16, v_chunk=16, stages=2, q_resident=False),
         ]
+    large = _tile(head_dim, warps=4, keys=128, k_chunk=32, v_chunk=32, stages=2, q_resident=True, blocks_per_sm=2)
+    if _padded(head_dim) == 128:
+        large = _tile(head_dim, warps=8, keys=128, k_chunk=64, v_chunk=64, stages=2, q_resident=True)
     return [
-        _tile(head_dim, warps=8, keys=64, k_chunk=32, v_chunk=16, stages=3, q_resident=True),
-        _tile(head_dim, warps=4, keys=64, k_chunk=32, v_chunk=16, stages=2, q_resident=False),
-        _tile(head_dim, warps=2, keys=64, k_chunk=16, v_chunk=16, stages=2, q_resident=False),
+        large,
+        _tile(head_dim, warps=4, keys=64, k_chunk=32, v_chunk=16, stages=3, q_resident=True),
+        _tile(head_dim, warps=4, keys=64, k_chunk=16, v_chunk=16, stages=2, q_resident=False),
     ]
 
 
@@ -112,6 +114,7 @@ def _tile(
     v_chunk: int,
     stages: int,
     q_resident: bool,
+    blocks_per_sm: int = 1,
 ) -> Tile:
     tile_sums = head_dim <= 128
     return Tile(
@@ -124,4 +127,5 @@ def _tile(
         q_resident=q_resident,
         tile_sums=tile_sums,
         super_tiles=(MERGE_EVERY if tile_sums else MERGE_EVERY_CHAINED) // keys,
+        blocks_per_sm=blocks_per_sm,
     )
