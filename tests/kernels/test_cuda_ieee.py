@@ -248,10 +248,10 @@ def test_refusals_of_a_device(
 
 
 def test_old_devices_take_fp32_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 0))
     monkeypatch.setattr(nvrtc, "unavailable", lambda: None)
-    monkeypatch.setattr(nvrtc, "architectures", lambda: (75, 90))
-    monkeypatch.setattr(ieee, "shared_limit", lambda index: SHARED_LIMITS[75])
+    monkeypatch.setattr(nvrtc, "architectures", lambda: (70, 75))
+    monkeypatch.setattr(ieee, "shared_limit", lambda index: SHARED_LIMITS[70])
     assert supports(dataclasses.replace(PROBLEM, precision="fp32")) is None
 
 

@@ -1,6 +1,6 @@
 """The implementation "cuda_ieee": FP32 attention on CUDA cores alone, in CUDA C++ compiled by NVRTC at first use.
 
-For precision "ieee", and for "fp32" where a GPU is older than the tensor-core forms want. Importing this package
+For precision "ieee", and for "fp32" on GPUs too old for the tensor-core forms. NOTES.md tells what was measured. Importing this package
 imports no compiler; the first call does.
 """
 
@@ -18,7 +18,7 @@ from elsa_kernels.state import State
 logger = logging.getLogger(__name__)
 
 MAX_LENGTH = 1 << 29  # sums of two positions stay under 2³¹
-TENSOR_CORES_FROM = (8, 0)  # what the tensor-core forms of "fp32" want
+TENSOR_CORES_FROM = (7, 5)  # the oldest GPU on which a tensor-core form of "fp32" runs
 
 
 def supports(problem: Problem) -> str | None:
