@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
 
 L2_MARGIN = 2  # inputs in rotation cover the L2 cache this many times
 MAX_SETS = 16
-GRAPH_BELOW_MS = 0.3  # shorter calls are timed as replays of a CUDA graph: eager, the host would be measured
 
 
 def sets_needed(input_bytes: int, l2_bytes: int) -> int:
@@ -30,19 +28,16 @@ def once(calls: list[Callable[[], object]], repeats: int) -> list[float]:
 
 
 class Timed:
-    """One implementation on one case: warmed up, and captured into a graph where its calls are short."""
+    """One implementation on one case, warmed up; as replays of a CUDA graph if `graph`, which leaves the host out."""
 
-    def __init__(self, calls: list[Callable[[], object]], budget_ms: float = 60.0) -> None:
+    def __init__(self, calls: list[Callable[[], object]], graph: bool = False, budget_ms: float = 60.0) -> None:
         self.calls = calls
         self.samples: list[float] = []
         self.graph: torch.cuda.CUDAGraph | None = None
         once(calls, len(calls))
-        began = time.perf_counter()
-        typical = statistics.median(once(calls, 3))
-        wall = (time.perf_counter() - began) * 1e3 / 3
-        if min(typical, wall) < GRAPH_BELOW_MS:
+        if graph:
             self._capture()
-            typical = statistics.median(self._replay(3))
+        typical = statistics.median(self._replay(3) if graph else once(calls, 3))
         self.repeats = max(3, min(100, int(budget_ms / max(typical, 1e-3))))
 
     def _capture(self) -> None:

@@ -34,18 +34,27 @@ def problem(row: Row) -> str:
 
 
 def speed_table(rows: list[Row], dtypes: tuple[str, ...]) -> str:
-    """One line a case: TFLOP/s (relerr) of each implementation, and the best of ours over the best peer."""
+    """One line a case: TFLOP/s (relerr) of each implementation, and the best of ours over the best peer.
+
+    A star marks a figure timed call by call from Python where others of its line are replays of a CUDA graph.
+    """
     rows = [row for row in rows if row["op"] == "prefill" and row["dtype"] in dtypes]
     impls = list(dict.fromkeys(row["impl"] for row in rows))
     cases = dict.fromkeys(problem(row) for row in rows)
     lines = []
     for case in cases:
         found = {row["impl"]: row for row in rows if problem(row) == case}
-        cells = [f"{found[i]['tflops']:.0f} ({found[i]['relerr']:.0e})" if i in found else "–" for i in impls]
+        graphs = any(row.get("graph") for row in found.values())
+        cells = [_speed(found[i], graphs) if i in found else "–" for i in impls]
         ours = max((r["tflops"] for r in found.values() if r["ours"]), default=None)
         peers = max((r["tflops"] for r in found.values() if not r["ours"]), default=None)
         lines.append([case, *cells, f"{ours / peers:.2f}×" if ours and peers else "–"])
     return markdown(["problem", *impls, "best of ours / best peer"], lines)
+
+
+def _speed(row: Row, graphs: bool) -> str:
+    star = "*" if graphs and not row.get("graph") else ""
+    return f"{row['tflops']:.0f}{star} ({row['relerr']:.0e})"
 
 
 def accuracy_table(rows: list[Row]) -> str:

@@ -78,6 +78,52 @@ def test_is_preferred_on_hopper(monkeypatch):
     assert elsa_kernels.select(problem()).name == "gluon"
 
 
+# --- which tiles a program works on (the kernels' own functions, run as plain Python)
+
+
+@pytest.fixture
+def schedule(monkeypatch):
+    from elsa_kernels.gluon import common
+
+    class Scalars:
+        minimum, maximum = staticmethod(min), staticmethod(max)
+
+    monkeypatch.setattr(common, "gl", Scalars)
+    for name in ("key_begin", "key_end", "tile_range", "tile_of_program"):
+        monkeypatch.setattr(common, name, getattr(common, name).fn)
+    return common
+
+
+@pytest.mark.parametrize(("heads", "tiles", "section"), [(1, 1, 1), (40, 8, 17), (5, 3, 4), (7, 32, 4), (4, 5, 9)])
+def test_programs_cover_every_tile_once_heaviest_first(schedule, heads, tiles, section):
+    order = [schedule.tile_of_program(pid, heads, tiles, section) for pid in range(heads * tiles)]
+    assert sorted(order) == [(h, t) for h in range(heads) for t in range(tiles)]
+    for first in range(0, heads, section):
+        within = [tile for head, tile in order if first <= head < first + section]
+        assert within == sorted(within, reverse=True)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [None, 1, 5, 40])
+@pytest.mark.parametrize("q_start", [-7, 0, 13, 50])
+def test_tile_range_holds_all_visible_keys_and_no_masked_one_inside(schedule, causal, window, q_start):
+    BN, Nq, Nk = 8, 37, 50
+    for kv0, kv1 in ((0, Nk), (5, 31), (20, 20)):
+        for row0 in range(0, Nq, 16):
+            row1 = min(row0 + 16, Nq)
+            args = (row0, row1, kv0, kv1, q_start, window or 10**6, BN, causal, window is not None)
+            first, end, full_first, full_end = schedule.tile_range(*args)
+            assert first <= full_first <= full_end <= end
+            for row in range(row0, row1):
+                p = q_start + row
+                seen = {
+                    j for j in range(kv0, kv1)
+                    if (not causal or j <= p) and (window is None or abs(p - j) < window)
+                }  # fmt: skip
+                assert seen <= set(range(first * BN, end * BN))
+                assert set(range(full_first * BN, full_end * BN)) <= seen
+
+
 # --- binaries
 
 

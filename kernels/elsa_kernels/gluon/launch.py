@@ -35,7 +35,8 @@ class Tile:
 
 SPLIT_TILES = {128: Tile(BN=64, stages=2, groups=2, registers=232), 64: Tile(BN=128, stages=2, groups=2, registers=232)}
 HALF_TILES = {128: Tile(BN=128, stages=2, groups=2, registers=240), 64: Tile(BN=128, stages=3, groups=2, registers=240)}
-SECTION_KEYS = 2**17  # keys of all heads that work at a time, so that their K and V share the L2 cache
+SECTION_HEADS = 4  # heads that work at a time under a causal mask, at least, so that their K and V share the L2 cache
+SECTION_PROGRAMS = 132  # and enough of them to give every SM of an H100 or H200 a program
 
 
 def split_forward(
@@ -121,7 +122,9 @@ def _careful_pass(
     The Triton form packs the query heads of a key head: a tile of ours is a block of `group` times as many rows there.
     """
     group = problem.H // problem.Hkv
-    q, k, v = operands.q, operands.k, operands.v
+    # Its offsets within a tile of keys are 32 bits wide.
+    k, v = (x if x.stride(2) * 128 < 2**31 else x.contiguous() for x in (operands.k, operands.v))
+    q = operands.q
     careful_kernel[(todo.numel(),)](
         q, k, v, out, m, s, todo, None, None, operands.sinks, operands.kv_range,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], 0, 0, 0, 0,
@@ -148,7 +151,8 @@ def _common(
     """The arguments that both kernels take. Pointers that a variant does not read are given `out`."""
     heads = problem.B * problem.H
     if section is None:
-        section = min(heads, max(1, SECTION_KEYS // problem.Nk)) if problem.causal else 1
+        enough = max(SECTION_HEADS, -(-SECTION_PROGRAMS // _tiles(problem, tile)))
+        section = min(heads, enough) if problem.causal else 1
     sinks = None if operands.sinks is None else operands.sinks.float().contiguous()
     reach = problem.Nk + problem.Nq + abs(problem.q_start)
     return {

@@ -178,27 +178,14 @@ def split_attention(q, k_hi, k_lo, v_hi, v_lo, k_scale, v_scale, sinks, kv_range
     keys = new_ring(k_hi, STAGES, GROUPS, 2)
     values = new_ring(v_hi, STAGES, GROUPS, 2)
     fence_async_shared()
-    if GROUPS == 2:
-        gl.warp_specialize(
-            [
-                (_produce, (k_hi, k_lo, v_hi, v_lo, keys, values, work, BN)),
-                (_consume, (q, q_stride_n, k_scale, v_scale, scale, qh, ql, keys, values, work, output, features,
-                            0, D, BN)),
-                (_consume, (q, q_stride_n, k_scale, v_scale, scale, qh, ql, keys, values, work, output, features,
-                            1, D, BN)),
-            ],
-            [4, 4], [REGS, REGS],
-        )  # fmt: skip
-    else:
-        gl.warp_specialize(
-            [
-                (_produce, (k_hi, k_lo, v_hi, v_lo, keys, values, work, BN)),
-                (_consume, (q, q_stride_n, k_scale, v_scale, scale, qh, ql, keys, values, work, output, features,
-                            0, D, BN)),
-                (_consume, (q, q_stride_n, k_scale, v_scale, scale, qh, ql, keys, values, work, output, features,
-                            1, D, BN)),
-                (_consume, (q, q_stride_n, k_scale, v_scale, scale, qh, ql, keys, values, work, output, features,
-                            2, D, BN)),
-            ],
-            [4, 4, 4], [REGS, REGS, REGS],
-        )  # fmt: skip
+    gl.static_assert(GROUPS == 2)
+    gl.warp_specialize(
+        [
+            (_produce, (k_hi, k_lo, v_hi, v_lo, keys, values, work, BN)),
+            (_consume, (q, q_stride_n, k_scale, v_scale, scale, qh, ql, keys, values, work, output, features,
+                        0, D, BN)),
+            (_consume, (q, q_stride_n, k_scale, v_scale, scale, qh, ql, keys, values, work, output, features,
+                        1, D, BN)),
+        ],
+        [4, 4], [REGS, REGS],
+    )  # fmt: skip

@@ -1,0 +1,162 @@
+"""The measuring tools themselves: cases, inputs, results files and tables. No GPU."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from elsa_kernels.reference import attention_reference
+
+from kernels.bench import accuracy, inputs, measure, results_file, run, table
+from kernels.bench.cases import FAMILIES, SUITES, Case
+
+
+def brute_force_pairs(case: Case) -> int:
+    q = torch.arange(case.Nq)[:, None] + case.Nk - case.Nq
+    return int((torch.arange(case.Nk)[None, :] <= q).sum()) if case.causal else case.Nq * case.Nk
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("Nq", "Nk"), [(64, 64), (16, 48), (1, 7)])
+def test_flops_count_visible_pairs(causal, Nq, Nk):
+    case = Case("float32", causal, 2, 4, Nq, 8, Nk=Nk)
+    assert case.flops() == 4 * 8 * 2 * 4 * brute_force_pairs(case)
+
+
+def test_cases_are_complete():
+    assert all(case.H % case.Hkv == 0 and case.Nk >= case.Nq for suite in SUITES.values() for case in suite)
+    assert {"dtype", "causal", "B", "H", "Hkv", "Nq", "Nk", "D", "precision", "op"} == set(SUITES["fp32"][0].row())
+    with pytest.raises(ValueError, match="not a multiple"):
+        Case("float32", True, 1, 4, 8, 8, Hkv=3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_relative_error_of_every_family(family):
+    case = Case("float32", True, 2, 4, 40, 16, Nk=72, Hkv=2)
+    tensors = inputs.draw(case, family, device="cpu")
+    exact = attention_reference(*tensors, causal=True)
+    assert inputs.relative_error(case, tensors, exact) == 0.0
+    assert inputs.relative_error(case, tensors, exact * 1.01) == pytest.approx(0.01)
+
+
+def test_relative_error_sees_a_wrong_mask():
+    case = Case("float32", True, 1, 2, 40, 16, Nk=72)
+    tensors = inputs.draw(case, device="cpu")
+    assert inputs.relative_error(case, tensors, attention_reference(*tensors, causal=True, q_start=0)) > 0.1
+
+
+def test_unknown_family():
+    with pytest.raises(ValueError, match="family"):
+        inputs.draw(Case("float32", True, 1, 2, 4, 16), "odd", device="cpu")
+
+
+def test_rotation_covers_the_cache():
+    assert measure.sets_needed(10 << 20, 50 << 20) == 10
+    assert measure.sets_needed(1 << 30, 50 << 20) == 2
+    assert measure.sets_needed(1 << 10, 50 << 20) == measure.MAX_SETS
+
+
+@pytest.mark.parametrize("tool", [run, accuracy])
+def test_tools_refuse_without_a_gpu(tool, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        tool.main([])
+    assert "CUDA device" in capsys.readouterr().err
+
+
+def test_results_file_round_trip(tmp_path, monkeypatch):
+    monkeypatch.setenv("ELSA_COMMIT", "abc123")
+    path = tmp_path / "deep" / "x-cpu.json"
+    rows = [{"op": "prefill", "ms": 1.5}, {"op": "gemm"}]
+    results_file.write(path, rows, command="tool --flag")
+    doc = results_file.read(path)
+    assert doc["rows"] == rows
+    assert doc["commit"] == "abc123"
+    assert doc["command"] == "tool --flag"
+    assert {"gpu", "gpu_count", "cpu", "cores", "ram_bytes", "driver"} == set(doc["machine"])
+    assert doc["versions"]["torch"] == torch.__version__
+    results_file.write(path, [])
+    assert results_file.read(path)["rows"] == []
+
+
+def test_results_file_of_another_form(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps({"rows": []}))
+    with pytest.raises(ValueError, match="commit"):
+        results_file.read(path)
+
+
+def test_commit_of_this_repository(monkeypatch):
+    monkeypatch.delenv("ELSA_COMMIT", raising=False)
+    monkeypatch.setattr(results_file, "_git", lambda *a: None)
+    with pytest.raises(RuntimeError, match="ELSA_COMMIT"):
+        results_file.commit()
+    monkeypatch.setattr(results_file, "_git", lambda *a: "f00" if a[0] == "rev-parse" else " M file")
+    assert results_file.commit() == "f00-dirty"
+
+
+def speed_row(impl: str, tflops: float, **changes):
+    case = Case("float32", True, 1, 40, 4096, 128)
+    return case.row() | {"impl": impl, "ours": impl.startswith("elsa."), "tflops": tflops, "relerr": 5e-7} | changes
+
+
+def test_speed_table_has_a_line_a_case_and_the_ratio():
+    rows = [
+        speed_row("elsa.gluon", 200.0),
+        speed_row("sdpa.mem_efficient", 40.0),
+        speed_row("elsa.gluon", 100.0, causal=False),
+        speed_row("elsa.gluon", 600.0, dtype="float16"),
+    ]
+    lines = table.speed_table(rows, ("float32",)).splitlines()
+    assert len(lines) == 4
+    assert "200 (5e-07)" in lines[2]
+    assert lines[2].endswith("5.00× |")
+    assert lines[3].endswith("– |")
+
+
+def test_speed_table_stars_what_the_host_slowed():
+    rows = [speed_row("elsa.gluon", 60.0, graph=False), speed_row("sdpa.mem_efficient", 40.0, graph=True)]
+    line = table.speed_table(rows, ("float32",)).splitlines()[2]
+    assert "60* (5e-07) | 40 (5e-07)" in line
+
+
+def test_accuracy_table_shows_both_ends():
+    rows = [
+        speed_row("elsa.gluon", 0.0, op="accuracy", family="normal", Nk=N, relerr=error)
+        for N, error in ((4096, 5e-7), (256, 3e-7))
+    ]
+    assert "| normal | 3e-07 … 5e-07 |" in table.accuracy_table(rows)
+
+
+def test_render_replaces_known_tables_alone():
+    text = "a\n<!-- table:x -->\nold\n<!-- /table -->\n<!-- table:other -->\nkept\n<!-- /table -->\n"
+    new = table.render(text, {"x": lambda: "new\n"})
+    assert "new\n<!-- /table -->" in new
+    assert "old" not in new
+    assert "kept" in new
+    assert table.render(new, {"x": lambda: "new\n"}) == new
+
+
+def test_check_fails_on_a_stale_document(tmp_path, monkeypatch):
+    path = tmp_path / "README.md"
+    path.write_text("<!-- table:x -->\n<!-- /table -->\n")
+    monkeypatch.setattr(table, "TABLES", {"x": lambda: "| 1 |\n"})
+    with pytest.raises(SystemExit, match="out of date"):
+        table.main([str(path), "--check"])
+    table.main([str(path)])
+    table.main([str(path), "--check"])
+    assert "| 1 |" in path.read_text()
+
+
+@pytest.mark.parametrize("path", sorted(table.RESULTS.glob("*.json")), ids=lambda p: p.name)
+def test_committed_results_have_the_form(path):
+    doc = results_file.read(path)
+    assert doc["machine"]["gpu"]
+    assert doc["rows"]
+    assert all({"op", "impl", "ours", "dtype"} <= row.keys() for row in doc["rows"])
+
+
+def test_committed_tables_render():
+    for make in table.TABLES.values():
+        assert make().count("\n") > 3
