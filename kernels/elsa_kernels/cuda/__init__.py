@@ -1,7 +1,7 @@
 """The implementation "cuda_ieee": FP32 attention on CUDA cores alone, in CUDA C++ compiled by NVRTC at first use.
 
-For precision "ieee", and for "fp32" on GPUs too old for the tensor-core forms. NOTES.md tells what was measured. Importing this package
-imports no compiler; the first call does.
+For precision "ieee", and for "fp32" on GPUs too old for the tensor-core forms. NOTES.md tells what was measured.
+Importing this package imports no compiler; the first call does.
 """
 
 from __future__ import annotations

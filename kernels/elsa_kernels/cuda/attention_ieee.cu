@@ -7,7 +7,7 @@
 //   S[8][BN/16] = Q·Kᵀ from the transposes of Q and K;  T[8][D/16] = P·V, P passing transposed through shared memory.
 // The register file has two banks (even, odd) and reads one register of each a cycle, so a product with three operands
 // needs one of them kept from the product before. Hence operands that lie in vectors along the rows and the columns,
-// not along the inner dimension, where all would share a bank; it is worth a sixth of the speed (see add_outer).
+// not along the inner dimension, where all would share a bank; it is worth an eighth of the speed (see add_outer).
 // K and V stream through a ring of STAGES slots, a chunk of DC of K's D, then a chunk of NC of V's keys at a time.
 //
 // Sums are a tree in three levels, so that the error does not grow like a chain's: within a tile of BN keys from zero
