@@ -1,0 +1,250 @@
+"""A against B: the same seeded requests on both sides, interleaved in ABBA blocks, with paired intervals.
+
+One request is under way at a time. The order A B · B A · A B · … gives both sides the same share of a machine that
+slowly warms up or slows down, and a pair's two times stand next to each other. Prompts differ from pair to pair, so no
+prefix cache answers them, and both sides see every prompt once.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from tqdm import tqdm
+
+from elsa_load.client import Client
+from elsa_load.intervals import Gain, paired_gain
+from elsa_load.pages import Page, growth
+from elsa_load.prometheus import PHASES, Prometheus
+from elsa_load.prompts import PromptMaker
+from elsa_load.records import Observation, Request
+from elsa_serve.errors import ElsaError
+
+SIDES = ("baseline", "candidate")
+PAPER = {
+    "low": 17.8,
+    "high": 20.2,
+    "about": "LLaMA-13B with offloading, 32K tokens and more, FP32, A100-40GB (the ELSA paper)",
+}
+SEED_STEP = 100_003
+
+
+class Side(Protocol):
+    """One of the two systems."""
+
+    async def run(self, request: Request) -> Observation: ...
+
+    async def page(self) -> Page:
+        """Its /metrics now."""
+        ...
+
+
+class HttpSide:
+    """A server, through the measuring client."""
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+
+    async def run(self, request: Request) -> Observation:
+        return await self.client.send(self.client.prepare(request), time.perf_counter())
+
+    async def page(self) -> Page:
+        return Page.parse(await self.client.get_text("/metrics"))
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One context of an A/B: `pairs` prompts of `context` tokens, each continued for exactly `output_tokens`."""
+
+    context: int
+    output_tokens: int
+    pairs: int
+    seed: int = 1
+    warm_up: int = 1
+
+    def requests(self, make: PromptMaker) -> list[Request]:
+        """The warm-up's first, then one a pair."""
+        return [self._request(make, number) for number in range(self.warm_up + self.pairs)]
+
+    def _request(self, make: PromptMaker, number: int) -> Request:
+        (asked,) = make.prompts(self.context, self.seed * SEED_STEP + number)
+        name = f"ab-{self.context}-{self.seed}-{number}"
+        return Request(name, asked.prompt, asked.tokens, self.output_tokens, ignore_eos=True)
+
+
+@dataclass(slots=True)
+class Pair:
+    """The times of one request on both sides, in seconds, by phase; `first` is the side that ran first."""
+
+    id: str
+    first: str
+    seconds: dict[str, dict[str, float]]  # side -> phase -> seconds
+    texts_equal: bool
+    equal_chars: int  # of the common beginning
+    output_tokens: dict[str, int] = field(default_factory=dict)
+
+
+def times_of(seen: Observation) -> dict[str, float]:
+    """Seconds by phase. Raises ElsaError for a request that failed: a benchmark with holes proves nothing."""
+    if seen.outcome != "ok" or seen.ttft_s is None or seen.decode_s is None:
+        raise ElsaError(f"request {seen.id} failed ({seen.outcome}, HTTP {seen.status}): {seen.error}")
+    return {"prefill": seen.ttft_s, "decode": seen.decode_s, "end_to_end": seen.e2e_s}
+
+
+def order(number: int) -> tuple[str, str]:
+    """Which side runs first in pair `number`: A B, B A, A B, …"""
+    return SIDES if number % 2 == 0 else (SIDES[1], SIDES[0])
+
+
+def common_start(a: str, b: str) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+async def run_pair(sides: Mapping[str, Side], request: Request, number: int) -> Pair:
+    first, second = order(number)
+    seen = {first: await sides[first].run(request)}
+    seen[second] = await sides[second].run(request)
+    texts = [seen[side].text for side in SIDES]
+    return Pair(
+        id=request.id,
+        first=first,
+        seconds={side: times_of(seen[side]) for side in SIDES},
+        texts_equal=texts[0] == texts[1],
+        equal_chars=common_start(*texts),
+        output_tokens={side: seen[side].output_tokens for side in SIDES},
+    )
+
+
+async def run_cell(
+    cell: Cell,
+    sides: Mapping[str, Side],
+    make: PromptMaker,
+    *,
+    prometheus: Prometheus | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Measure one context on both sides. Returns what `gain_rows` and the report need, as plain data."""
+    requests = cell.requests(make)
+    bar = tqdm(total=2 * len(requests), desc=f"{cell.context} tokens", disable=not progress)
+    for request in requests[: cell.warm_up]:
+        for side in SIDES:
+            times_of(await sides[side].run(request))
+            bar.update()
+    start = prometheus.settle() if prometheus else 0.0
+    before = {side: await sides[side].page() for side in SIDES}
+    pairs = []
+    for number, request in enumerate(requests[cell.warm_up :]):
+        pairs.append(await run_pair(sides, request, number))
+        bar.update(2)
+    bar.close()
+    after = {side: await sides[side].page() for side in SIDES}
+    seen = {}
+    if prometheus:
+        end = prometheus.settle()
+        seen = {phase: prometheus.gain(phase, start, end, cell.pairs) for phase in PHASES}
+    return {
+        "cell": asdict(cell),
+        "prompt_tokens": [request.prompt_tokens for request in requests[cell.warm_up :]],
+        "pairs": [asdict(pair) for pair in pairs],
+        "counters": {side: growth(before[side], after[side]) for side in SIDES},
+        "config": {side: after[side].labels("elsa_engine_config_info") for side in SIDES},
+        "prometheus": {phase: {"gain_percent": percent, "reason": why} for phase, (percent, why) in seen.items()},
+    }
+
+
+def gain_rows(measured: dict[str, Any], labels: dict[str, Any], confidence: float) -> list[dict[str, Any]]:
+    """A row a phase, with the keys of every gain file. Phases that took no time (one token: no decode) have no row."""
+    pairs = measured["pairs"]
+    rows = []
+    for phase in PHASES:
+        times = [[pair["seconds"][side][phase] for pair in pairs] for side in SIDES]
+        if min(min(side) for side in times) <= 0:
+            continue
+        gain: Gain = paired_gain(times[0], times[1], confidence)
+        second = measured["prometheus"].get(phase, {})
+        rows.append(
+            {
+                **labels,
+                "context": measured["cell"]["context"],
+                "phase": phase,
+                "gain_percent": gain.percent,
+                "ci_low": gain.low,
+                "ci_high": gain.high,
+                "prometheus_gain_percent": second.get("gain_percent"),
+                "prometheus_reason": second.get("reason"),
+                "pairs": gain.pairs,
+                "confidence": confidence,
+                "baseline_s": statistics.mean(times[0]),
+                "candidate_s": statistics.mean(times[1]),
+                "output_tokens": measured["cell"]["output_tokens"],
+                "outputs_equal": sum(pair["texts_equal"] for pair in pairs),
+            }
+        )
+    return rows
+
+
+class Results:
+    """A results file that grows a context at a time, so that an interrupted run goes on where it stopped."""
+
+    def __init__(self, file: Path, envelope: dict[str, Any], settings: dict[str, Any]) -> None:
+        self.file, self._envelope, self._settings = file, envelope, settings
+        self.cells: list[dict[str, Any]] = []
+        if file.exists():
+            known = json.loads(file.read_text())
+            if known.get("settings") != settings:
+                raise ElsaError(f"{file} holds a run with other settings: name another --output, or remove it")
+            self.cells = known["cells"]
+
+    def done(self, cell: Cell) -> bool:
+        return any(known["cell"] == asdict(cell) for known in self.cells)
+
+    def add(self, measured: dict[str, Any], labels: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+        self.cells.append(measured | {"labels": labels(measured)})
+        self.save()
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        confidence = self._settings["confidence"]
+        return [row for cell in self.cells for row in gain_rows(cell, cell["labels"], confidence)]
+
+    def as_dict(self) -> dict[str, Any]:
+        return self._envelope | {"settings": self._settings, "paper": PAPER, "rows": self.rows, "cells": self.cells}
+
+    def save(self) -> None:
+        """Whole or not at all: a run cut off in the middle of a write keeps its file."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.file.with_suffix(".partial")
+        partial.write_text(json.dumps(self.as_dict(), indent=1) + "\n")
+        partial.replace(self.file)
+
+
+async def run_cells(
+    cells: Sequence[Cell],
+    results: Results,
+    measure: Callable[[Cell], Awaitable[dict[str, Any]]],
+    labels: Callable[[dict[str, Any]], dict[str, Any]],
+) -> None:
+    """Measure what the results do not hold yet."""
+    for cell in cells:
+        if not results.done(cell):
+            results.add(await measure(cell), labels)
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The gains as text."""
+    head = f"{'context':>8} {'phase':<11} {'baseline':>10} {'candidate':>10} {'gain':>8}   {'interval':<18}"
+    lines = [f"{head} {'Prometheus':>10}  equal"]
+    for row in rows:
+        interval = "" if row["ci_low"] is None else f"[{row['ci_low']:+.1f}, {row['ci_high']:+.1f}] %"
+        second = row["prometheus_gain_percent"]
+        lines.append(
+            f"{row['context']:>8} {row['phase']:<11} {row['baseline_s']:>8.3f} s {row['candidate_s']:>8.3f} s "
+            f"{row['gain_percent']:>+6.1f} %   {interval:<18} {'–' if second is None else f'{second:+.1f} %':>10}  "
+            f"{row['outputs_equal']}/{row['pairs']}"
+        )
+    return "\n".join(lines)

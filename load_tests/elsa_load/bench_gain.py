@@ -1,0 +1,161 @@
+"""`elsa-serve bench gain` and `bench ab`: two systems, interleaved, and what one gains over the other."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from elsa_load import prometheus
+from elsa_load.ab import SIDES, Cell, HttpSide, Results, Side, run_cell, run_cells, table
+from elsa_load.bench_run import encoder, flags_of
+from elsa_load.client import Client, Endpoint
+from elsa_load.envelope import envelope
+from elsa_load.in_process import engine_sides
+from elsa_load.processes import Program, elsa_serve_command, split_command
+from elsa_load.prometheus import Prometheus
+from elsa_load.prompts import PromptMaker
+from elsa_load.report import gain_report
+from elsa_serve.envs import api_keys
+from elsa_serve.errors import UsageError
+
+
+def gain(args: argparse.Namespace) -> int:
+    """Two configurations of our engine on one model."""
+    flags = {side: flags_of([*args.set, getattr(args, side)]) for side in SIDES}
+    context = max(args.context) + args.output_tokens + 1
+    flags = {side: [*one, "--context", str(context), "--max-batch", "1"] for side, one in flags.items()}
+    if args.in_process:
+        return in_process(args, flags)
+    commands = {side: elsa_serve_command(args.model_dir, flags[side]) for side in SIDES}
+    return compare(args, commands, {}, {"engine": "elsa-offload", "dtype": None, "baseline": args.baseline})
+
+
+def ab(args: argparse.Namespace) -> int:
+    """Any two endpoints: a side is a URL, or a command with {port} that starts a server."""
+    urls = {side: text for side in SIDES if (text := getattr(args, side)).startswith(("http://", "https://"))}
+    commands = {side: split_command(getattr(args, side)) for side in SIDES if side not in urls}
+    for side, command in commands.items():
+        if not any("{port}" in part for part in command):
+            raise UsageError(f"--{side} is neither a URL nor a command with {{port}}: {getattr(args, side)}")
+    return compare(args, commands, urls, {"engine": args.engine, "dtype": args.dtype, "baseline": args.baseline})
+
+
+def compare(
+    args: argparse.Namespace, commands: dict[str, list[str]], urls: dict[str, str], labels: dict[str, Any]
+) -> int:
+    results = opened(args)
+    with ExitStack() as stack:
+        for side, command in commands.items():  # one after the other: each plans with the memory that is free
+            urls[side] = stack.enter_context(Program(command, args.output / f"{side}.log")).url
+        watcher = stack.enter_context(watched(args, urls))
+        asyncio.run(over_http(args, urls, results, watcher, labels))
+    return finish(args, results)
+
+
+async def over_http(
+    args: argparse.Namespace, urls: dict[str, str], results: Results, watcher: Prometheus | None, labels: dict[str, Any]
+) -> None:
+    keys = api_keys()
+    async with contextlib.AsyncExitStack() as stack:
+        clients = {}
+        for side in SIDES:
+            endpoint = Endpoint(urls[side].rstrip("/"), args.model, keys[0] if keys else None)
+            clients[side] = await stack.enter_async_context(Client(endpoint, counting=args.counting, timeout_s=None))
+        maker = PromptMaker(await encoder(clients["baseline"], args.tokenizer))
+        sides: dict[str, Side] = {side: HttpSide(client) for side, client in clients.items()}
+        await measured(args, sides, maker, results, watcher, labels)
+
+
+def in_process(args: argparse.Namespace, flags: dict[str, list[str]]) -> int:
+    from elsa_serve.arguments import add_engine_arguments, add_memory_arguments, add_model_arguments, engine_options
+    from elsa_serve.offload.tokenizer import load_tokenizer
+
+    parser = argparse.ArgumentParser(prog="elsa-serve serve", allow_abbrev=False)
+    for add in (add_model_arguments, add_memory_arguments, add_engine_arguments):
+        add(parser)
+    options = {side: engine_options(parser.parse_args([str(args.model_dir), *flags[side]])) for side in SIDES}
+    for key in ("dtype", "device", "load_format"):
+        if options["baseline"][key] != options["candidate"][key]:
+            raise UsageError(f"--in-process shares the weights, so both sides need the same {key.replace('_', '-')}")
+    dummy = options["baseline"]["load_format"] == "dummy"
+    tokenizer = load_tokenizer(args.tokenizer or args.model_dir, 256, dummy=dummy)
+    maker = PromptMaker(lambda text: tokenizer.encode(text, add_special_tokens=False))
+    results = opened(args)
+    labels = {"engine": "elsa-offload", "dtype": None, "baseline": args.baseline}
+    with ExitStack() as stack:
+        engines = stack.enter_context(engine_sides(args.model_dir, options))
+        watcher = stack.enter_context(watched(args, {side: one.url for side, one in engines.items()}))
+        asyncio.run(measured(args, dict(engines), maker, results, watcher, labels))
+    return finish(args, results)
+
+
+async def measured(
+    args: argparse.Namespace,
+    sides: Mapping[str, Side],
+    maker: PromptMaker,
+    results: Results,
+    watcher: Prometheus | None,
+    labels: dict[str, Any],
+) -> None:
+    cells = [Cell(context, args.output_tokens, args.pairs, args.seed, args.warm_up) for context in args.context]
+
+    def labelled(one: dict[str, Any]) -> dict[str, Any]:
+        """Where the servers tell their precision, it is theirs."""
+        found = {one["config"][side].get("dtype") for side in SIDES} - {None}
+        dtype = labels["dtype"] or " / ".join(sorted(found)) or None
+        return labels | {"dtype": dtype, "candidate": args.candidate}
+
+    def measure(cell: Cell) -> Any:
+        return run_cell(cell, sides, maker, prometheus=watcher, progress=not args.quiet)
+
+    await run_cells(cells, results, measure, labelled)
+
+
+@contextmanager
+def watched(args: argparse.Namespace, urls: dict[str, str]) -> Iterator[Prometheus | None]:
+    """A Prometheus over both sides; none where it was not wanted or is not installed, which is said."""
+    reason = "--no-prometheus" if args.no_prometheus else prometheus.missing()
+    if reason is not None:
+        print(f"gains are the client's alone: {reason}")
+        yield None
+        return
+    keys = api_keys()
+    folder: Path = args.output / "prometheus"
+    with Prometheus(
+        urls, folder, interval_s=args.scrape_interval, api_keys=dict.fromkeys(SIDES, keys[0] if keys else None)
+    ) as watcher:
+        yield watcher
+
+
+def opened(args: argparse.Namespace) -> Results:
+    names = ("baseline", "candidate", "set", "output_tokens", "pairs", "seed", "warm_up", "confidence", "counting")
+    settings = {name: getattr(args, name, None) for name in names} | {"in_process": getattr(args, "in_process", False)}
+    settings["model"] = str(getattr(args, "model_dir", None) or args.model)
+    return Results(args.output / "gain.json", envelope(), settings)
+
+
+def finish(args: argparse.Namespace, results: Results) -> int:
+    report = args.output / "report.html"
+    report.write_text(gain_report(results.as_dict()))
+    print(table(results.rows))
+    print(f"results: {results.file}\nreport:  {report}")
+    return 0
+
+
+def report(args: argparse.Namespace) -> int:
+    """Write the HTML of a results file again."""
+    try:
+        data = json.loads(args.results.read_text())
+        html = gain_report(data)
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(f"{args.results} is no results file of an A/B: {error!r}") from error
+    target = args.results.with_suffix(".html")
+    target.write_text(html)
+    print(target)
+    return 0

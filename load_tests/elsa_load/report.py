@@ -1,0 +1,176 @@
+"""Self-contained HTML of a gain file or of a run: tables and plots, next to the paper's figure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+from elsa_load.ab import SIDES
+from elsa_load.prometheus import PHASES
+from elsa_load.svg import Band, Series, plot
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+table { border-collapse: collapse; margin: 1rem 0; } td, th { padding: .2rem .7rem; border-bottom: 1px solid #ddd; }
+td { text-align: right; font-variant-numeric: tabular-nums; } td:first-child, th { text-align: left; }
+svg { width: 100%; font: 11px system-ui, sans-serif; } .grid { stroke: #e4e4e4; } .band { fill: #8882; }
+figure { margin: 1rem 0; } figcaption { font-size: 13px; } .bad { color: #b00; } small { color: #666; }
+"""
+NAMES = {"prefill": "Prefill", "decode": "Decode", "end_to_end": "End to end"}
+
+
+def page(title: str, body: Sequence[str]) -> str:
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title>'
+        f"<style>{STYLE}</style><h1>{escape(title)}</h1>{''.join(body)}</html>\n"
+    )
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    cells = "".join(f"<th>{escape(text)}</th>" for text in head)
+    lines = "".join("<tr>" + "".join(f"<td>{escape(text)}</td>" for text in row) + "</tr>" for row in rows)
+    return f"<table><tr>{cells}</tr>{lines}</table>"
+
+
+def gain_report(data: dict[str, Any]) -> str:
+    """The report of an A/B from its results file."""
+    paper = data["paper"]
+    settings = data["settings"]
+    body = [
+        f"<p>{escape(verdict(data))}</p>",
+        "<h2>Gain in throughput</h2>",
+        gain_table(data["rows"]),
+        gain_plot(data),
+        f"<p><small>The paper’s figure: +{paper['low']} … {paper['high']} %, {escape(paper['about'])}. Each point is "
+        f"paired over the same requests on both sides, in the order A B · B A; bars are "
+        f"{100 * settings['confidence']:g} % intervals.</small></p>",
+    ]
+    for cell in data["cells"]:
+        body += cell_section(cell)
+    return page("Gain of the candidate over the baseline", [*body, environment(data)])
+
+
+def verdict(data: dict[str, Any]) -> str:
+    """The result in one sentence: what the intervals say, and no more."""
+    parts = []
+    for row in data["rows"]:
+        if row["ci_low"] is None:
+            word = "has too few pairs for an interval"
+        elif row["ci_low"] > 0:
+            word = "is faster"
+        elif row["ci_high"] < 0:
+            word = "is slower"
+        else:
+            word = "cannot be told from the baseline"
+        parts.append(f"{NAMES[row['phase']].lower()} at {row['context']:,} tokens {word} ({interval(row)})")
+    return "Candidate: " + "; ".join(parts) + "."
+
+
+def interval(row: dict[str, Any]) -> str:
+    if row["ci_low"] is None:
+        return f"{row['gain_percent']:+.1f} %"
+    return f"{row['gain_percent']:+.1f} %, {row['ci_low']:+.1f} … {row['ci_high']:+.1f} %"
+
+
+def gain_table(rows: Sequence[dict[str, Any]]) -> str:
+    head = ("Phase", "Context", "Baseline", "Candidate", "Gain", "Interval", "By Prometheus", "Equal outputs")
+    lines = []
+    for row in rows:
+        second = row["prometheus_gain_percent"]
+        bounds = "–" if row["ci_low"] is None else f"{row['ci_low']:+.1f} … {row['ci_high']:+.1f} %"
+        lines.append(
+            (
+                NAMES[row["phase"]],
+                f"{row['context']:,}",
+                f"{row['baseline_s']:.3f} s",
+                f"{row['candidate_s']:.3f} s",
+                f"{row['gain_percent']:+.1f} %",
+                bounds,
+                row["prometheus_reason"] or "not asked" if second is None else f"{second:+.1f} %",
+                f"{row['outputs_equal']} of {row['pairs']}",
+            )
+        )
+    return table(head, lines)
+
+
+def gain_plot(data: dict[str, Any]) -> str:
+    series = []
+    for phase in PHASES:
+        rows = [row for row in data["rows"] if row["phase"] == phase]
+        points = [
+            (row["context"], row["gain_percent"], row["ci_low"], row["ci_high"])
+            if row["ci_low"] is not None
+            else (row["context"], row["gain_percent"])
+            for row in rows
+        ]
+        series.append(Series(NAMES[phase], points))
+    band = Band("the paper", data["paper"]["low"], data["paper"]["high"])
+    return plot(series, x_label="context (tokens)", y_label="gain (%)", bands=[band], log_x=True)
+
+
+def cell_section(cell: dict[str, Any]) -> list[str]:
+    """One context: times in their order, their distribution, and what the copies did."""
+    context = cell["cell"]["context"]
+    parts = [f"<h2>{context:,} tokens, {cell['cell']['output_tokens']} generated</h2>"]
+    for phase in PHASES:
+        times = {side: [pair["seconds"][side][phase] for pair in cell["pairs"]] for side in SIDES}
+        dots = [Series(side, list(enumerate(times[side], 1))) for side in SIDES]
+        parts.append(f"<h3>{NAMES[phase]}</h3>" + plot(dots, x_label="pair", y_label="seconds"))
+        sums = [Series(side, cumulative(times[side]), line=True) for side in SIDES]
+        parts.append(plot(sums, x_label="seconds", y_label="share of requests within", zero=True))
+    return [*parts, counters_table(cell["counters"])]
+
+
+def cumulative(values: Sequence[float]) -> list[tuple[float, ...]]:
+    """The steps of the empirical distribution function."""
+    ordered = sorted(values)
+    steps: list[tuple[float, ...]] = []
+    for i, value in enumerate(ordered):
+        steps += [(value, i / len(ordered)), (value, (i + 1) / len(ordered))]
+    return steps
+
+
+def counters_table(counters: dict[str, dict[str, Any]]) -> str:
+    head = ("Side", "To the GPU", "From the GPU", "Compute waited for copies", "Copies hidden", "Passes", "Stall share")
+    lines = []
+    for side, c in counters.items():
+        share = "–" if c["stall_share"] is None else f"{100 * c['stall_share']:.1f} %"
+        sizes = [f"{c[key] / 1e9:.2f} GB" for key in ("h2d_bytes", "d2h_bytes")]
+        lines.append((side, *sizes, *(f"{c[key]:.2f} s" for key in ("stall_s", "hidden_s", "steps_s")), share))
+    return table(head, lines)
+
+
+def environment(data: dict[str, Any]) -> str:
+    flat = {f"{kind} {key}": value for kind in ("machine", "versions") for key, value in data[kind].items()}
+    flat |= {key: data[key] for key in ("commit", "date", "command")}
+    flat |= {f"setting {key}": value for key, value in data["settings"].items()}
+    return "<h2>Where and how</h2>" + table(("", ""), [(key, str(value)) for key, value in flat.items()])
+
+
+def run_report(data: dict[str, Any]) -> str:
+    """The report of one scenario."""
+    summary, seen = data["summary"], data["observations"]
+    figures = ("ttft_s", "tpot_s", "itl_s", "e2e_s")
+    columns = ("mean", "p50", "p90", "p95", "p99", "p99.9", "max")
+    lines = [(key, *(f"{summary[key][c]:.4f}" for c in columns)) for key in figures if summary[key]]
+    counts = {key: value for key, value in summary.items() if key not in figures}
+    dots = {
+        outcome: [
+            (o["sent_s"], o["ttft_s"] if o["ttft_s"] is not None else o["e2e_s"])
+            for o in seen
+            if o["outcome"] == outcome
+        ]
+        for outcome in summary["outcomes"]
+    }
+    series = [Series(name, points) for name, points in dots.items() if points]
+    spread = [Series(key, cumulative([o[key] for o in seen if o[key]]), line=True) for key in ("ttft_s", "e2e_s")]
+    body = [
+        f"<p>{escape(data['scenario']['about'])}</p>",
+        table(("Seconds", *columns), lines),
+        plot(series, x_label="sent (s)", y_label="first token, or end (s)"),
+        plot([one for one in spread if one.points], x_label="seconds", y_label="share of requests within"),
+        table(("", ""), [(key, str(value)) for key, value in counts.items()]),
+        environment(data),
+    ]
+    return page(f"Load test: {data['scenario']['name']}", body)
