@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -16,7 +16,7 @@ def sets_needed(input_bytes: int, l2_bytes: int) -> int:
     return max(2, min(MAX_SETS, -(-L2_MARGIN * l2_bytes // input_bytes)))
 
 
-def once(calls: list[Callable[[], object]], repeats: int) -> list[float]:
+def once(calls: Sequence[Callable[[], object]], repeats: int) -> list[float]:
     """Milliseconds of `repeats` calls, taken round robin, each between its own two events."""
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
     for i, (start, stop) in enumerate(events):
@@ -30,7 +30,7 @@ def once(calls: list[Callable[[], object]], repeats: int) -> list[float]:
 class Timed:
     """One implementation on one case, warmed up; as replays of a CUDA graph if `graph`, which leaves the host out."""
 
-    def __init__(self, calls: list[Callable[[], object]], graph: bool = False, budget_ms: float = 60.0) -> None:
+    def __init__(self, calls: Sequence[Callable[[], object]], graph: bool = False, budget_ms: float = 60.0) -> None:
         self.calls = calls
         self.samples: list[float] = []
         self.graph: torch.cuda.CUDAGraph | None = None

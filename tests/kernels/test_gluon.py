@@ -231,6 +231,82 @@ def test_half_kernel_hides_its_softmax(element, D, causal, features, tmp_path):
         assert count(region, r"MUFU\.EX2") >= 64 * 128 // 128
 
 
+# --- launches, recorded instead of made
+
+
+class Recorder:
+    """Stands in for a kernel: binds each launch to the kernel's own parameters."""
+
+    def __init__(self, kernel):
+        self.signature = kernel.signature
+        self.launches = []
+
+    def __getitem__(self, grid):
+        def launch(*args, num_warps, num_stages=None, **kwargs):
+            bound = self.signature.bind(*args, **kwargs)
+            assert set(bound.arguments) == set(self.signature.parameters)
+            self.launches.append((grid, bound.arguments))
+
+        return launch
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    from elsa_kernels.gluon import launch
+
+    names = ("split_attention", "half_attention", "careful_kernel")
+    recorders = {name: Recorder(getattr(launch, name)) for name in names}
+    for name, recorder in recorders.items():
+        monkeypatch.setattr(launch, name, recorder)
+
+    def planes(k, v):
+        half, scale = torch.zeros_like(k, dtype=torch.float16).contiguous(), torch.ones(*k.shape[:2], k.shape[-1])
+        return launch.Planes(half, half, scale, half, half, scale)
+
+    monkeypatch.setattr(launch, "split_kv", planes)
+    return recorders
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("state", [True, False])
+def test_launches_pass_all_that_the_kernels_take(launches, dtype, state):
+    from elsa_kernels.gluon import launch
+
+    p = problem(B=2, H=4, Hkv=2, Nq=300, Nk=333, D=64, dtype=dtype, device=torch.device("cpu"), return_state=state,
+                q_start=33, has_sinks=True)  # fmt: skip
+    q, k, v = (torch.zeros(2, n, heads, 64, dtype=dtype).transpose(1, 2) for n, heads in ((300, 4), (333, 2), (333, 2)))
+    result = launch.run(p, elsa_kernels.Operands(q, k, v, sinks=torch.zeros(4)))
+    out = result.W if state else result
+    assert out.shape == (2, 4, 300, 64)
+    assert out.dtype == (torch.float32 if state else dtype)
+    used, idle = ("split", "half") if dtype == torch.float32 else ("half", "split")
+    [(grid, main)] = launches[f"{used}_attention"].launches
+    assert not launches[f"{idle}_attention"].launches
+    [(careful_grid, careful)] = launches["careful_kernel"].launches
+    assert grid == (2 * 4 * 3,)
+    # One mark per tile of a key head: its query heads are packed into blocks of twice as many rows.
+    assert careful_grid == (2 * 2 * 3,)
+    assert main["todo"] is careful["TODO"]
+    assert main["todo"].count_nonzero() == 0
+    assert careful["BM"] == 128 * 2
+    assert (main["m_out"] is out) is not state
+
+
+def test_descriptors_copy_what_tma_cannot_read():
+    from elsa_kernels.gluon.launch import _descriptor
+
+    x = torch.zeros(2, 100, 3, 64, dtype=torch.float16).transpose(1, 2)
+    described = _descriptor(x, 64)
+    assert described.base is x
+    assert described.strides == [100 * 3 * 64, 64, 3 * 64, 1]
+    odd = torch.zeros(2, 3, 100, 65, dtype=torch.float16)[..., :64]
+    assert _descriptor(odd, 64).strides == [3 * 100 * 64, 100 * 64, 64, 1]
+    unaligned = torch.zeros(1 + 3 * 100 * 64, dtype=torch.float16)[1:].view(1, 3, 100, 64)
+    assert _descriptor(unaligned, 64).base.data_ptr() % 16 == 0
+    expanded = torch.zeros(1, 1, 100, 64, dtype=torch.float16).expand(1, 3, 100, 64)
+    assert _descriptor(expanded, 64).strides[1] == 100 * 64
+
+
 # --- results
 
 

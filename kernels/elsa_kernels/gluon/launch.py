@@ -17,6 +17,7 @@ from elsa_kernels.triton.launch import CAREFUL_TILE
 from elsa_kernels.triton.split import Planes, split_kv
 
 ROWS = 64
+SHARED_LAYOUT = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,10 +194,9 @@ def _descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:
     unit = 16 // x.element_size()
     sizes, strides = x.shape[:3], x.stride()[:3]
     if x.data_ptr() % 16 or any(n > 1 and (s <= 0 or s % unit) for n, s in zip(sizes, strides)):
-        x = x.contiguous()
+        x = x.clone(memory_format=torch.contiguous_format)
         strides = x.stride()[:3]
     B, heads, N, D = x.shape
     # The stride of a dimension of length 1 is never used; what torch keeps there may be odd.
     used = [s if n > 1 else N * D * heads for n, s in zip(sizes, strides)]
-    layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-    return TensorDescriptor(x, [B, heads, N, D], [*used, 1], [1, 1, rows, D], layout)
+    return TensorDescriptor(x, [B, heads, N, D], [*used, 1], [1, 1, rows, D], SHARED_LAYOUT)
