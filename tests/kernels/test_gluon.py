@@ -72,6 +72,16 @@ def test_refuses_other_generations(monkeypatch):
     assert "not 8.0" in gluon.supports(problem())
 
 
+def test_refuses_another_gluon(monkeypatch):
+    monkeypatch.setattr(gluon, "_capability", lambda index: (9, 0))
+    monkeypatch.setattr(triton, "__version__", "3.9.1")
+    gluon._missing.cache_clear()
+    try:
+        assert "this is Triton 3.9.1" in gluon.supports(problem())
+    finally:
+        gluon._missing.cache_clear()
+
+
 def test_is_preferred_on_hopper(monkeypatch):
     monkeypatch.setattr(gluon, "_capability", lambda index: (9, 0))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

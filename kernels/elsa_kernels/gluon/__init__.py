@@ -1,11 +1,12 @@
 """The implementation "gluon": Hopper's own form (TMA, warp specialisation, wgmma) of FP32-accurate and half attention.
 
-Importing this package imports neither Triton nor a compiler; the first call does.
+Importing this package imports neither Triton nor a compiler; the first question about a Hopper device does.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
 
@@ -17,6 +18,7 @@ from elsa_kernels.state import State
 HEAD_DIMS = (64, 128)
 # Under this many query rows most of a program's 128 would be padding, and splitting the keys over the SMs pays more.
 MIN_QUERIES = 64
+GLUON = "3.6."  # Gluon is experimental: its names and signatures change from one Triton to the next
 MAX_POSITION = 2**29  # positions, and sums of a few of them, stay within int32
 
 
@@ -25,8 +27,9 @@ def _missing() -> str | None:
     """Why the compiler is not there, or None."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
-    if importlib.util.find_spec("triton.experimental.gluon") is None:
-        return "this Triton has no Gluon (it came with 3.5)"
+    version = importlib.import_module("triton").__version__
+    if not version.startswith(GLUON):
+        return f"it is written against Gluon as of Triton {GLUON}x, and this is Triton {version}"
     return None
 
 
