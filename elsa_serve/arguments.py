@@ -65,6 +65,12 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         help="attention kernels (default: elsa); sdpa is for comparison",
     )
     group.add_argument(
+        "--linear",
+        choices=("torch", "elsa"),
+        default="torch",
+        help="float32 linear layers: torch's (default), or FP32-accurate ones on tensor cores, several times as fast",
+    )
+    group.add_argument(
         "--serial", action="store_true", help="copy and compute in turn: slow, same tokens, for checking"
     )
     group.add_argument("--device", help="cuda, cuda:1 or cpu (default: cuda where there is one)")
