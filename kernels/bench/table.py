@@ -71,11 +71,20 @@ def accuracy_table(rows: list[Row]) -> str:
     return markdown(["inputs", *impls], lines)
 
 
+def headline_tables(rows: list[Row]) -> str:
+    """The long problems of one sequence: FP32, then half."""
+    rows = [row for row in rows if row.get("B") == 1 and row["Nq"] >= LONG]
+    half = speed_table(rows, ("float16", "bfloat16"))
+    return f"TFLOP/s (relative error against float64):\n\n{speed_table(rows, ('float32',))}\n{half}"
+
+
 def _rows(name: str) -> list[Row]:
     return results_file.read(RESULTS / name)["rows"]
 
 
+LONG = 4096  # query rows of what the headline tables show
 TABLES: dict[str, Callable[[], str]] = {
+    "attention": lambda: headline_tables(_rows("attention-h200.json")),
     "attention-fp32": lambda: speed_table(_rows("attention-h200.json"), ("float32",)),
     "attention-half": lambda: speed_table(_rows("attention-h200.json"), ("float16", "bfloat16")),
     "accuracy": lambda: accuracy_table(_rows("accuracy-h200.json")),

@@ -160,3 +160,11 @@ def test_committed_results_have_the_form(path):
 def test_committed_tables_render():
     for make in table.TABLES.values():
         assert make().count("\n") > 3
+
+
+def test_plots_show_the_committed_results(tmp_path):
+    plot = pytest.importorskip("kernels.bench.plot", exc_type=ImportError)
+    plot.main(["--output", str(tmp_path)])
+    for name in ("attention-float32-h200.svg", "attention-float16-h200.svg", "accuracy-h200.svg"):
+        assert (tmp_path / name).stat().st_size > 10_000
+        assert "elsa.gluon" in (tmp_path / name).read_text()
