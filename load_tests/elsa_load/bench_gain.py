@@ -67,7 +67,7 @@ async def over_http(
         for side in SIDES:
             endpoint = Endpoint(urls[side].rstrip("/"), args.model, keys[0] if keys else None)
             clients[side] = await stack.enter_async_context(Client(endpoint, counting=args.counting, timeout_s=None))
-        maker = PromptMaker(await encoder(clients["baseline"], args.tokenizer))
+        maker = PromptMaker(stack.enter_context(encoder(clients["baseline"], args.tokenizer)))
         sides: dict[str, Side] = {side: HttpSide(client) for side, client in clients.items()}
         await measured(args, sides, maker, results, watcher, labels)
 

@@ -6,11 +6,13 @@ import argparse
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import httpx
 
 from elsa_load import scenario as scenarios
 from elsa_load.client import Client, Endpoint
@@ -72,23 +74,24 @@ def flags_of(settings: list[str]) -> list[str]:
     return flags
 
 
-async def encoder(client: Client, directory: Path | None) -> Callable[[str], list[int]]:
+@contextlib.contextmanager
+def encoder(client: Client, directory: Path | None) -> Iterator[Callable[[str], list[int]]]:
     """The tokenizer of a directory, or the endpoint's own. Blocking, so for preparations only."""
     if directory is not None:
-        return scenarios.tokenizer_of(directory)
-    import httpx
+        yield scenarios.tokenizer_of(directory)
+        return
+    endpoint = client.endpoint
+    with httpx.Client(base_url=endpoint.url, headers=endpoint.headers(), timeout=120, trust_env=False) as http:
 
-    http = httpx.Client(base_url=client.endpoint.url, headers=client.endpoint.headers(), timeout=120, trust_env=False)
+        def encode(text: str) -> list[int]:
+            body = {"model": client.model, "prompt": text, "add_special_tokens": False}
+            answer = http.post("/tokenize", json=body)
+            if answer.status_code != 200:
+                where = f"{endpoint.url}/tokenize answered {answer.status_code}"
+                raise UsageError(f"{where}: give the model's tokenizer with --tokenizer DIR")
+            return answer.json()["tokens"]
 
-    def encode(text: str) -> list[int]:
-        body = {"model": client.model, "prompt": text, "add_special_tokens": False}
-        answer = http.post("/tokenize", json=body)
-        if answer.status_code != 200:
-            where = f"{client.endpoint.url}/tokenize answered {answer.status_code}"
-            raise UsageError(f"{where}: give the model's tokenizer with --tokenizer DIR")
-        return answer.json()["tokens"]
-
-    return encode
+        yield encode
 
 
 async def measure(args: argparse.Namespace, scenario: Scenario, endpoint: Endpoint, program: Program | None) -> Any:
@@ -96,7 +99,7 @@ async def measure(args: argparse.Namespace, scenario: Scenario, endpoint: Endpoi
     async with Client(
         endpoint, counting=args.counting, timeout_s=args.timeout, patience_s=scenario.patience_s
     ) as client:
-        requests = await planned(args, scenario, client)
+        requests = planned(args, scenario, client)
         scenarios.save(requests, args.output / "requests.jsonl")
         concurrency = scenario.arrivals.concurrency if scenario.arrivals.kind == "closed" else None
         async with watching(client) as watch, restarting(program, scenario):
@@ -104,11 +107,11 @@ async def measure(args: argparse.Namespace, scenario: Scenario, endpoint: Endpoi
     return as_data(scenario, requests, done, settings) | {"watch": watch.summary()}
 
 
-async def planned(args: argparse.Namespace, scenario: Scenario, client: Client) -> list[Request]:
+def planned(args: argparse.Namespace, scenario: Scenario, client: Client) -> list[Request]:
     if args.replay is not None:
         return scenarios.replay(args.replay)
-    maker = PromptMaker(await encoder(client, args.tokenizer))
-    return scenarios.plan(scenario, maker, progress=not args.quiet)
+    with encoder(client, args.tokenizer) as encode:
+        return scenarios.plan(scenario, PromptMaker(encode), progress=not args.quiet)
 
 
 def as_data(scenario: Scenario, requests: list[Request], done: Run, settings: dict[str, Any]) -> dict[str, Any]:
