@@ -1,0 +1,117 @@
+"""Figures that can be worked out by hand or against another source."""
+
+import random
+import statistics
+
+import pytest
+from elsa_load.intervals import paired_gain, student_t
+from elsa_load.measures import Objective, distribution, summarise, weighted_percentile, wilson
+from elsa_load.pages import Page, growth
+from elsa_load.records import Observation
+from elsa_load.svg import Series, plot, ticks
+
+from elsa_serve.errors import UsageError
+from elsa_serve.metrics import Metrics
+from elsa_serve.stats import Gauges, RequestFinished, RequestReceived, StepStats, Transfer
+
+
+@pytest.mark.parametrize(
+    ("confidence", "freedom", "expected"),
+    # Printed tables of Student's t, two-sided
+    [(0.95, 1, 12.706), (0.95, 2, 4.303), (0.95, 7, 2.365), (0.99, 9, 3.250), (0.95, 30, 2.042), (0.999, 8, 5.041)],
+)
+def test_students_t_is_that_of_the_tables(confidence, freedom, expected):
+    assert student_t(confidence, freedom) == pytest.approx(expected, abs=6e-4)
+
+
+def test_a_common_drift_does_not_widen_the_interval():
+    drift = [1.0, 1.5, 2.0, 2.5, 3.0, 3.5]
+    gain = paired_gain([1.2 * t for t in drift], drift)
+    assert (gain.percent, gain.low, gain.high) == pytest.approx((20, 20, 20))
+
+
+def test_the_interval_covers_as_often_as_it_says():
+    """1,000 experiments with a true gain of 20 % and paired noise; 95 % of the intervals must hold it."""
+    rng = random.Random(7)
+    covered = 0
+    for _ in range(1000):
+        work = [rng.uniform(1, 2) for _ in range(8)]
+        baseline = [1.2 * t * rng.gauss(1, 0.03) for t in work]
+        candidate = [t * rng.gauss(1, 0.03) for t in work]
+        covered += paired_gain(baseline, candidate).covers(20)
+    assert 925 <= covered <= 975
+
+
+def test_what_makes_no_pairs_is_refused():
+    for baseline, candidate in (([], []), ([1.0], [1.0, 2.0]), ([0.0, 1.0], [1.0, 1.0])):
+        with pytest.raises(UsageError):
+            paired_gain(baseline, candidate)
+    assert paired_gain([1.2], [1.0]).low is None
+
+
+def test_percentiles_weigh_tokens():
+    pairs = [(0.01, 90.0), (0.02, 9.0), (1.0, 1.0)]
+    assert [weighted_percentile(pairs, p) for p in (50, 90, 90.1, 99, 99.1)] == [0.01, 0.01, 0.02, 0.02, 1.0]
+    values = [random.Random(1).random() for _ in range(1001)]
+    figures = distribution((v, 1.0) for v in values)
+    assert figures["mean"] == pytest.approx(statistics.mean(values))
+    assert figures["p50"] == statistics.median(values)
+    assert figures["p99"] == sorted(values)[990]
+    assert distribution([]) is None
+
+
+def answered(name, ttft_s, outcome="ok"):
+    arrivals = [(ttft_s + 0.1 * i, 1.0) for i in range(5)]
+    seen = Observation(name, 0.0, outcome, ttft_s=ttft_s, decode_s=0.4, e2e_s=ttft_s + 0.4, arrivals=arrivals)
+    seen.output_tokens = 5
+    return seen
+
+
+def test_goodput_counts_failures_against_the_server_and_cancels_against_nobody():
+    seen = [answered("fast", 0.1), answered("slow", 9.0), answered("refused", 0.1, "rejected")]
+    seen += [answered("broken", 0.1, "error"), answered("hung up", 0.1, "cancelled")]
+    figures = summarise(seen, wall_s=2.0, objective=Objective(ttft_s=1.0, tpot_s=0.2))
+    assert (figures["goodput"]["good"], figures["goodput"]["of"], figures["goodput"]["ratio"]) == (1, 4, 0.25)
+    assert (figures["failed"], figures["finished_per_s"], figures["output_tokens_per_s"]) == (2, 1.0, 5.0)
+    assert figures["itl_s"]["count"] == 8
+    assert summarise(seen, 2.0, Objective(tpot_s=0.05))["goodput"]["good"] == 0
+
+
+def test_offered_rate_stands_beside_the_rate_sent():
+    seen = [answered(str(i), 0.1) for i in range(5)]
+    for i, one in enumerate(seen):
+        one.due_s, one.sent_s = i * 0.5, i * 1.0  # the client fell behind
+    figures = summarise(seen, 5.0, offered_per_s=2.0)
+    assert figures["late_s"] == 2.0
+    assert figures["sent_per_s"] == pytest.approx(1.25)
+
+
+def test_wilsons_interval():
+    assert wilson(9, 10) == pytest.approx((0.596, 0.982), abs=1e-3)  # Wilson (1927), as in textbooks
+    assert wilson(0, 0) is None
+
+
+def test_a_page_shows_lost_requests_and_copies():
+    metrics = Metrics()
+
+    def page():
+        return Page.parse(metrics.exposition().decode())
+
+    before = page()
+    metrics.record(RequestReceived("completions"))
+    assert page().unaccounted == 1
+    metrics.record(Gauges(1, 0, 0, 0))
+    assert page().unaccounted == 0
+    copies = Transfer("weights", "h2d", bytes=1000, seconds=0.5, stall_s=0.2, hidden_s=0.3)
+    metrics.record(StepStats("prefill", 0.8, 10, 1, "elsa", (copies,)))
+    metrics.record(RequestFinished("completions", "length", 10, 1, 0.0, 0.8, 0.0, 0.8, 0.8))
+    metrics.record(Gauges(0, 0, 0, 0))
+    grown = growth(before, page())
+    assert (grown["h2d_bytes"], grown["stall_s"], grown["stall_share"]) == (1000, 0.2, pytest.approx(0.25))
+    assert page().unaccounted == 0
+
+
+def test_plots_have_round_ticks_and_escape_names():
+    assert ticks(0, 10) == [0, 2, 4, 6, 8, 10]
+    assert ticks(-0.3, 0.3) == pytest.approx([-0.2, 0.0, 0.2])
+    assert "<b>" not in plot([Series("<b>", [(1, 2)])], x_label="x", y_label="y")
