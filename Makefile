@@ -26,6 +26,7 @@ check: $(STAMP)  ## linters and types; changes nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m load_tests.tables README.md --check
 
 lint: $(STAMP)  ## fix what the linters can fix
 	$(BIN)/ruff check --fix .

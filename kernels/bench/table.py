@@ -71,6 +71,17 @@ def accuracy_table(rows: list[Row]) -> str:
     return markdown(["inputs", *impls], lines)
 
 
+def linear_table(rows: list[Row]) -> str:
+    """One line a shape of FP32 linear layers on N(0, 1) data: TFLOP/s (relerr) of each implementation."""
+    rows = [row for row in rows if row["family"] == "normal" and row.get("tflops") and row["M"] > 32]
+    impls = list(dict.fromkeys(row["impl"] for row in rows))
+    lines = []
+    for shape in dict.fromkeys((row["M"], row["N"], row["K"]) for row in rows):
+        found = {row["impl"]: row for row in rows if (row["M"], row["N"], row["K"]) == shape}
+        lines.append([" × ".join(map(str, shape)), *(_speed(found[i], False) if i in found else "–" for i in impls)])
+    return f"TFLOP/s (relative error against float64), rows × outputs × inputs:\n\n{markdown(['shape', *impls], lines)}"
+
+
 def headline_tables(rows: list[Row]) -> str:
     """The long problems of one sequence: FP32, then half."""
     rows = [row for row in rows if row.get("B") == 1 and row["Nq"] >= LONG]
@@ -87,6 +98,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "attention": lambda: headline_tables(_rows("attention-h200.json")),
     "attention-fp32": lambda: speed_table(_rows("attention-h200.json"), ("float32",)),
     "attention-half": lambda: speed_table(_rows("attention-h200.json"), ("float16", "bfloat16")),
+    "linear": lambda: linear_table(_rows("linear-h200.json")),
     "accuracy": lambda: accuracy_table(_rows("accuracy-h200.json")),
 }
 
@@ -102,7 +114,8 @@ def render(text: str, tables: dict[str, Callable[[], str]] | None = None) -> str
     return MARKED.sub(replace, text)
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None, tables: dict[str, Callable[[], str]] | None = None) -> None:
+    """Render the documents named on the command line; `tables` may add those of other results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("documents", nargs="+", type=Path)
     parser.add_argument("--check", action="store_true", help="change nothing; fail if a table is out of date")
@@ -110,7 +123,7 @@ def main(arguments: list[str] | None = None) -> None:
     stale = []
     for path in options.documents:
         text = path.read_text()
-        new = render(text)
+        new = render(text, tables)
         if new != text:
             stale.append(path)
             if not options.check:

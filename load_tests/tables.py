@@ -1,0 +1,41 @@
+"""The README's tables, those of the whole system beside those of the kernels.
+
+python -m load_tests.tables README.md            # rewrite the tables
+python -m load_tests.tables README.md --check    # fail if one is out of date (`make check`)
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kernels.bench import results_file, table
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def offload_table() -> str:
+    """One line a configuration of the streamed model, in the order in which it was measured."""
+    lines = []
+    for row in results_file.read(RESULTS / "offload-h200.json")["rows"]:
+        layers = "all resident" if row["resident_layers"] == row["layers"] else f"{row['resident_layers']} resident"
+        how = "serial" if row["serial"] else "overlapped"
+        lines.append(
+            [
+                f"{row['dtype']}, {row['layers']} layers ({layers}), {row['context']} tokens, "
+                f"{row['attention']}, {how}",
+                row["gpu_cap"],
+                f"{row['peak_gpu_bytes'] / 2**30:.1f} GiB",
+                f"{row['prefill_s']:.2f}",
+                f"{row['prefill_stall_s']:.2f} / {row['prefill_hidden_s']:.2f}",
+                f"{row['decode_s_per_token']:.3f}",
+                "yes" if row["tokens_equal"] else "NO",
+            ]
+        )
+    header = ["configuration", "GPU cap", "GPU used", "prefill s", "stall / hidden s", "decode s/token", "same tokens"]
+    return table.markdown(header, lines)
+
+
+TABLES = table.TABLES | {"offload": offload_table}
+
+if __name__ == "__main__":
+    table.main(tables=TABLES)
