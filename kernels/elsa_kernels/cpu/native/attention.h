@@ -59,7 +59,7 @@ struct States {
 struct alignas(64) Scratch {
     float q[MAX_ROWS][MAX_D];
     float logits[MAX_ROWS][CHUNK];
-    float staged[VALUE_BLOCK][MAX_D];
+    float staged[VALUE_BLOCK][MAX_D];  // rows of K or V in FP32, where they cannot be used as they lie
 };
 
 struct Keys { int64_t lo, hi; };

@@ -11,8 +11,9 @@ namespace elsa {
 namespace {
 
 constexpr float INF = std::numeric_limits<float>::infinity();
-// How far ahead of their use, in bytes, keys and values are asked for.
-constexpr int64_t AHEAD = 4096;
+// How far ahead of their use, in keys, keys and values are asked for: past a chunk's keys come its values, past these
+// the next chunk's keys. Into the L2 cache, which has more misses under way than the L1.
+constexpr int64_t AHEAD = 64;
 
 // e^x for x ≤ 0 or NaN, within 1.5 ulp; subnormal results are kept.
 inline V exp(V x) {
@@ -43,13 +44,22 @@ inline V tanh(V x) {
     return if_less(size, set1(0.625f), small, large);
 }
 
-template <class T> inline void prefetch(const T *p) {
-    __builtin_prefetch(reinterpret_cast<const char *>(p) + AHEAD, 0, 3);
-}
+template <class T> inline void prefetch(const T *p) { __builtin_prefetch(p, 0, 2); }
 
-// out[r, i] = q[r]·k[i] for R rows and N keys. q [R, MAX_D], zero behind D; out [R, CHUNK].
-template <int R, int N, bool STREAM, class T>
-inline void dots(const float *q, const T *k, int64_t stride, int D, float *out) {
+// The keys or values of one unit: `at(j)` is row j, `ahead(j)` the row that is read AHEAD rows after it.
+template <class T> struct Rows {
+    const T *data, *next;  // row 0 of this operand; row `end` of it goes on at `next`
+    int64_t stride, next_stride, end;
+    const T *at(int64_t j) const { return data + j * stride; }
+    const T *ahead(int64_t j) const {
+        return j + AHEAD < end ? data + (j + AHEAD) * stride : next + (j + AHEAD - end) * next_stride;
+    }
+};
+
+// out[r, i] = q[r]·k[i] for R rows and N keys. q [R, MAX_D], zero behind D; out [R, CHUNK]. The rows from
+// `ahead` on are prefetched.
+template <int R, int N, class T>
+inline void dots(const float *q, const T *k, int64_t stride, const T *ahead, int D, float *out) {
     V sums[R][N];
     for (auto &row : sums)
         for (V &x : row) x = zero();
@@ -59,7 +69,7 @@ inline void dots(const float *q, const T *k, int64_t stride, int D, float *out) 
 #pragma GCC unroll 8
         for (int i = 0; i < N; ++i) {
             keys[i] = load(k + i * stride + d);
-            if (STREAM && d % (64 / int(sizeof(T))) == 0) prefetch(k + i * stride + d);
+            if (d % (64 / int(sizeof(T))) == 0) prefetch(ahead + i * stride + d);
         }
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
@@ -80,25 +90,26 @@ inline void dots(const float *q, const T *k, int64_t stride, int D, float *out) 
 }
 
 // Logits of KEY_BLOCK keys for R rows.
-template <int R, bool STREAM, class T>
-inline void dots_of_block(const float *q, const T *k, int64_t stride, int D, float *out) {
+template <int R, class T>
+inline void dots_of_block(const float *q, const T *k, int64_t stride, const T *ahead, int D, float *out) {
     constexpr int N = 2 * R * 4 <= ACCUMULATORS ? 8 : 4;
-    for (int i = 0; i < KEY_BLOCK; i += N) dots<R, N, STREAM>(q, k + i * stride, stride, D, out + i);
+    for (int i = 0; i < KEY_BLOCK; i += N)
+        dots<R, N>(q, k + i * stride, stride, ahead + i * stride, D, out + i);
 }
 
-template <bool STREAM, class T>
-inline void dots_of_rows(const float *q, int rows, const T *k, int64_t stride, int D, float *out) {
+template <class T>
+inline void dots_of_rows(const float *q, int rows, const T *k, int64_t stride, const T *ahead, int D, float *out) {
     int r = 0;
     for (; r + ROW_TILE <= rows; r += ROW_TILE)
-        dots_of_block<ROW_TILE, STREAM>(q + r * MAX_D, k, stride, D, out + r * CHUNK);
+        dots_of_block<ROW_TILE>(q + r * MAX_D, k, stride, ahead, D, out + r * CHUNK);
     for (; ROW_TILE > 2 && r + 2 <= rows; r += 2)
-        dots_of_block<2, STREAM>(q + r * MAX_D, k, stride, D, out + r * CHUNK);
-    for (; r < rows; ++r) dots_of_block<1, STREAM>(q + r * MAX_D, k, stride, D, out + r * CHUNK);
+        dots_of_block<2>(q + r * MAX_D, k, stride, ahead, D, out + r * CHUNK);
+    for (; r < rows; ++r) dots_of_block<1>(q + r * MAX_D, k, stride, ahead, D, out + r * CHUNK);
 }
 
 // W[r, 0 … N·L) += Σ_j weights[r, j]·v[j] for R rows. `cut`: elements of a vector that is not whole, else 0.
-template <int R, int N, bool STREAM, class T>
-inline void weigh(const float *weights, const T *v, int64_t stride, int n, float *W, int D, int cut) {
+template <int R, int N, class T>
+inline void weigh(const float *weights, const T *v, int64_t stride, const T *ahead, int n, float *W, int D, int cut) {
     V sums[R][N];
     for (auto &row : sums)
         for (V &x : row) x = zero();
@@ -107,7 +118,7 @@ inline void weigh(const float *weights, const T *v, int64_t stride, int n, float
 #pragma GCC unroll 8
         for (int i = 0; i < N; ++i) {
             values[i] = cut ? load(v + j * stride + i * L, cut) : load(v + j * stride + i * L);
-            if (STREAM && i * L % (64 / int(sizeof(T))) == 0) prefetch(v + j * stride + i * L);
+            if (i * L % (64 / int(sizeof(T))) == 0) prefetch(ahead + j * stride + i * L);
         }
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
@@ -126,30 +137,43 @@ inline void weigh(const float *weights, const T *v, int64_t stride, int n, float
         }
 }
 
-template <int R, bool STREAM, class T>
-inline void weigh_all(const float *weights, const T *v, int64_t stride, int n, float *W, int D) {
+template <int R, class T>
+inline void weigh_all(const float *weights, const T *v, int64_t stride, const T *ahead, int n, float *W, int D) {
     constexpr int N = ACCUMULATORS / R > 8 ? 8 : ACCUMULATORS / R;
     int d = 0;
-    for (; d + N * L <= D; d += N * L) weigh<R, N, STREAM>(weights, v + d, stride, n, W + d, D, 0);
-    for (; N > 2 && d + 2 * L <= D; d += 2 * L) weigh<R, 2, STREAM>(weights, v + d, stride, n, W + d, D, 0);
-    for (; d + L <= D; d += L) weigh<R, 1, STREAM>(weights, v + d, stride, n, W + d, D, 0);
-    if (d < D) weigh<R, 1, STREAM>(weights, v + d, stride, n, W + d, D, D - d);
+    for (; d + N * L <= D; d += N * L) weigh<R, N>(weights, v + d, stride, ahead + d, n, W + d, D, 0);
+    for (; N > 2 && d + 2 * L <= D; d += 2 * L) weigh<R, 2>(weights, v + d, stride, ahead + d, n, W + d, D, 0);
+    for (; d + L <= D; d += L) weigh<R, 1>(weights, v + d, stride, ahead + d, n, W + d, D, 0);
+    if (d < D) weigh<R, 1>(weights, v + d, stride, ahead + d, n, W + d, D, D - d);
 }
 
-template <bool STREAM, class T>
-inline void weigh_rows(const float *weights, int rows, const T *v, int64_t stride, int n, float *W, int D) {
+template <class T>
+inline void weigh_rows(const float *weights, int rows, const T *v, int64_t stride, const T *ahead, int n, float *W,
+                       int D) {
     int r = 0;
     for (; r + ROW_TILE <= rows; r += ROW_TILE)
-        weigh_all<ROW_TILE, STREAM>(weights + r * CHUNK, v, stride, n, W + r * D, D);
+        weigh_all<ROW_TILE>(weights + r * CHUNK, v, stride, ahead, n, W + r * D, D);
     for (; ROW_TILE > 2 && r + 2 <= rows; r += 2)
-        weigh_all<2, STREAM>(weights + r * CHUNK, v, stride, n, W + r * D, D);
-    for (; r < rows; ++r) weigh_all<1, STREAM>(weights + r * CHUNK, v, stride, n, W + r * D, D);
+        weigh_all<2>(weights + r * CHUNK, v, stride, ahead, n, W + r * D, D);
+    for (; r < rows; ++r) weigh_all<1>(weights + r * CHUNK, v, stride, ahead, n, W + r * D, D);
 }
 
 template <class T> inline void widen_row(const T *from, int D, float *to) {
     int d = 0;
     for (; d + L <= D; d += L) store(to + d, load(from + d));
     if (d < D) store(to + d, load(from + d, D - d), D - d);
+}
+
+template <class T> Rows<T> keys_of(const Problem &p, const Block &block, int64_t first, int64_t end) {
+    const T *k = static_cast<const T *>(p.k) + block.batch * p.k_strides[0] + block.head * p.k_strides[1];
+    const T *v = static_cast<const T *>(p.v) + block.batch * p.v_strides[0] + block.head * p.v_strides[1];
+    return {k, v + first * p.v_strides[2], p.k_strides[2], p.v_strides[2], end};
+}
+
+template <class T> Rows<T> values_of(const Problem &p, const Block &block, int64_t end) {
+    const T *k = static_cast<const T *>(p.k) + block.batch * p.k_strides[0] + block.head * p.k_strides[1];
+    const T *v = static_cast<const T *>(p.v) + block.batch * p.v_strides[0] + block.head * p.v_strides[1];
+    return {v, k + end * p.k_strides[2], p.v_strides[2], p.k_strides[2], end};
 }
 
 template <class T> void load_queries(const Problem &p, const Block &block, Scratch &s) {
@@ -165,24 +189,21 @@ template <class T> void load_queries(const Problem &p, const Block &block, Scrat
 // q·k of the keys [first, end) of a chunk that starts at key `base`, in whole blocks of KEY_BLOCK.
 template <class T>
 void compute_logits(const Problem &p, const Block &block, int64_t base, int64_t first, int64_t end, Scratch &s) {
-    const T *k = static_cast<const T *>(p.k) + block.batch * p.k_strides[0] + block.head * p.k_strides[1];
-    const int64_t stride = p.k_strides[2];
+    const Rows<T> k = keys_of<T>(p, block, first, end);
     const int D = int(p.D), rows = int(block.rows);
-    const bool convert_once = rows > ROW_TILE && sizeof(T) < 4;
     for (int64_t at = (first - base) / KEY_BLOCK * KEY_BLOCK; base + at < end; at += KEY_BLOCK) {
         float *out = s.logits[0] + at;
         const bool whole = base + at >= first && base + at + KEY_BLOCK <= end;
-        if (whole && !convert_once) {
-            dots_of_rows<true>(s.q[0], rows, k + (base + at) * stride, stride, D, out);
+        if (whole) {
+            dots_of_rows(s.q[0], rows, k.at(base + at), k.stride, k.ahead(base + at), D, out);
             continue;
         }
         for (int i = 0; i < KEY_BLOCK; ++i) {
             const int64_t j = base + at + i;
-            prefetch(k + j * stride);
-            if (j >= first && j < end) widen_row(k + j * stride, D, s.staged[i]);
+            if (j >= first && j < end) widen_row(k.at(j), D, s.staged[i]);
         }
         // Rows of `staged` outside [first, end) hold anything; their logits are masked.
-        dots_of_rows<false>(s.q[0], rows, s.staged[0], MAX_D, D, out);
+        dots_of_rows(s.q[0], rows, s.staged[0], MAX_D, s.staged[0], D, out);
     }
 }
 
@@ -231,27 +252,24 @@ bool all_finite(const float *x, int64_t n) {
 template <class T>
 void weigh_values(const Problem &p, const Block &block, int64_t base, int64_t first, int64_t end, bool clean,
                   float *W, Scratch &s) {
-    const T *v = static_cast<const T *>(p.v) + block.batch * p.v_strides[0] + block.head * p.v_strides[1];
-    const int64_t stride = p.v_strides[2];
+    const Rows<T> v = values_of<T>(p, block, end);
     const int D = int(p.D), rows = int(block.rows);
-    const bool convert_once = (rows > ROW_TILE && sizeof(T) < 4) || clean;
     for (int64_t i = 0; i < rows * p.D; ++i) W[i] = 0.0f;
     for (int64_t at = (first - base) / VALUE_BLOCK * VALUE_BLOCK; base + at < end; at += VALUE_BLOCK) {
         const int64_t j0 = base + at < first ? first : base + at;
         const int64_t j1 = base + at + VALUE_BLOCK < end ? base + at + VALUE_BLOCK : end;
         const float *weights = s.logits[0] + (j0 - base);
-        if (!convert_once) {
-            weigh_rows<true>(weights, rows, v + j0 * stride, stride, int(j1 - j0), W, D);
+        if (!clean) {
+            weigh_rows(weights, rows, v.at(j0), v.stride, v.ahead(j0), int(j1 - j0), W, D);
             continue;
         }
         for (int64_t j = j0; j < j1; ++j) {
             float *row = s.staged[j - j0];
-            prefetch(v + j * stride);
-            widen_row(v + j * stride, D, row);
-            for (int d = 0; clean && d < D; ++d)
+            widen_row(v.at(j), D, row);
+            for (int d = 0; d < D; ++d)
                 if (!(std::fabs(row[d]) < INF)) row[d] = 0.0f;
         }
-        weigh_rows<false>(weights, rows, s.staged[0], MAX_D, int(j1 - j0), W, D);
+        weigh_rows(weights, rows, s.staged[0], MAX_D, s.staged[0], int(j1 - j0), W, D);
     }
 }
 
@@ -260,14 +278,14 @@ void weigh_values(const Problem &p, const Block &block, int64_t base, int64_t fi
 template <class T>
 void add_special_values(const Problem &p, const Block &block, int64_t base, int64_t first, int64_t end, float *W,
                         Scratch &s) {
-    const T *v = static_cast<const T *>(p.v) + block.batch * p.v_strides[0] + block.head * p.v_strides[1];
+    const Rows<T> v = values_of<T>(p, block, end);
     const int from = int((first - base) / KEY_BLOCK * KEY_BLOCK);
     const int to = int((end - base + KEY_BLOCK - 1) / KEY_BLOCK * KEY_BLOCK);
     compute_logits<T>(p, block, base, first, end, s);
     for (int r = 0; r < block.rows; ++r) finish_logits(p, block, r, base, from, to, s.logits[r]);
     for (int64_t j = first; j < end; ++j) {
         float *row = s.staged[0];
-        widen_row(v + j * p.v_strides[2], int(p.D), row);
+        widen_row(v.at(j), int(p.D), row);
         for (int d = 0; d < p.D; ++d) {
             if (std::fabs(row[d]) < INF) continue;
             for (int r = 0; r < block.rows; ++r)

@@ -23,6 +23,8 @@ struct Work {
     bool idle() const { return finished == tasks; }
 };
 
+constexpr int64_t MOST_AT_ONCE = 8;
+
 class Pool {
   public:
     Pool(int threads, const Kernels &kernels) : kernels(kernels) {
@@ -36,13 +38,11 @@ class Pool {
     }
     ~Pool() { stop(); }
 
-    // False if the work is still under way from before.
-    bool submit(Work &work) {
+    void submit(Work &work) {
         std::lock_guard<std::mutex> guard(lock);
         work.handed_out = work.finished = 0;
         queue.push_back(&work);
         wake.notify_all();
-        return true;
     }
     void wait(Work &work) {
         std::unique_lock<std::mutex> guard(lock);
@@ -63,12 +63,15 @@ class Pool {
             wake.wait(guard, [&] { return stopping || !queue.empty(); });
             if (queue.empty()) return;
             Work &job = *queue.front();
-            const int64_t task = job.handed_out++;
+            // Neighbouring tasks in one hand, as long as that leaves enough for all: they lie side by side in memory.
+            const int64_t fair = (job.tasks - job.handed_out) / (4 * static_cast<int64_t>(scratch.size()));
+            const int64_t n = fair < 1 ? 1 : fair > MOST_AT_ONCE ? MOST_AT_ONCE : fair, first = job.handed_out;
+            job.handed_out += n;
             if (job.handed_out == job.tasks) queue.pop_front();
             guard.unlock();
-            job.run(task, own);
+            for (int64_t i = 0; i < n; ++i) job.run(first + i, own);
             guard.lock();
-            if (++job.finished == job.tasks) done.notify_all();
+            if ((job.finished += n) == job.tasks) done.notify_all();
         }
     }
     void stop() {
