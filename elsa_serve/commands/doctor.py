@@ -24,11 +24,9 @@ def add_command(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    import torch
+    from elsa_serve.offload.machine import choose_device
 
-    from elsa_serve.offload.machine import default_device
-
-    device = torch.device(args.device) if args.device else default_device()
+    device = choose_device(args.device)
     sections: list[tuple[str, Iterator[str]]] = [
         ("software", software()),
         ("machine", machine(device)),

@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
 
     config = load_config(args.model)
     dtype = choose_dtype(args.dtype if args.dtype == "auto" else getattr(torch, args.dtype), config, None)
-    device = torch.device(args.device) if args.device else machine.default_device()
+    device = machine.choose_device(args.device, present=False)
     here = device.type != "cuda" or torch.cuda.is_available()
     if not here and args.gpu_memory is None:
         raise UsageError("this machine has no GPU to take the budget from: pass --gpu-memory, such as 24GiB")

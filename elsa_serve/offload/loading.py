@@ -96,7 +96,7 @@ class LoadedModel:
 
 def load(options: EngineOptions) -> LoadedModel:
     """Raises CheckpointError, BudgetError or UsageError before anything large is read, where it can."""
-    device = devices.indexed(torch.device(options.device) if options.device else machine.default_device())
+    device = devices.indexed(machine.choose_device(options.device))
     config = options.weights.config if options.weights else load_config(options.model_dir)
     attentions.check_model(config, options.attention)
     dtype = options.weights.dtype if options.weights else _dtype(options, config)

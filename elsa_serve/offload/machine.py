@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from elsa_serve import __version__, envs
+from elsa_serve.errors import UsageError
 from elsa_serve.offload.host import HostBuffer
 
 _NO_LIMIT = 1 << 60  # cgroup v1 writes "no limit" as a number of this size
@@ -60,8 +61,25 @@ def software() -> dict[str, str]:
     return {"version": __version__, "torch": torch.__version__, "cuda": torch.version.cuda or "", "gpu": gpu}
 
 
-def default_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def choose_device(name: str | torch.device | None, *, present: bool = True) -> torch.device:
+    """The device named, or the machine's: cuda where there is one. Raises UsageError for one that is not here.
+
+    `present=False` takes a GPU that this machine lacks: enough to plan for one.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"unknown device {str(name)!r}; choose cuda, cuda:1 or cpu") from error
+    if device.type not in ("cuda", "cpu"):
+        raise UsageError(f"the engine runs on cuda and on cpu, not on {device.type!r}")
+    count = torch.cuda.device_count()
+    if present and device.type == "cuda" and (device.index or 0) >= count:
+        raise UsageError(
+            f"--device {device}: torch {torch.__version__} sees {count} CUDA devices here; use --device cpu"
+        )
+    return device
 
 
 # --- memory -------------------------------------------------------------------------------------------------------

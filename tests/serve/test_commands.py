@@ -1,8 +1,11 @@
 """The command line: strict flags, configuration files, exit codes."""
 
+from pathlib import Path
+
 import pytest
 
 from elsa_serve.cli import build_parser
+from elsa_serve.demo import make_document
 
 
 @pytest.fixture
@@ -51,8 +54,6 @@ def test_bad_config_file_names_what_is_wrong(capsys, parser, tmp_path, text, nam
 
 
 def test_shipped_configs_parse(parser):
-    from pathlib import Path
-
     files = sorted((Path(__file__).parents[2] / "configs").glob("llama-*.yaml"))
     assert files
     for file in files:
@@ -66,3 +67,85 @@ def test_help_of_every_command(capsys, parser, command):
         parser.parse_args([command, "--help"])
     assert stop.value.code == 0
     assert "--config" in capsys.readouterr().out
+
+
+@pytest.fixture
+def run(capsys):
+    """Run a command in this process: (exit status, standard output, standard error)."""
+
+    def call(*argv):
+        from elsa_serve.cli import main
+
+        status = main([str(word) for word in argv])
+        return status, *capsys.readouterr()
+
+    return call
+
+
+DEMO = Path(__file__).parents[2] / "configs" / "demo_model"
+
+
+def test_plan_shows_tiers_and_times_without_loading(run):
+    status, out, _ = run("plan", DEMO, "--context", 4096, "--gpu-memory", "64MiB", "--device", "cpu")
+    assert status == 0
+    assert "5 layers" in out
+    assert "of 5" in out
+    assert "first token after 4096 of prompt" in out
+
+
+def test_plan_for_a_gpu_that_is_not_here(run):
+    status, out, _ = run("plan", DEMO, "--device", "cuda", "--gpu-memory", "24GiB")
+    assert status == 0
+    assert "CUDA context" in out
+
+
+def test_doctor_names_kernels_with_reasons(run):
+    status, out, _ = run("doctor", "--no-bandwidth", "--device", "cpu")
+    assert status == 0
+    assert "FP32 prefill: cpu" in out
+    assert "no  gluon" in out.replace("no gluon", "no  gluon")
+    assert "vLLM plugin" in out
+
+
+def test_generate_answers_from_a_file(run, tmp_path):
+    document = make_document(2000, seed=1)
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text(document.prompt)
+    status, out, err = run(
+        "generate",
+        DEMO,
+        "--chat",
+        "--prompt-file",
+        prompt,
+        "--device",
+        "cpu",
+        "--context",
+        2048,
+        "--resident-layers",
+        0,
+    )
+    assert status == 0
+    assert document.answer in out
+    assert "tokens/s" in err
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (("generate", "/nowhere", "--prompt", "x"), "/nowhere"),
+        (("generate", DEMO, "--prompt-file", "/nowhere"), "/nowhere"),
+        (("generate", DEMO, "--prompt", "x", "--device", "cuda:77"), "cuda:77"),
+        (("generate", DEMO, "--prompt", "x", "--device", "tpu"), "tpu"),
+        (("generate", DEMO, "--prompt", "x", "--gpu-memory", "lots"), "lots"),
+        (("generate", DEMO, "--prompt", "x", "--device", "cpu", "--resident-layers", "9"), "--resident-layers 9"),
+        (("generate", DEMO, "--prompt", "x", "--device", "cpu", "--linear", "elsa"), "--dtype float32"),
+        (("plan", DEMO, "--context", "99999"), "32768"),
+        (("plan", DEMO, "--gpu-memory", "1MiB"), "1.0 MiB"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_one_line_and_status_2(run, argv, named):
+    status, out, err = run(*argv)
+    assert (status, out) == (2, "")
+    assert named in err
+    assert err.count("\n") == 1
