@@ -4,6 +4,7 @@ bits that depend on a row alone, jobs that run without the GIL, one plain word w
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import os
 import shutil
@@ -203,6 +204,22 @@ def test_tickets_may_be_waited_for_in_any_order_and_a_job_runs_again() -> None:
     assert not torch.equal(before, shorter)
     q, k, v = (problems[1][1].q, problems[1][1].k[:, :, :600], problems[1][1].v[:, :, :600])
     assert torch.equal(shorter, pool.attend(*describe(q, k, v)).W)
+
+
+def test_a_job_starts_and_ends_through_plain_c_functions() -> None:
+    """As a stream's host functions would have it."""
+    pool = library.Pool(2)
+    problem, operands = describe(*qkv())
+    job = pool.prepare(problem, operands)
+    job.state.W.fill_(float("nan"))
+    start, join, argument = job.host_functions()
+    signature = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+    for _ in range(3):
+        signature(start)(argument)
+        signature(join)(argument)
+        assert job.launch.status == 0
+        assert job.done()
+    assert same_bits(job.state, pool.attend(problem, operands))
 
 
 def test_a_job_under_way_is_not_started_twice_and_survives_its_owner() -> None:

@@ -4,8 +4,8 @@
     ticket = pool.submit(problem, operands)  # returns at once; native threads work
     state = ticket.wait()                    # a State, float32
 
-A `Job` is the reusable form for engines that launch from native code: its `handle` and `problem` go to
-`elsa_job_submit` and `elsa_job_wait` of the library, which neither need nor take the GIL.
+A `Job` is reusable, and `Job.host_functions` gives what cudaLaunchHostFunc takes, so that a GPU's stream may start it
+and wait for it without Python.
 """
 
 from __future__ import annotations
@@ -38,6 +38,12 @@ class NativeProblem(ctypes.Structure):
         ("scale", ctypes.c_float),
         ("softcap", ctypes.c_float),
     )
+
+
+class Launch(ctypes.Structure):
+    """The argument of `elsa_launch` and `elsa_join`. status: 0 once launched, else as `Job.submit` would raise."""
+
+    _fields_ = (("job", ctypes.c_void_p), ("problem", ctypes.POINTER(NativeProblem)), ("status", ctypes.c_int32))
 
 
 @functools.cache
@@ -87,6 +93,7 @@ class Job:
         self.state = State(torch.empty(shape), torch.empty(shape), torch.empty((*shape, problem.D)))
         self.problem, self._kept = _describe(problem, operands, self.state)
         self.handle = pool._take()
+        self.launch = Launch(self.handle, ctypes.pointer(self.problem), 0)
 
     def submit(self) -> Job:
         """Start it on the native threads and return at once. Raises MemoryError, or RuntimeError if it is under way."""
@@ -96,6 +103,16 @@ class Job:
         if status:
             raise MemoryError("no memory for the states of the chunks of a native CPU attention call")
         return self
+
+    def host_functions(self) -> tuple[int, int, int]:
+        """Addresses of two C functions void (*)(void *), which start this job and wait for it, and of their argument.
+
+        The job must be kept until they have run. After the first, `launch.status` is 0 unless it failed.
+        """
+        start, join = (ctypes.cast(f, ctypes.c_void_p).value for f in (library().elsa_launch, library().elsa_join))
+        if start is None or join is None:
+            raise RuntimeError("the native library lacks elsa_launch or elsa_join")
+        return start, join, ctypes.addressof(self.launch)
 
     def done(self) -> bool:
         return bool(library().elsa_job_done(self.handle))

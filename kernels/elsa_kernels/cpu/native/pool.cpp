@@ -300,6 +300,20 @@ int elsa_job_done(void *job) {
     return work.pool.idle(work);
 }
 
+// What a stream of a GPU runs: the two forms below have the signature of cudaLaunchHostFunc. `status` is the submission's.
+struct Launch {
+    void *job;
+    const Problem *problem;
+    int32_t status;
+};
+
+void elsa_launch(void *launch) {
+    Launch &l = *static_cast<Launch *>(launch);
+    l.status = elsa_job_submit(l.job, l.problem);
+}
+
+void elsa_join(void *launch) { elsa_job_wait(static_cast<Launch *>(launch)->job); }
+
 // Reads a buffer once with all threads of the pool; the seconds that took.
 double elsa_read(void *pool, const void *data, int64_t bytes) {
     Pool &threads = *static_cast<Pool *>(pool);
