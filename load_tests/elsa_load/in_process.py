@@ -129,7 +129,7 @@ def engine_sides(model: Path, options: dict[str, dict[str, Any]]) -> Iterator[di
     from elsa_serve.offload import attention as attentions
     from elsa_serve.offload.engine import OffloadEngine
     from elsa_serve.offload.loading import DTYPES
-    from elsa_serve.offload.machine import default_device, host_memory
+    from elsa_serve.offload.machine import choose_device, host_memory
     from elsa_serve.offload.weights import load_model
 
     first = next(iter(options.values()))
@@ -137,7 +137,7 @@ def engine_sides(model: Path, options: dict[str, dict[str, Any]]) -> Iterator[di
     weights = load_model(
         model,
         dtype=DTYPES.get(first["dtype"], "auto"),  # type: ignore[arg-type]
-        device=first["device"] or default_device(),
+        device=choose_device(first["device"]),
         load_format=first["load_format"],
         attn_implementation=attentions.NAME,
     )
