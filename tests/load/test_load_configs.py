@@ -1,0 +1,157 @@
+"""What configs/ ships for monitoring, against the real programs where they are installed."""
+
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+import urllib.parse
+import urllib.request
+from pathlib import Path
+
+import pytest
+import yaml
+from elsa_load import prometheus
+from elsa_load.processes import Program
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs"
+RULES = [CONFIGS / "prometheus" / "recording.yml", CONFIGS / "prometheus" / "alerts.yml"]
+RULES.append(ROOT / "load_tests" / "elsa_load" / "gain_rules.yml")
+RULE_TESTS = [CONFIGS / "prometheus" / "recording_test.yml", CONFIGS / "prometheus" / "alerts_test.yml"]
+RULE_TESTS.append(Path(__file__).with_name("gain_rules_test.yml"))
+
+needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="no `promtool` program on the PATH")
+needs_prometheus = pytest.mark.skipif(prometheus.missing() is not None, reason=str(prometheus.missing()))
+
+
+@pytest.fixture(scope="module")
+def generate():
+    spec = importlib.util.spec_from_file_location("generate", CONFIGS / "grafana" / "generate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def promtool(*arguments):
+    done = subprocess.run(["promtool", *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@needs_promtool
+def test_promtool_accepts_configuration_and_rules():
+    promtool("check", "config", CONFIGS / "prometheus.yml")
+    promtool("check", "rules", *RULES)
+
+
+@needs_promtool
+@pytest.mark.parametrize("file", RULE_TESTS, ids=lambda path: path.stem)
+def test_rules_do_what_their_unit_tests_say(file):
+    promtool("test", "rules", file)
+
+
+def test_every_alert_has_a_unit_test_that_fires():
+    alerts = [r["alert"] for group in yaml.safe_load(RULES[1].read_text())["groups"] for r in group["rules"]]
+    tests = yaml.safe_load(RULE_TESTS[1].read_text())["tests"]
+    fired = {case["alertname"] for test in tests for case in test["alert_rule_test"] if case.get("exp_alerts")}
+    assert fired == set(alerts)
+
+
+def test_dashboards_are_as_generated_and_query_what_is_exported(generate):
+    assert generate.problems() == []
+
+
+def test_a_query_of_a_metric_that_is_gone_is_noticed(generate):
+    known = generate.exported()
+    assert generate.unknown_metrics(["rate(elsa_no_such_total[5m])"], known) == {"elsa_no_such_total"}
+    assert generate.unknown_metrics(["elsa_request_duration_seconds_bucket"], known) == set()
+    assert generate.unknown_metrics(["elsa:offload_stall_ratio:rate5m"], known) == set()
+
+
+def test_panels_do_not_overlap_and_have_ids_of_their_own(generate):
+    for one in generate.dashboards().values():
+        places = [(p["gridPos"]["x"], p["gridPos"]["y"]) for p in one["panels"]]
+        assert len(set(places)) == len(places)
+        assert len({p["id"] for p in one["panels"]}) == len(places)
+        assert all(p["gridPos"]["x"] + p["gridPos"]["w"] <= 24 for p in one["panels"])
+
+
+def test_dashboards_are_readable_by_grafanas_own_model(generate):
+    """Of the package grafana-foundation-sdk, generated from Grafana's schemas."""
+    models = pytest.importorskip("grafana_foundation_sdk.models.dashboard", reason="no grafana-foundation-sdk")
+    for name, one in generate.dashboards().items():
+        read = models.Dashboard.from_json(json.loads((generate.FOLDER / f"{name}.json").read_text()))
+        assert read.title == one["title"]
+        assert [panel.title for panel in read.panels] == [panel["title"] for panel in one["panels"]]
+
+
+def test_compose_mounts_what_is_there():
+    services = yaml.safe_load((CONFIGS / "compose.yaml").read_text())["services"]
+    mounts = [volume for service in services.values() for volume in service["volumes"] if volume.startswith("./")]
+    assert len(mounts) == 4
+    for mount in mounts:
+        assert (CONFIGS / mount.split(":")[0]).exists(), mount
+        assert mount.endswith(":ro")
+    provider = yaml.safe_load((CONFIGS / "grafana/provisioning/dashboards/elsa-serve.yml").read_text())["providers"][0]
+    assert f":{provider['options']['path']}:ro" in mounts[3]
+
+
+def shipped_prometheus(folder, target):
+    """configs/prometheus.yml with this target, and quick enough for a test."""
+    config = yaml.safe_load((CONFIGS / "prometheus.yml").read_text())
+    config["global"] = {"scrape_interval": "200ms", "scrape_timeout": "200ms", "evaluation_interval": "200ms"}
+    config["rule_files"] = [str(CONFIGS / file) for file in config["rule_files"]] + [str(RULES[2])]
+    (job,) = config["scrape_configs"]
+    job["static_configs"] = [{"targets": [target], "labels": {"side": "baseline"}}]
+    (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
+    flags = [f"--config.file={folder / 'prometheus.yml'}", f"--storage.tsdb.path={folder / 'data'}"]
+    command = ["prometheus", *flags, "--web.listen-address=127.0.0.1:{port}", "--log.level=warn"]
+    return Program(command, folder / "prometheus.log", ready_paths=("/-/ready",), startup_s=60)
+
+
+def ask(url, path, **fields):
+    with urllib.request.urlopen(f"{url}{path}?{urllib.parse.urlencode(fields)}", timeout=10) as response:
+        return json.load(response)
+
+
+def complete(url, tokens):
+    body = json.dumps({"model": "timed", "prompt": "x" * tokens, "max_tokens": 4, "ignore_eos": True}).encode()
+    request = urllib.request.Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=20) as response:
+        assert response.status == 200
+
+
+@needs_prometheus
+def test_every_query_of_the_dashboards_runs_in_a_real_prometheus(generate, tmp_path):
+    """Variables replaced as Grafana would. Queries about requests must give numbers after some requests."""
+    server = [sys.executable, str(Path(__file__).with_name("timed_server.py")), "{port}", "0.0001", "0.005", "1"]
+    with (
+        Program(server, tmp_path / "server.log", startup_s=60, stop_s=10) as served,
+        shipped_prometheus(tmp_path, served.url.removeprefix("http://")) as program,
+    ):
+        until = time.monotonic() + 30  # it takes up its targets after some seconds
+        while not ask(program.url, "/api/v1/query", query="up == 1")["data"]["result"]:
+            assert time.monotonic() < until
+            time.sleep(0.2)
+        for _ in range(4):
+            complete(served.url, 300)
+            time.sleep(0.3)
+        time.sleep(1)
+        empty = []
+        for name, one in generate.dashboards().items():
+            for query in (target["expr"] for panel in one["panels"] for target in panel["targets"]):
+                query = query.replace("$job", ".*").replace("$instance", ".*").replace("$__rate_interval", "5m")
+                assert "$" not in query
+                answer = ask(program.url, "/api/v1/query", query=query)
+                assert answer["status"] == "success", query
+                if not answer["data"]["result"]:
+                    empty.append((name, query))
+        active = ask(program.url, "/api/v1/alerts")["data"]["alerts"]
+        recorded = ask(program.url, "/api/v1/query", query="elsa:requests_unaccounted")["data"]["result"]
+    # The fake engine plans no memory and copies nothing; a single server makes no gain.
+    may_be_empty = re.compile(r"memory_bytes|kv_cache|bandwidth|last_step|_gain:ratio")
+    assert [query for _, query in empty if not may_be_empty.search(query)] == []
+    assert active == []
+    assert [float(one["value"][1]) for one in recorded] == [0.0]
