@@ -99,7 +99,7 @@ def load(options: EngineOptions) -> LoadedModel:
     device = devices.indexed(machine.choose_device(options.device))
     config = options.weights.config if options.weights else load_config(options.model_dir)
     attentions.check_model(config, options.attention)
-    dtype = options.weights.dtype if options.weights else _dtype(options, config)
+    dtype = options.weights.dtype if options.weights else _dtype(options, config, _checkpoint(options))
     check_linear(options.linear, dtype)
     plan = _plan(options, device, config, dtype)
     tokenizer = load_tokenizer(options.model_dir, plan.geometry.vocab, dummy=options.load_format == "dummy")
@@ -117,17 +117,36 @@ def load(options: EngineOptions) -> LoadedModel:
         raise
 
 
-def _dtype(options: EngineOptions, config: Any) -> torch.dtype:
+def plan_only(options: EngineOptions) -> Plan:
+    """The plan that an engine of these options would have, from config.json alone: the device need not be here.
+
+    Times are predicted from this machine's measured rates where the device is here, else from assumed ones.
+    """
+    device = machine.choose_device(options.device, present=False)
+    here = device.type != "cuda" or torch.cuda.is_available()
+    if not here and options.gpu_memory is None:
+        raise UsageError("this machine has no GPU to take the budget from: pass --gpu-memory, such as 24GiB")
+    config = load_config(options.model_dir)
+    dtype = _dtype(options, config, None)
+    return _plan(options, device, config, dtype, machine.rates(device, dtype) if here else None)
+
+
+def _checkpoint(options: EngineOptions) -> Checkpoint | None:
+    return None if options.load_format == "dummy" else Checkpoint(options.model_dir)
+
+
+def _dtype(options: EngineOptions, config: Any, checkpoint: Checkpoint | None) -> torch.dtype:
     wanted = options.dtype
     if isinstance(wanted, str):
         if wanted != "auto" and wanted not in DTYPES:
             raise UsageError(f"unknown dtype {wanted!r}; choose auto, {', '.join(DTYPES)}")
         wanted = DTYPES.get(wanted, wanted)
-    checkpoint = None if options.load_format == "dummy" else Checkpoint(options.model_dir)
     return choose_dtype(wanted, config, checkpoint)  # type: ignore[arg-type]
 
 
-def _plan(options: EngineOptions, device: torch.device, config: Any, dtype: torch.dtype) -> Plan:
+def _plan(
+    options: EngineOptions, device: torch.device, config: Any, dtype: torch.dtype, rates: machine.Rates | None = None
+) -> Plan:
     gpu = _size(options.gpu_memory) or machine.default_gpu_budget(device)
     host = _size(options.host_memory) or machine.default_host_budget(device, gpu)
     return make_plan(
@@ -140,6 +159,7 @@ def _plan(options: EngineOptions, device: torch.device, config: Any, dtype: torc
         slots=options.slots,
         chunk_tokens=options.chunk_tokens,
         device_type=device.type,
+        rates=rates,
     )
 
 

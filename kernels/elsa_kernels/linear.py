@@ -219,9 +219,8 @@ def _run_triton(x: SplitMatrix, w: SplitMatrix, bias: torch.Tensor | None, out: 
 
 @dataclass(frozen=True, slots=True)
 class GluonTile:
-    """Tile of the Hopper form: `consumers` warp groups of 64 rows, BN columns, BK of K between promotions."""
+    """Tile of the Hopper form: two warp groups of 64 rows, BN columns, BK of K between promotions."""
 
-    consumers: int = 2
     BN: int = 128
     BK: int = 64
     stages: int = 3
@@ -244,11 +243,11 @@ def _run_gluon(
         return TensorDescriptor.from_tensor(plane, box, gl.NVMMASharedLayout.get_default_for(box, gl.float16))
 
     (M, N), K = out.shape, x.shape[1]
-    tiles = triton.cdiv(M, tile.consumers * 64) * triton.cdiv(N, tile.BN)
+    tiles = triton.cdiv(M, 128) * triton.cdiv(N, tile.BN)
     linear_kernel[(min(tiles, _multiprocessors(out.device.index)),)](
         descriptor(x.hi, 64), descriptor(x.lo, 64), descriptor(w.hi, tile.BN), descriptor(w.lo, tile.BN),
         out, x.exponent, w.exponent, bias if bias is not None else out, M, N, K,
-        CONSUMERS=tile.consumers, BN=tile.BN, BK=tile.BK, STAGES=tile.stages, GROUP=GROUP, BIAS=bias is not None,
+        BN=tile.BN, BK=tile.BK, STAGES=tile.stages, GROUP=GROUP, BIAS=bias is not None,
         OVERLAP=tile.overlap, REGISTERS=tile.registers, num_warps=4,
     )  # fmt: skip
 

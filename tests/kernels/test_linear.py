@@ -87,6 +87,12 @@ def test_non_finite_values_are_those_of_fp32(interpreter, rows):
     assert row_errors(out[clean], x[clean], w) < BOUND
 
 
+def test_results_below_fp32_are_zero(interpreter):
+    x, w = operands(6, 40, 72, "normal")
+    for rows in (x, x.repeat(10, 1)):
+        assert torch.equal(elsa.linear(rows * 1e-30, w * 1e-30, impl="triton"), torch.zeros(len(rows), 40))
+
+
 def test_bias_and_leading_dimensions(interpreter):
     x, w = operands(6, 40, 72, "normal")
     bias = torch.randn(40)
@@ -168,6 +174,16 @@ def test_error_on_the_gpu(shape, family, impl):
     if reason:
         pytest.skip(reason)
     assert row_errors(elsa.linear(x, w, impl=impl), x, w) < max(BOUND, row_errors(F.linear(x, w), x, w))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", ["triton", "gluon"])
+def test_results_below_fp32_are_zero_on_the_gpu(impl):
+    x, w = operands(300, 256, 512, "normal", device="cuda")
+    reason = elsa._refusal(impl, x, 512)
+    if reason:
+        pytest.skip(reason)
+    assert not elsa.linear(x * 1e-30, w * 1e-30, impl=impl).any()
 
 
 @pytest.mark.gpu

@@ -19,6 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 ROWS = gl.constexpr(64)  # rows of X of one consumer: the M of one wgmma
+CONSUMERS = gl.constexpr(2)
 
 
 @gluon.jit
@@ -32,9 +33,14 @@ def _tile(index, tiles_m, tiles_n, GROUP: gl.constexpr):
 
 
 @gluon.jit
+def _power_of_two(e):
+    """2^e in FP32 for e ≤ 127; below 2^-126, whose square turns every sum here to 0, it stays 2^-126."""
+    return ((gl.maximum(e, -126) + 127) << 23).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
 def _produce(x_hi, x_lo, w_hi, w_lo, xh, xl, wh, wl, full, free, tiles_m, tiles_n, steps,
-             CONSUMERS: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
-             GROUP: gl.constexpr):  # fmt: skip
+             BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr):  # fmt: skip
     BYTES: gl.constexpr = 2 * 2 * (CONSUMERS * ROWS + BN) * BK
     i = 0
     for index in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
@@ -58,7 +64,7 @@ def _produce(x_hi, x_lo, w_hi, w_lo, xh, xl, wh, wl, full, free, tiles_m, tiles_
 
 @gluon.jit
 def _consume(xh, xl, wh, wl, full, free, out, x_exponent, w_exponent, bias, M, N, tiles_m, tiles_n, steps,
-             C: gl.constexpr, CONSUMERS: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
+             C: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
              BIAS: gl.constexpr, OVERLAP: gl.constexpr):  # fmt: skip
     ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
     i = 0
@@ -92,8 +98,8 @@ def _consume(xh, xl, wh, wl, full, free, out, x_exponent, w_exponent, bias, M, N
         e = gl.expand_dims(gl.load(x_exponent + rows, mask=rows < M, other=0), 1)
         e = e + gl.expand_dims(gl.load(w_exponent + cols, mask=cols < N, other=0), 0)
         half = e >> 1
-        acc = acc * ((half + 127) << 23).to(gl.float32, bitcast=True)
-        acc = acc * ((e - half + 127) << 23).to(gl.float32, bitcast=True)
+        acc = acc * _power_of_two(half)
+        acc = acc * _power_of_two(e - half)
         if BIAS:
             acc = acc + gl.expand_dims(gl.load(bias + cols, mask=cols < N, other=0.0), 0)
         offsets = gl.expand_dims(rows.to(gl.int64) * N, 1) + gl.expand_dims(cols, 0)
@@ -102,8 +108,8 @@ def _consume(xh, xl, wh, wl, full, free, out, x_exponent, w_exponent, bias, M, N
 
 @gluon.jit
 def linear_kernel(x_hi, x_lo, w_hi, w_lo, out, x_exponent, w_exponent, bias, M, N, K,
-                  CONSUMERS: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
-                  GROUP: gl.constexpr, BIAS: gl.constexpr, OVERLAP: gl.constexpr, REGISTERS: gl.constexpr):  # fmt: skip
+                  BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, BIAS: gl.constexpr,
+                  OVERLAP: gl.constexpr, REGISTERS: gl.constexpr):  # fmt: skip
     """out [M, N] = (x_hi + x_lo) [M, K] · (w_hi + w_lo) [N, K]ᵀ · 2^(x_exponent [M] + w_exponent [N]) (+ bias [N])."""
     tiles_m = gl.cdiv(M, CONSUMERS * ROWS)
     tiles_n = gl.cdiv(N, BN)
@@ -118,198 +124,13 @@ def linear_kernel(x_hi, x_lo, w_hi, w_lo, out, x_exponent, w_exponent, bias, M, 
         mbarrier.init(full.index(s), count=1)
         mbarrier.init(free.index(s), count=CONSUMERS)
     fence_async_shared()
-    if CONSUMERS == 2:
-        gl.warp_specialize(
-            [
-                (
-                    _produce,
-                    (
-                        x_hi,
-                        x_lo,
-                        w_hi,
-                        w_lo,
-                        xh,
-                        xl,
-                        wh,
-                        wl,
-                        full,
-                        free,
-                        tiles_m,
-                        tiles_n,
-                        steps,
-                        CONSUMERS,
-                        BN,
-                        BK,
-                        STAGES,
-                        GROUP,
-                    ),
-                ),
-                (
-                    _consume,
-                    (
-                        xh,
-                        xl,
-                        wh,
-                        wl,
-                        full,
-                        free,
-                        out,
-                        x_exponent,
-                        w_exponent,
-                        bias,
-                        M,
-                        N,
-                        tiles_m,
-                        tiles_n,
-                        steps,
-                        0,
-                        CONSUMERS,
-                        BN,
-                        STAGES,
-                        GROUP,
-                        BIAS,
-                        OVERLAP,
-                    ),
-                ),
-                (
-                    _consume,
-                    (
-                        xh,
-                        xl,
-                        wh,
-                        wl,
-                        full,
-                        free,
-                        out,
-                        x_exponent,
-                        w_exponent,
-                        bias,
-                        M,
-                        N,
-                        tiles_m,
-                        tiles_n,
-                        steps,
-                        1,
-                        CONSUMERS,
-                        BN,
-                        STAGES,
-                        GROUP,
-                        BIAS,
-                        OVERLAP,
-                    ),
-                ),
-            ],
-            [4, 4],
-            [REGISTERS, REGISTERS],
-        )
-    else:
-        gl.warp_specialize(
-            [
-                (
-                    _produce,
-                    (
-                        x_hi,
-                        x_lo,
-                        w_hi,
-                        w_lo,
-                        xh,
-                        xl,
-                        wh,
-                        wl,
-                        full,
-                        free,
-                        tiles_m,
-                        tiles_n,
-                        steps,
-                        CONSUMERS,
-                        BN,
-                        BK,
-                        STAGES,
-                        GROUP,
-                    ),
-                ),
-                (
-                    _consume,
-                    (
-                        xh,
-                        xl,
-                        wh,
-                        wl,
-                        full,
-                        free,
-                        out,
-                        x_exponent,
-                        w_exponent,
-                        bias,
-                        M,
-                        N,
-                        tiles_m,
-                        tiles_n,
-                        steps,
-                        0,
-                        CONSUMERS,
-                        BN,
-                        STAGES,
-                        GROUP,
-                        BIAS,
-                        OVERLAP,
-                    ),
-                ),
-                (
-                    _consume,
-                    (
-                        xh,
-                        xl,
-                        wh,
-                        wl,
-                        full,
-                        free,
-                        out,
-                        x_exponent,
-                        w_exponent,
-                        bias,
-                        M,
-                        N,
-                        tiles_m,
-                        tiles_n,
-                        steps,
-                        1,
-                        CONSUMERS,
-                        BN,
-                        STAGES,
-                        GROUP,
-                        BIAS,
-                        OVERLAP,
-                    ),
-                ),
-                (
-                    _consume,
-                    (
-                        xh,
-                        xl,
-                        wh,
-                        wl,
-                        full,
-                        free,
-                        out,
-                        x_exponent,
-                        w_exponent,
-                        bias,
-                        M,
-                        N,
-                        tiles_m,
-                        tiles_n,
-                        steps,
-                        2,
-                        CONSUMERS,
-                        BN,
-                        STAGES,
-                        GROUP,
-                        BIAS,
-                        OVERLAP,
-                    ),
-                ),
-            ],
-            [4, 4, 4],
-            [REGISTERS, REGISTERS, REGISTERS],
-        )
+    # fmt: off
+    gl.warp_specialize([
+        (_produce, (x_hi, x_lo, w_hi, w_lo, xh, xl, wh, wl, full, free, tiles_m, tiles_n, steps,
+                    BN, BK, STAGES, GROUP)),
+        (_consume, (xh, xl, wh, wl, full, free, out, x_exponent, w_exponent, bias, M, N, tiles_m, tiles_n, steps,
+                    0, BN, STAGES, GROUP, BIAS, OVERLAP)),
+        (_consume, (xh, xl, wh, wl, full, free, out, x_exponent, w_exponent, bias, M, N, tiles_m, tiles_n, steps,
+                    1, BN, STAGES, GROUP, BIAS, OVERLAP)),
+    ], [4, 4], [REGISTERS, REGISTERS])
+    # fmt: on
