@@ -48,14 +48,29 @@ def start(args: argparse.Namespace) -> int:
         result = asyncio.run(measure(args, scenario, endpoint, program))
     (args.output / "run.json").write_text(json.dumps(result, indent=1) + "\n")
     (args.output / "report.html").write_text(run_report(result))
-    print(json.dumps(result["summary"], indent=1))
+    print(text(result))
     print(f"report: {args.output / 'report.html'}")
     return 1 if result["summary"]["outcomes"]["error"] or result["summary"]["outcomes"]["timeout"] else 0
+
+
+def text(result: dict[str, Any]) -> str:
+    """The figures as lines: latencies in seconds, then everything else."""
+    summary = result["summary"]
+    latencies = ("ttft_s", "tpot_s", "itl_s", "e2e_s")
+    columns = ("mean", "p50", "p90", "p95", "p99", "p99.9", "max")
+    lines = ["          " + "".join(f"{column:>10}" for column in columns)]
+    for name in latencies:
+        if summary[name]:
+            lines.append(f"{name:<10}" + "".join(f"{summary[name][column]:>10.4f}" for column in columns))
+    rest = {key: value for key, value in summary.items() if key not in latencies} | {"watch": result["watch"]}
+    return "\n".join([*lines, *(f"{key}: {value}" for key, value in rest.items() if value is not None)])
 
 
 def chosen(args: argparse.Namespace) -> Scenario:
     scenario = scenarios.load(args.scenario)
     data = {name: getattr(args, name) for name in ("requests", "seed") if getattr(args, name) is not None}
+    if args.restart_at is not None:
+        data["restart_at_s"] = tuple(args.restart_at)
     if args.concurrency is not None:
         data["arrivals"] = scenarios.Arrivals(concurrency=args.concurrency)
     elif args.rate is not None:

@@ -126,6 +126,13 @@ def _add_run(commands: Any) -> None:
     add("--rate", type=float, metavar="PER_SECOND", help="instead of the scenario's")
     add("--scale", type=float, default=1.0, metavar="FACTOR", help="prompt lengths, such as 0.0625 (default: 1)")
     add("--replay", type=Path, metavar="FILE", help="requests.jsonl of an earlier run, instead of making prompts")
+    add(
+        "--restart-at",
+        type=float,
+        nargs="+",
+        metavar="SECONDS",
+        help="stop and start the server at these times; with --serve (default: the scenario's)",
+    )
     add("--timeout", type=float, metavar="SECONDS", help="longest silence of a stream (default: none)")
     _add_client(parser)
     add("--output", type=Path, default=Path("run"), metavar="DIR", help="results, report, requests (default: run)")

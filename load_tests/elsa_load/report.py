@@ -148,13 +148,17 @@ def environment(data: dict[str, Any]) -> str:
     return "<h2>Where and how</h2>" + table(("", ""), [(key, str(value)) for key, value in flat.items()])
 
 
+def result_watch(data: dict[str, Any]) -> dict[str, Any]:
+    return {f"watch: {key}": value for key, value in data["watch"].items()}
+
+
 def run_report(data: dict[str, Any]) -> str:
     """The report of one scenario."""
     summary, seen = data["summary"], data["observations"]
     figures = ("ttft_s", "tpot_s", "itl_s", "e2e_s")
     columns = ("mean", "p50", "p90", "p95", "p99", "p99.9", "max")
     lines = [(key, *(f"{summary[key][c]:.4f}" for c in columns)) for key in figures if summary[key]]
-    counts = {key: value for key, value in summary.items() if key not in figures}
+    counts = {key: value for key, value in summary.items() if key not in figures} | result_watch(data)
     dots = {
         outcome: [
             (o["sent_s"], o["ttft_s"] if o["ttft_s"] is not None else o["e2e_s"])

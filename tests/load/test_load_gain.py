@@ -7,18 +7,37 @@ from pathlib import Path
 
 import pytest
 from elsa_load import prometheus
+from elsa_load.processes import Program
 
 from elsa_serve.cli import main
 
 HERE = Path(__file__).parent
+DEMO = HERE.parents[1] / "configs" / "demo_model"
+SMALL = "gpu-memory=512MiB"
 PREFILL_S, DECODE_S = 0.0004, 0.02  # a prompt token, a generated token
 
 needs_prometheus = pytest.mark.skipif(prometheus.missing() is not None, reason=str(prometheus.missing()))
 
 
+def timed_command(slowdown):
+    return [sys.executable, str(HERE / "timed_server.py"), "{port}", str(PREFILL_S), str(DECODE_S), str(slowdown)]
+
+
 def timed(slowdown):
-    command = [sys.executable, str(HERE / "timed_server.py"), "{port}", str(PREFILL_S), str(DECODE_S), str(slowdown)]
-    return shlex.join(command).replace("'{port}'", "{port}")
+    return shlex.join(timed_command(slowdown)).replace("'{port}'", "{port}")
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory):
+    """A server for tests in which both sides may be the same one."""
+    with Program(timed_command(1), tmp_path_factory.mktemp("timed") / "log", startup_s=60, stop_s=10) as program:
+        yield program.url
+
+
+def compare_same(url, folder, *flags):
+    arguments = ["bench", "ab", "--baseline", url, "--candidate", url, "--quiet", "--no-prometheus"]
+    assert main([*arguments, "--output", str(folder), *flags]) == 0
+    return json.loads((folder / "gain.json").read_text())
 
 
 def compare(folder, slowdown, *flags):
@@ -55,31 +74,99 @@ def test_a_planted_slowdown_is_found_by_client_and_prometheus(tmp_path, capsys):
     assert "Prometheus" in capsys.readouterr().out
 
 
-def test_no_slowdown_is_found_where_there_is_none(tmp_path):
-    data = compare(tmp_path, 1, "--no-prometheus")
-    for phase, row in rows_of(data).items():
+def test_no_slowdown_is_found_where_there_is_none(tmp_path, url):
+    flags = ["--context", "512", "--pairs", "8", "--output-tokens", "8", "--confidence", "0.999"]
+    for phase, row in rows_of(compare_same(url, tmp_path, *flags)).items():
         assert row["ci_low"] <= 0 <= row["ci_high"], (phase, row)
         assert row["ci_high"] - row["ci_low"] < 40, (phase, row)  # one that covers everything says nothing
         assert row["prometheus_gain_percent"] is None
 
 
-def test_a_run_goes_on_where_it_stopped(tmp_path):
-    first = compare(tmp_path, 1, "--no-prometheus", "--pairs", "2", "--context", "256")
-    both = compare(tmp_path, 1, "--no-prometheus", "--pairs", "2", "--context", "256", "512")
-    assert [cell["cell"]["context"] for cell in both["cells"]] == [256, 512]
+def test_a_run_goes_on_where_it_stopped_but_not_with_other_settings(tmp_path, url, capsys):
+    flags = ["--pairs", "2", "--output-tokens", "2", "--context", "256"]
+    first = compare_same(url, tmp_path, *flags)
+    both = compare_same(url, tmp_path, *flags, "384")
+    assert [cell["cell"]["context"] for cell in both["cells"]] == [256, 384]
     assert both["cells"][0] == first["cells"][0]
-    with pytest.raises(SystemExit):
-        main(["bench", "ab", "--baseline", "http://127.0.0.1:9"])
-
-
-def test_other_settings_do_not_go_into_the_same_file(tmp_path, capsys):
-    compare(tmp_path, 1, "--no-prometheus", "--pairs", "2", "--context", "256")
-    arguments = ["bench", "ab", "--baseline", timed(2), "--candidate", timed(1), "--quiet", "--output", str(tmp_path)]
-    assert main([*arguments, "--no-prometheus"]) == 1
+    arguments = ["bench", "ab", "--baseline", url, "--candidate", url, "--quiet", "--no-prometheus"]
+    assert main([*arguments, "--seed", "2", "--output", str(tmp_path)]) == 1
     assert "other settings" in capsys.readouterr().err
+    assert main(["bench", "report", str(tmp_path / "gain.json")]) == 0
+    assert (tmp_path / "gain.html").read_text() == (tmp_path / "report.html").read_text()
+
+
+def test_a_failing_side_ends_the_benchmark(tmp_path, capsys):
+    broken = f"{shlex.quote(sys.executable)} -c 'raise SystemExit(\"no model\")' {{port}}"
+    arguments = ["bench", "ab", "--baseline", broken, "--candidate", "http://127.0.0.1:9", "--no-prometheus"]
+    assert main([*arguments, "--output", str(tmp_path)]) == 1
+    assert "no model" in capsys.readouterr().err
 
 
 def test_what_is_neither_url_nor_command_is_refused(tmp_path, capsys):
     arguments = ["bench", "ab", "--baseline", "vllm serve m", "--candidate", "http://127.0.0.1:9"]
     assert main([*arguments, "--output", str(tmp_path)]) == 2
     assert "{port}" in capsys.readouterr().err
+
+
+def test_engines_of_this_process_take_turns_and_warm_ups_leave_no_trace(tmp_path):
+    """The real engine on the embedded model: each side's metrics hold its pairs and nothing else."""
+    arguments = ["bench", "gain", str(DEMO), "--in-process", "--quiet", "--no-prometheus", "--set", SMALL]
+    arguments += ["--context", "600", "--pairs", "3", "--output-tokens", "4", "--warm-up", "0"]
+    assert main([*arguments, "--output", str(tmp_path)]) == 0
+    (cell,) = json.loads((tmp_path / "gain.json").read_text())["cells"]
+    assert [pair["output_tokens"] for pair in cell["pairs"]] == [{"baseline": 4, "candidate": 4}] * 3
+    assert cell["config"]["baseline"]["attention"] == "sdpa"
+    assert cell["config"]["candidate"]["attention"] == "elsa"
+    assert cell["labels"]["dtype"] == "float16"
+    assert all(pair["texts_equal"] for pair in cell["pairs"])
+
+
+def test_sides_that_cannot_share_weights_are_refused(tmp_path, capsys):
+    arguments = ["bench", "gain", str(DEMO), "--in-process", "--candidate", "dtype=float32"]
+    assert main([*arguments, "--output", str(tmp_path)]) == 2
+    assert "same dtype" in capsys.readouterr().err
+
+
+def check_real(data, percent):
+    rows = rows_of(data)
+    for phase, row in rows.items():
+        assert row["ci_low"] <= percent <= row["ci_high"], (phase, row)
+        assert row["ci_low"] - 2 <= row["prometheus_gain_percent"] <= row["ci_high"] + 2, (phase, row)
+        assert row["outputs_equal"] == row["pairs"]
+    assert (rows["prefill"]["ci_low"] > 0) == (percent > 0)
+
+
+CELL = [
+    "--context",
+    "3072",
+    "--pairs",
+    "8",
+    "--output-tokens",
+    "16",
+    "--confidence",
+    "0.99",
+    "--scrape-interval",
+    "0.5",
+]
+
+
+@needs_prometheus
+@pytest.mark.slow
+def test_real_servers_show_what_was_planted(tmp_path):
+    """Every pass of the baseline sleeps a fifth of its time. HTTP is not slowed, so the gain is a little under 20 %."""
+
+    def command(slowdown):
+        script = [sys.executable, str(HERE / "slowed_server.py"), str(slowdown), "serve", str(DEMO)]
+        return shlex.join([*script, "--gpu-memory", "512MiB", "--log-level", "warning"]) + " --port {port}"
+
+    arguments = ["bench", "ab", "--baseline", command(1.2), "--candidate", command(1.0), "--quiet", *CELL]
+    assert main([*arguments, "--output", str(tmp_path)]) == 0
+    check_real(json.loads((tmp_path / "gain.json").read_text()), 20)
+
+
+@needs_prometheus
+@pytest.mark.slow
+def test_the_same_engine_twice_gains_nothing(tmp_path):
+    arguments = ["bench", "gain", str(DEMO), "--baseline", "attention=elsa", "--set", SMALL, "--quiet", *CELL]
+    assert main([*arguments, "--output", str(tmp_path)]) == 0
+    check_real(json.loads((tmp_path / "gain.json").read_text()), 0)

@@ -1,0 +1,91 @@
+"""`elsa-serve bench run` against a server of fixed timings."""
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from elsa_load.client import Client, Endpoint
+from elsa_load.pages import Page
+from elsa_load.processes import Program
+from elsa_load.watch import Watch
+
+from elsa_serve.cli import main
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory):
+    command = [sys.executable, str(HERE / "timed_server.py"), "{port}", "0.0002", "0.005", "1"]
+    with Program(command, tmp_path_factory.mktemp("timed") / "log", startup_s=60, stop_s=10) as program:
+        yield program.url
+
+
+def bench(*arguments):
+    return main(["bench", "run", *arguments, "--quiet"])
+
+
+def test_a_storm_of_cancels_loses_no_request_and_can_be_replayed(url, tmp_path, capsys):
+    flags = ["--url", url, "--requests", "24", "--rate", "20", "--scale", "0.1"]
+    assert bench("cancel-storm", *flags, "--output", str(tmp_path / "a")) == 0
+    data = json.loads((tmp_path / "a" / "run.json").read_text())
+    summary, watch = data["summary"], data["watch"]
+    assert summary["requests"] == 24
+    assert summary["outcomes"]["cancelled"] >= 8
+    assert summary["outcomes"]["ok"] + summary["outcomes"]["cancelled"] == 24
+    assert summary["late_s"] < 0.5
+    assert watch["scrapes"] >= 1
+    assert watch["unbalanced_scrapes"] == 0
+    assert "itl_s" in capsys.readouterr().out
+    html = (tmp_path / "a" / "report.html").read_text()
+    assert "<svg" in html
+
+    replay = ["--replay", str(tmp_path / "a" / "requests.jsonl"), "--output", str(tmp_path / "b")]
+    assert bench("cancel-storm", *flags, *replay) == 0
+    first, second = ((tmp_path / name / "requests.jsonl").read_text() for name in "ab")
+    assert first == second
+
+
+def test_lengths_are_those_that_the_endpoint_counts(url, tmp_path):
+    flags = ["--url", url, "--requests", "3", "--concurrency", "2", "--scale", "0.1", "--output", str(tmp_path)]
+    assert bench("closed", *flags) == 0
+    data = json.loads((tmp_path / "run.json").read_text())
+    seen = data["observations"]
+    assert [(one["prompt_tokens"], one["output_tokens"], one["exact_tokens"]) for one in seen] == [(410, 64, True)] * 3
+    assert data["summary"]["tpot_s"]["p50"] == pytest.approx(0.005, rel=0.3)
+    assert data["summary"]["goodput"]["ratio"] == 1.0
+
+
+def test_what_cannot_run_is_refused_with_the_remedy(url, tmp_path, capsys):
+    for arguments, message in (
+        (["closed"], "--serve MODEL_DIR"),
+        (["restart", "--url", url], "needs --serve"),
+        (["no-such", "--url", url], "long-context-mix"),
+        (["closed", "--url", "http://127.0.0.1:9"], "is the server up?"),
+    ):
+        assert bench(*arguments, "--output", str(tmp_path)) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_the_list_names_every_scenario(capsys):
+    assert main(["bench", "list"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 11
+
+
+def test_watch_notices_lost_requests_and_growing_memory():
+    page = "# TYPE elsa_requests_received_total counter\nelsa_requests_received_total 3\n"
+    page += "# TYPE elsa_requests_finished_total counter\nelsa_requests_finished_total 2\n"
+    page += "# TYPE process_resident_memory_bytes gauge\nprocess_resident_memory_bytes "
+
+    async def watched():
+        async with Client(Endpoint("http://127.0.0.1:9", model="m")) as client:
+            watch = Watch(client)
+            for second in range(16):
+                watch._take(second, Page.parse(f"{page}{1000 + 50 * second}\n"))
+            return watch.summary()
+
+    summary = asyncio.run(watched())
+    assert (summary["unbalanced_scrapes"], summary["largest_imbalance"]) == (16, 1.0)
+    assert summary["memory_growth"] == pytest.approx(1675 / 1275 - 1)
