@@ -21,6 +21,8 @@ class Watch:
     scrapes: int = 0
     unreachable: int = 0
     unbalanced: list[tuple[float, float]] = field(default_factory=list)  # (time, requests unaccounted for)
+    in_a_row: int = 0
+    longest_in_a_row: int = 0
     memory: list[tuple[float, float]] = field(default_factory=list)  # (time, resident bytes of the server)
 
     async def run(self) -> None:
@@ -34,6 +36,8 @@ class Watch:
 
     def _take(self, at: float, page: Page) -> None:
         self.scrapes += 1
+        self.in_a_row = self.in_a_row + 1 if page.unaccounted else 0
+        self.longest_in_a_row = max(self.longest_in_a_row, self.in_a_row)
         if page.unaccounted:
             self.unbalanced.append((at, page.unaccounted))
         resident = page.total("process_resident_memory_bytes")
@@ -49,6 +53,8 @@ class Watch:
             "scrapes": self.scrapes,
             "unreachable": self.unreachable,
             "unbalanced_scrapes": len(self.unbalanced),
+            # One may be a request that changed its state while the page was written; two in a row are a lost request.
+            "unbalanced_in_a_row": self.longest_in_a_row,
             "largest_imbalance": max((abs(n) for _, n in self.unbalanced), default=0.0),
             "memory_growth": mean[1] / mean[0] - 1 if len(mean) == 2 else None,
             "peak_memory_bytes": max((value for _, value in self.memory), default=None),

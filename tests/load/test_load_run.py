@@ -28,16 +28,16 @@ def bench(*arguments):
 
 
 def test_a_storm_of_cancels_loses_no_request_and_can_be_replayed(url, tmp_path, capsys):
-    flags = ["--url", url, "--requests", "24", "--rate", "20", "--scale", "0.1"]
+    flags = ["--url", url, "--requests", "16", "--rate", "20", "--scale", "0.1"]
     assert bench("cancel-storm", *flags, "--output", str(tmp_path / "a")) == 0
     data = json.loads((tmp_path / "a" / "run.json").read_text())
     summary, watch = data["summary"], data["watch"]
-    assert summary["requests"] == 24
-    assert summary["outcomes"]["cancelled"] >= 8
-    assert summary["outcomes"]["ok"] + summary["outcomes"]["cancelled"] == 24
+    assert summary["requests"] == 16
+    assert summary["outcomes"]["cancelled"] >= 5
+    assert summary["outcomes"]["ok"] + summary["outcomes"]["cancelled"] == 16
     assert summary["late_s"] < 0.5
     assert watch["scrapes"] >= 1
-    assert watch["unbalanced_scrapes"] == 0
+    assert watch["unbalanced_in_a_row"] <= 1
     assert "itl_s" in capsys.readouterr().out
     html = (tmp_path / "a" / "report.html").read_text()
     assert "<svg" in html
@@ -87,5 +87,5 @@ def test_watch_notices_lost_requests_and_growing_memory():
             return watch.summary()
 
     summary = asyncio.run(watched())
-    assert (summary["unbalanced_scrapes"], summary["largest_imbalance"]) == (16, 1.0)
+    assert (summary["unbalanced_in_a_row"], summary["largest_imbalance"]) == (16, 1.0)
     assert summary["memory_growth"] == pytest.approx(1675 / 1275 - 1)
