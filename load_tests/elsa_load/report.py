@@ -46,6 +46,7 @@ def gain_report(data: dict[str, Any]) -> str:
         f"paired over the same requests on both sides, in the order A B · B A; bars are "
         f"{100 * settings['confidence']:g} % intervals.</small></p>",
     ]
+    body += ["<h2>Copies</h2>", copies_plots(data)]
     for cell in data["cells"]:
         body += cell_section(cell)
     return page("Gain of the candidate over the baseline", [*body, environment(data)])
@@ -107,6 +108,21 @@ def gain_plot(data: dict[str, Any]) -> str:
         series.append(Series(NAMES[phase], points))
     band = Band("the paper", data["paper"]["low"], data["paper"]["high"])
     return plot(series, x_label="context (tokens)", y_label="gain (%)", bands=[band], log_x=True)
+
+
+def copies_plots(data: dict[str, Any]) -> str:
+    """Bytes over the bus and the share of the passes in which compute waited for them, against the context."""
+    counted = [(cell["cell"]["context"], cell["counters"]) for cell in data["cells"]]
+    if not any(counters[side]["h2d_bytes"] for _, counters in counted for side in SIDES):
+        return "<p>Neither side reports copies between host and GPU.</p>"
+    moved = [Series(side, [(n, counters[side]["h2d_bytes"] / 1e9) for n, counters in counted]) for side in SIDES]
+    waited = [
+        Series(side, [(n, 100 * counters[side]["stall_share"]) for n, counters in counted if counters[side]["steps_s"]])
+        for side in SIDES
+    ]
+    return plot(moved, x_label="context (tokens)", y_label="to the GPU (GB)", log_x=True) + plot(
+        waited, x_label="context (tokens)", y_label="stall share (%)", log_x=True
+    )
 
 
 def cell_section(cell: dict[str, Any]) -> list[str]:

@@ -11,6 +11,7 @@ WIDTH, HEIGHT = 640, 300
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 16, 44
 COLOURS = ("#4269d0", "#ef7c29", "#3ca951", "#a463f2")
 TICKS = 5
+ASIDE = 8  # pixels between error bars at the same x
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,9 @@ def plot(
     shown_x = sorted(set(xs)) if log_x else ticks(x_low, x_high)
     parts += [_tick_x(place(x, y_low)[0], x) for x in shown_x]
     parts += [_tick_y(place(shown_x[0], y)[1], y) for y in ticks(y_low, y_high)]
-    parts += [_draw(one, COLOURS[i % len(COLOURS)], place) for i, one in enumerate(series)]
+    for i, one in enumerate(series):
+        aside = ASIDE * (i - (len(series) - 1) / 2)
+        parts.append(_draw(one, COLOURS[i % len(COLOURS)], place, aside))
     parts.append(_labels(x_label, y_label))
     legend = " ".join(
         f'<span style="color:{COLOURS[i % len(COLOURS)]}">● {escape(one.name)}</span>' for i, one in enumerate(series)
@@ -112,7 +115,7 @@ def _labels(x_label: str, y_label: str) -> str:
     )
 
 
-def _draw(series: Series, colour: str, place: Callable[[float, float], tuple[float, float]]) -> str:
+def _draw(series: Series, colour: str, place: Callable[[float, float], tuple[float, float]], aside: float) -> str:
     parts = []
     placed = [place(point[0], point[1]) for point in series.points]
     if series.line:
@@ -120,6 +123,7 @@ def _draw(series: Series, colour: str, place: Callable[[float, float], tuple[flo
         return f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
     for point, (x, y) in zip(series.points, placed):
         if len(point) == 4:
+            x += aside
             _, low = place(point[0], point[2])
             _, high = place(point[0], point[3])
             parts.append(f'<line x1="{x:.1f}" y1="{low:.1f}" x2="{x:.1f}" y2="{high:.1f}" stroke="{colour}"/>')

@@ -114,4 +114,9 @@ def test_a_page_shows_lost_requests_and_copies():
 def test_plots_have_round_ticks_and_escape_names():
     assert ticks(0, 10) == [0, 2, 4, 6, 8, 10]
     assert ticks(-0.3, 0.3) == pytest.approx([-0.2, 0.0, 0.2])
+    bars = plot([Series(n, [(1, 2, 1, 3), (2, 3, 2, 4)]) for n in "ab"], x_label="x", y_label="y", log_x=True)
+    assert bars.count("<circle") == 4
+    places = {part.split('"')[1] for part in bars.split("<circle cx=")[1:]}
+    assert len(places) == 4  # bars at the same x stand beside each other
+    assert "No data" in plot([], x_label="x", y_label="y")
     assert "<b>" not in plot([Series("<b>", [(1, 2)])], x_label="x", y_label="y")
