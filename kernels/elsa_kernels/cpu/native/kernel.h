@@ -63,13 +63,16 @@ inline void dots(const float *q, const T *k, int64_t stride, const T *ahead, int
     V sums[R][N];
     for (auto &row : sums)
         for (V &x : row) x = zero();
-    int d = 0;
+    constexpr int LINE = 64 / int(sizeof(T));
+    int d = 0, column = 0;
     for (; d + L <= D; d += L) {
         V keys[N];
 #pragma GCC unroll 8
         for (int i = 0; i < N; ++i) {
             keys[i] = load(k + i * stride + d);
-            if (d % (64 / int(sizeof(T))) == 0) prefetch(ahead + i * stride + d);
+            if (d % LINE != 0) continue;
+            prefetch(ahead + column);  // in the order of memory, which is faster than row by row at column d
+            if ((column += LINE) >= D) column = 0, ahead += stride;
         }
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
