@@ -32,6 +32,9 @@ def gain(args: argparse.Namespace) -> int:
     flags = {side: [*one, "--context", str(context), "--max-batch", "1"] for side, one in flags.items()}
     if args.in_process:
         return in_process(args, flags)
+    if not all("--gpu-memory" in one for one in flags.values()):
+        # The default budget is most of what is free, so the second server would get the rest of the first.
+        raise UsageError("two servers share this machine: give both the same budget with --set gpu-memory=24GiB")
     commands = {side: elsa_serve_command(args.model_dir, flags[side]) for side in SIDES}
     return compare(args, commands, {}, {"engine": "elsa-offload", "dtype": None, "baseline": args.baseline})
 

@@ -127,6 +127,11 @@ def test_sides_that_cannot_share_weights_are_refused(tmp_path, capsys):
     assert "same dtype" in capsys.readouterr().err
 
 
+def test_two_servers_need_a_budget_each(tmp_path, capsys):
+    assert main(["bench", "gain", str(DEMO), "--output", str(tmp_path)]) == 2
+    assert "--set gpu-memory" in capsys.readouterr().err
+
+
 def check_real(data, percent):
     rows = rows_of(data)
     for phase, row in rows.items():
