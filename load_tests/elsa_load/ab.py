@@ -3,6 +3,11 @@
 One request is under way at a time. The order A B · B A · A B · … gives both sides the same share of a machine that
 slowly warms up or slows down, and a pair's two times stand next to each other. Prompts differ from pair to pair, so no
 prefix cache answers them, and both sides see every prompt once.
+
+What pairing cannot cancel: two processes of the very same program may differ throughout their lives, by where their
+memory lies. On a CPU of two cores the same server twice differed by up to 14 % in prefill, far outside its interval.
+So believe a small difference between two servers only if it survives new starts (`--output` of its own for each), or
+run the engines in one process (`elsa-serve bench gain --in-process`), where each turn builds its engine anew.
 """
 
 from __future__ import annotations
