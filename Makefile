@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint check help clean
+.PHONY: demo test test-timed lint check help clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -21,6 +21,9 @@ demo: $(STAMP)  ## serve the embedded model with streamed layers, ask it about a
 
 test: $(STAMP)  ## run the tests that need no GPU (GPU tests skip themselves)
 	$(BIN)/python -m pytest
+
+test-timed: $(STAMP)  ## hold the load-test tools to known timings; on a quiet machine
+	$(BIN)/python -m pytest -m timed
 
 check: $(STAMP)  ## linters and types; changes nothing
 	$(BIN)/ruff check .

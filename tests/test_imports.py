@@ -6,18 +6,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+LOAD = {"elsa_load", "load_tests"}
 ABOVE = {
-    "kernels/elsa_kernels": {
-        "elsa_serve",
-        "elsa_server",
-        "load_tests",
-        "transformers",
-        "fastapi",
-        "vllm",
-        "prometheus_client",
-    },
-    "elsa_serve": {"elsa_server", "load_tests", "fastapi", "starlette", "uvicorn", "vllm"},
-    "server/elsa_server": {"load_tests", "vllm", "torch"},
+    "kernels/elsa_kernels": LOAD
+    | {"elsa_serve", "elsa_server", "transformers", "fastapi", "vllm", "prometheus_client"},
+    "elsa_serve": LOAD | {"elsa_server", "fastapi", "starlette", "uvicorn", "vllm"},
+    "server/elsa_server": LOAD | {"vllm", "torch"},
 }
 
 

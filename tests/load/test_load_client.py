@@ -31,6 +31,7 @@ def near(value, expected):
     return expected - 0.002 <= value <= expected + LATE_S
 
 
+@pytest.mark.timed
 def test_times_of_single_tokens(mock_url):
     seen = observed(mock_url, planned(first=0.2, gaps=[0.02] * 20))
     assert (seen.outcome, seen.output_tokens, seen.chunks, seen.exact_tokens) == ("ok", 21, 21, True)
@@ -42,6 +43,7 @@ def test_times_of_single_tokens(mock_url):
     assert seen.prompt_tokens == 7
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("counting", ["logprobs", "continuous"])
 def test_latency_is_of_tokens_and_not_of_chunks(mock_url, counting):
     """Five tokens every 100 ms are 20 ms a token; a chunk of one after 100 ms is 100 ms."""
@@ -56,6 +58,7 @@ def test_latency_is_of_tokens_and_not_of_chunks(mock_url, counting):
     assert seen.tpot_s == pytest.approx(0.3 / 11, abs=0.004)
 
 
+@pytest.mark.timed
 def test_usage_alone_says_that_chunks_are_not_tokens(mock_url):
     seen = observed(mock_url, planned(first=0.05, gaps=[0.1, 0.1], sizes=[4, 4, 4]))
     assert (seen.output_tokens, seen.chunks, seen.exact_tokens) == (12, 3, False)
@@ -78,6 +81,7 @@ def test_an_event_of_a_megabyte_is_one_token(mock_url):
     assert seen.ttft_s < 0.05 + 3 * LATE_S
 
 
+@pytest.mark.timed
 def test_thousands_of_chunks_a_second_keep_their_times(mock_url):
     """40 streams of 50 chunks a second are 2,000 chunks a second; mean and rate must be those that were sent."""
     requests = [planned(f"s{i}", first=0.3, gaps=[0.02] * 60, at_s=0.0) for i in range(40)]
@@ -94,6 +98,7 @@ def test_thousands_of_chunks_a_second_keep_their_times(mock_url):
     assert tpots["max"] == pytest.approx(0.02, rel=0.25)
 
 
+@pytest.mark.timed
 def test_a_cancelled_request_ends_in_time(mock_url):
     seen = observed(mock_url, planned(first=0.05, gaps=[0.05] * 100, cancel_after_s=0.3))
     assert (seen.outcome, seen.error) == ("cancelled", None)
@@ -142,6 +147,7 @@ def test_events_split_anywhere_are_the_same(mock_url):
         assert events == [b'{"a": 1}', b"x\ny", b"[DONE]"]
 
 
+@pytest.mark.timed
 def test_open_arrivals_do_not_wait_for_answers(mock_url):
     requests = [planned(f"o{i}", first=0.5, at_s=0.05 * i) for i in range(10)]
 

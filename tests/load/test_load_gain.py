@@ -59,6 +59,7 @@ def rows_of(data):
     return {row["phase"]: row for row in data["rows"]}
 
 
+@pytest.mark.timed
 @needs_prometheus
 def test_a_planted_slowdown_is_found_by_client_and_prometheus(tmp_path, capsys):
     data = compare(tmp_path, 1.2)
@@ -81,6 +82,7 @@ def test_a_planted_slowdown_is_found_by_client_and_prometheus(tmp_path, capsys):
     assert "Prometheus" in capsys.readouterr().out
 
 
+@pytest.mark.timed
 def test_no_slowdown_is_found_where_there_is_none(tmp_path, url):
     flags = ["--context", "512", "--pairs", "8", "--output-tokens", "8", "--confidence", "0.999"]
     for phase, row in rows_of(compare_same(url, tmp_path, *flags)).items():
@@ -170,6 +172,7 @@ def in_one_process(folder, slowdown):
             side.close()
 
 
+@pytest.mark.timed
 @needs_prometheus
 @pytest.mark.slow
 @pytest.mark.parametrize(("slowdown", "percent"), [(1.2, 20), (1.0, 0)])
@@ -183,6 +186,7 @@ def test_real_engines_show_what_was_planted_and_nothing_else(tmp_path, slowdown,
         assert row["outputs_equal"] == 12
 
 
+@pytest.mark.timed
 @needs_prometheus
 @pytest.mark.slow
 def test_gain_starts_both_servers_and_prometheus_agrees_with_the_client(tmp_path):

@@ -27,6 +27,7 @@ def bench(*arguments):
     return main(["bench", "run", *arguments, "--quiet"])
 
 
+@pytest.mark.timed
 def test_a_storm_of_cancels_loses_no_request_and_can_be_replayed(url, tmp_path, capsys):
     flags = ["--url", url, "--requests", "16", "--rate", "20", "--scale", "0.1"]
     assert bench("cancel-storm", *flags, "--output", str(tmp_path / "a")) == 0
@@ -48,6 +49,7 @@ def test_a_storm_of_cancels_loses_no_request_and_can_be_replayed(url, tmp_path, 
     assert first == second
 
 
+@pytest.mark.timed
 def test_lengths_are_those_that_the_endpoint_counts(url, tmp_path):
     flags = ["--url", url, "--requests", "3", "--concurrency", "2", "--scale", "0.1", "--output", str(tmp_path)]
     assert bench("closed", *flags) == 0
