@@ -88,6 +88,7 @@ class Metrics:
         self._work()
         self._memory()
         self._server()
+        self._lock = threading.Lock()
         self._handlers: dict[type, Callable[[Any], None]] = {
             RequestReceived: self._on_received,
             RequestRejected: self._on_rejected,
@@ -101,12 +102,15 @@ class Metrics:
             EngineStarted: self._on_started,
         }
 
-    def record(self, stats: Record) -> None:
-        self._handlers[type(stats)](stats)
+    def record(self, *stats: Record) -> None:
+        with self._lock:
+            for one in stats:
+                self._handlers[type(one)](one)
 
     def exposition(self) -> bytes:
-        """The page that Prometheus scrapes, in its text format."""
-        return generate_latest(self.registry)
+        """The page that Prometheus scrapes, in its text format: never one from the middle of a `record`."""
+        with self._lock:
+            return generate_latest(self.registry)
 
     # Construction
 
@@ -303,16 +307,20 @@ class LogSink:
         self._prompt = self._generated = 0
         self._step_s = self._stall_s = 0.0
 
-    def record(self, stats: Record) -> None:
+    def record(self, *stats: Record) -> None:
         with self._lock:
-            if isinstance(stats, Gauges):
-                self._running, self._waiting = stats.running_prefill + stats.running_decode, stats.waiting
-            elif isinstance(stats, StepStats):
-                self._prompt += stats.prompt_tokens
-                self._generated += stats.generated_tokens
-                self._step_s += stats.duration_s
-                self._stall_s += sum(transfer.stall_s for transfer in stats.transfers)
-                self._report(self._clock())
+            for one in stats:
+                self._take(one)
+
+    def _take(self, stats: Record) -> None:
+        if isinstance(stats, Gauges):
+            self._running, self._waiting = stats.running_prefill + stats.running_decode, stats.waiting
+        elif isinstance(stats, StepStats):
+            self._prompt += stats.prompt_tokens
+            self._generated += stats.generated_tokens
+            self._step_s += stats.duration_s
+            self._stall_s += sum(transfer.stall_s for transfer in stats.transfers)
+            self._report(self._clock())
 
     def _report(self, now: float) -> None:
         elapsed = now - self._since
@@ -336,6 +344,6 @@ class Tee:
     def __init__(self, *sinks: MetricsSink) -> None:
         self._sinks = sinks
 
-    def record(self, stats: Record) -> None:
+    def record(self, *stats: Record) -> None:
         for sink in self._sinks:
-            sink.record(stats)
+            sink.record(*stats)

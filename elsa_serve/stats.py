@@ -137,11 +137,14 @@ Record = (
 
 
 class MetricsSink(Protocol):
-    def record(self, stats: Record) -> None:
-        """Take one record. Called from the engine's thread and from the server's: thread-safe and quick."""
+    def record(self, *stats: Record) -> None:
+        """Take records; those of one call belong together, and nobody sees some of them without the others.
+
+        Called from the engine's thread and from the server's: thread-safe and quick.
+        """
         ...
 
 
 class NullSink:
-    def record(self, stats: Record) -> None:
+    def record(self, *stats: Record) -> None:
         return None

@@ -53,9 +53,8 @@ class Steps:
 
     passes: list[StepStats]
 
-    def record(self, stats: Record) -> None:
-        if isinstance(stats, StepStats):
-            self.passes.append(stats)
+    def record(self, *stats: Record) -> None:
+        self.passes += [one for one in stats if isinstance(one, StepStats)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

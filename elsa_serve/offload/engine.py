@@ -101,7 +101,7 @@ class OffloadEngine:
         self._last_step: float | None = None
         self._peak_device_used = 0
         self._loaded.runner.poll = self._poll
-        self._record_gauges()
+        self._sink.record(self._gauges())
         self._thread = threading.Thread(target=self._run, name="elsa-engine", daemon=True)
         self._thread.start()
 
@@ -121,8 +121,7 @@ class OffloadEngine:
                 self._sink.record(RequestRejected(request.endpoint, "queue_full"))
                 raise
             self._arrivals += 1
-            self._sink.record(RequestReceived(request.endpoint))
-            self._record_gauges()
+            self._sink.record(RequestReceived(request.endpoint), self._gauges())
             self._work.notify_all()
 
     def _check_open(self, request: GenerationRequest) -> None:
@@ -239,7 +238,7 @@ class OffloadEngine:
         with self._lock:
             admitted = self._scheduler.admit()
             if admitted:
-                self._record_gauges()
+                self._sink.record(self._gauges())
         sequences = self._scheduler.running()
         if not sequences:
             return
@@ -259,7 +258,7 @@ class OffloadEngine:
         for sequence, row in done:
             self._deliver(sequence, row)
         with self._lock:
-            self._record_gauges()
+            self._sink.record(self._gauges())
 
     def _part(self, sequence: Sequence) -> Part:
         if sequence.kv is None:
@@ -354,8 +353,7 @@ class OffloadEngine:
         """Take a sequence out, record it, then tell its listener: metrics are complete when the answer is."""
         with self._lock:
             self._scheduler.finish(sequence)
-            self._sink.record(_finished(sequence, OUTCOMES[reason]))
-            self._record_gauges()
+            self._sink.record(_finished(sequence, OUTCOMES[reason]), self._gauges())
             self._work.notify_all()
         if draw is not None:
             self._send(sequence, self._event(sequence, draw, text, reason))
@@ -391,19 +389,17 @@ class OffloadEngine:
             with suppress(Exception):
                 self._end(sequence, "error", error=f"the engine has failed: {detail}")
 
-    def _record_gauges(self) -> None:
+    def _gauges(self) -> Gauges:
         prefill, decode, waiting = self._scheduler.counts()
-        self._sink.record(
-            Gauges(
-                running_prefill=prefill,
-                running_decode=decode,
-                waiting=waiting,
-                pending_prefill_tokens=self._scheduler.pending_prefill_tokens(),
-                kv_used_bytes=self._loaded.pool.used_bytes(),
-                kv_capacity_bytes=self._loaded.pool.capacity_bytes(),
-                gpu_bytes=dict(self.plan.gpu_bytes),
-                host_bytes=dict(self.plan.host_bytes),
-            )
+        return Gauges(
+            running_prefill=prefill,
+            running_decode=decode,
+            waiting=waiting,
+            pending_prefill_tokens=self._scheduler.pending_prefill_tokens(),
+            kv_used_bytes=self._loaded.pool.used_bytes(),
+            kv_capacity_bytes=self._loaded.pool.capacity_bytes(),
+            gpu_bytes=dict(self.plan.gpu_bytes),
+            host_bytes=dict(self.plan.host_bytes),
         )
 
 

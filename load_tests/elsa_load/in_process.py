@@ -31,9 +31,9 @@ class Gate:
     def __init__(self, sink: MetricsSink) -> None:
         self.sink, self.open = sink, False
 
-    def record(self, stats: Record) -> None:
+    def record(self, *stats: Record) -> None:
         if self.open:
-            self.sink.record(stats)
+            self.sink.record(*stats)
 
 
 class Switch:

@@ -48,18 +48,18 @@ WAIT = 30.0
 
 
 class Sink:
-    """Keeps records, and checks at every gauge that received = finished + running + waiting."""
+    """Keeps records, and checks after every call that received = finished + running + waiting."""
 
     def __init__(self) -> None:
         self.records: list[Record] = []
         self.wrong: list[Gauges] = []
 
-    def record(self, stats: Record) -> None:
-        self.records.append(stats)
-        if isinstance(stats, Gauges):
-            open_requests = stats.running_prefill + stats.running_decode + stats.waiting
-            if len(self.of(RequestReceived)) - len(self.of(RequestFinished)) != open_requests:
-                self.wrong.append(stats)
+    def record(self, *stats: Record) -> None:
+        self.records += stats
+        gauges = self.of(Gauges)[-1]  # the engine records its state before anything else
+        open_requests = gauges.running_prefill + gauges.running_decode + gauges.waiting
+        if len(self.of(RequestReceived)) - len(self.of(RequestFinished)) != open_requests:
+            self.wrong.append(gauges)
 
     def of(self, kind: type) -> list[Any]:
         return [r for r in self.records if isinstance(r, kind)]

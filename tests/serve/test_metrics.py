@@ -193,3 +193,30 @@ def test_tee() -> None:
     sinks = [Metrics(), Metrics()]
     Tee(*sinks).record(RequestReceived("completions"))
     assert [total(sink, "elsa_requests_received_total") for sink in sinks] == [1, 1]
+
+
+def test_no_page_shows_a_change_half_done() -> None:
+    """Records of one call appear together, whenever the page is read."""
+    metrics = Metrics()
+    stop = threading.Event()
+    finished = RequestFinished("completions", "ok", 5, 1, 0.1, 0.1, 0.1, 0.2, 0.3)
+
+    def change() -> None:
+        while not stop.is_set():
+            metrics.record(RequestReceived("completions"), Gauges(0, 0, 1, 0))
+            metrics.record(finished, Gauges(0, 0, 0, 0))
+
+    worker = threading.Thread(target=change)
+    worker.start()
+    try:
+        for _ in range(100):
+            page = values(metrics)
+            sums = {
+                name: sum(value for sample, value in page.items() if sample.startswith(f"elsa_requests_{name}"))
+                for name in ("received_total", "finished_total", "running", "waiting")
+            }
+            assert sums["received_total"] == sums["finished_total"] + sums["running"] + sums["waiting"]
+    finally:
+        stop.set()
+        worker.join()
+    assert sums["received_total"] > 0
