@@ -6,12 +6,13 @@ import dataclasses
 import math
 import re
 import subprocess
+import warnings
 from pathlib import Path
 
 import elsa_kernels
 import pytest
 import torch
-from elsa_kernels import gluon
+from elsa_kernels import gluon, registry
 from elsa_kernels.reference import attention_reference
 from elsa_kernels.registry import Problem
 
@@ -86,6 +87,30 @@ def test_is_preferred_on_hopper(monkeypatch):
     monkeypatch.setattr(gluon, "_capability", lambda index: (9, 0))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert elsa_kernels.select(problem()).name == "gluon"
+
+
+@pytest.mark.parametrize(
+    ("changes", "announced"),
+    [
+        ({"softcap": 30.0}, "softcap"),
+        ({"D": 96}, "head dimension 96"),
+        ({"Nq": 1}, None),  # decode is not this form's
+        ({"precision": "ieee"}, None),
+    ],
+)
+def test_a_fallback_is_announced_where_this_form_was_expected(monkeypatch, changes, announced):
+    monkeypatch.setattr(gluon, "_capability", lambda index: (9, 0))
+    monkeypatch.setattr(registry, "_announced", set())
+    others = [e for e in registry.implementations() if e.name != "gluon"]
+    last = dataclasses.replace(others[0], name="last", priority=0, supports=lambda problem: None, preferred=None)
+    monkeypatch.setattr(registry, "_implementations", {"gluon": gluon.implementation, "last": last})
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        assert registry.select(problem(**changes)).name == "last"
+        registry.select(problem(**changes))
+    texts = [str(warning.message) for warning in seen]
+    assert len(texts) == (announced is not None)  # once, or never
+    assert all("gluon refused" in text and announced in text for text in texts)
 
 
 # --- which tiles a program works on (the kernels' own functions, run as plain Python)

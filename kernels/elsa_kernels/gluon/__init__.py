@@ -38,11 +38,22 @@ def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
+def _capability_of(device: torch.device) -> tuple[int, int]:
+    return _capability(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def preferred(problem: Problem) -> bool:
+    """The problems this form is for: only there is a refusal a fallback, and announced."""
+    if problem.device.type != "cuda" or torch.version.hip or _capability_of(problem.device) != (9, 0):
+        return False
+    wanted = problem.dtype in (torch.float32, torch.float16, torch.bfloat16) and problem.precision == "fp32"
+    return wanted and problem.Nq >= MIN_QUERIES
+
+
 def supports(problem: Problem) -> str | None:
     if problem.device.type != "cuda" or torch.version.hip:
         return f"it runs on NVIDIA Hopper, not on {'ROCm' if torch.version.hip else problem.device.type}"
-    index = problem.device.index
-    capability = _capability(torch.cuda.current_device() if index is None else index)
+    capability = _capability_of(problem.device)
     if capability != (9, 0):
         return f"it runs on compute capability 9.0 (Hopper), not {capability[0]}.{capability[1]}"
     if _missing():
@@ -80,4 +91,6 @@ def run(problem: Problem, operands: Operands) -> torch.Tensor | State:
         return launch.run(problem, operands)
 
 
-implementation = register(Implementation(name="gluon", priority=30, supports=supports, run=run))
+implementation = register(
+    Implementation(name="gluon", priority=30, supports=supports, run=run, home=("cuda",), preferred=preferred)
+)
