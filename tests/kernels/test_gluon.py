@@ -73,6 +73,14 @@ def test_refuses_other_generations(monkeypatch):
     assert "not 8.0" in gluon.supports(problem())
 
 
+@pytest.fixture
+def on_hopper(monkeypatch):
+    """As on a Hopper device with the Triton that this form is written against."""
+    monkeypatch.setattr(gluon, "_capability", lambda index: (9, 0))
+    monkeypatch.setattr(gluon, "_missing", lambda: None)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
 def test_refuses_another_gluon(monkeypatch):
     monkeypatch.setattr(gluon, "_capability", lambda index: (9, 0))
     monkeypatch.setattr(triton, "__version__", "3.9.1")
@@ -83,9 +91,7 @@ def test_refuses_another_gluon(monkeypatch):
         gluon._missing.cache_clear()
 
 
-def test_is_preferred_on_hopper(monkeypatch):
-    monkeypatch.setattr(gluon, "_capability", lambda index: (9, 0))
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+def test_is_preferred_on_hopper(on_hopper):
     assert elsa_kernels.select(problem()).name == "gluon"
 
 
@@ -98,8 +104,7 @@ def test_is_preferred_on_hopper(monkeypatch):
         ({"precision": "ieee"}, None),
     ],
 )
-def test_a_fallback_is_announced_where_this_form_was_expected(monkeypatch, changes, announced):
-    monkeypatch.setattr(gluon, "_capability", lambda index: (9, 0))
+def test_a_fallback_is_announced_where_this_form_was_expected(monkeypatch, on_hopper, changes, announced):
     monkeypatch.setattr(registry, "_announced", set())
     others = [e for e in registry.implementations() if e.name != "gluon"]
     last = dataclasses.replace(others[0], name="last", priority=0, supports=lambda problem: None, preferred=None)
