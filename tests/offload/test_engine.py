@@ -574,7 +574,11 @@ def test_steps_say_their_phase_tokens_and_transfers(make: Callable[..., OffloadE
     assert [(s.phase, s.prompt_tokens, s.generated_tokens) for s in decodes] == [("decode", 0, 1)] * 2
     assert {s.attention_backend for s in sink.of(StepStats)} == {"elsa"}
     moved = sum(t.bytes for s in sink.of(StepStats) for t in s.transfers if t.object == "weights")
-    assert moved >= 3 * engine._loaded.weights.store.nbytes
+    # Three passes stream every layer; what the ring had fetched ahead before the first, or for the one after the last,
+    # may be counted or not.
+    layer_bytes = engine._loaded.weights.store.nbytes // engine.plan.geometry.layers
+    assert engine.plan.slots < engine.plan.geometry.layers
+    assert abs(moved // layer_bytes - 3 * engine.plan.geometry.layers) <= engine.plan.slots
     for transfer in (t for s in sink.of(StepStats) for t in s.transfers):
         assert transfer.hidden_s <= transfer.seconds + 1e-9
         assert transfer.stall_s >= 0
