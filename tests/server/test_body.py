@@ -28,6 +28,7 @@ def longest_hold(run: threading.Thread) -> float:
     return worst
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize(
     "prompt",
     [
