@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from elsa_kernels.linear import SplitMatrix, linear, split_rows, split_weight
+from elsa_kernels.linear import SplitMatrix, linear, split_weight
 from torch import nn
 
 
@@ -70,9 +70,7 @@ class _Accelerated(nn.Module):
     def __init__(self, of: nn.Linear) -> None:
         super().__init__()
         self.original = of
-        self._split = split_rows(of.weight.detach())
-        if bool(self._split.nonfinite.any()):
-            raise ValueError("the weight holds Inf or NaN: it cannot be split")
+        self._split = split_weight(of.weight.detach())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled() and (x.requires_grad or self.original.weight.requires_grad):
