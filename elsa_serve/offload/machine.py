@@ -26,13 +26,25 @@ CPU_DEVICE_SHARE = 0.25  # without a GPU, the part of free memory that plays the
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Bytes per second and FLOP per second. Defaults are a guess at a data-centre GPU; `source` says which they are."""
+    """Bytes per second, FLOP per second and seconds. Defaults are a guess at a data-centre GPU and its host; `source`
+    says which they are.
 
-    h2d: float = 50e9
-    d2h: float = 50e9
-    device_memory: float = 3.0e12
-    host_memory: float = 100e9
-    flops: float = 500e12
+    Host memory is one pipe for the processor and for the copy engine: what either gets while both are at work is a rate
+    of its own (`…_beside_…`), and the two together never exceed `host_memory`.
+    """
+
+    h2d: float = 50e9  # page-locked copies to the device, alone
+    d2h: float = 50e9  # and back, alone
+    device_memory: float = 3.0e12  # bytes read and written
+    host_memory: float = 100e9  # bytes read by all cores
+    flops: float = 500e12  # matrix products in the model's dtype
+    attention_flops: float = 400e12  # causal attention of a long prompt on the device, useful FLOPs
+    cpu_attention: float = 90e9  # bytes of K and V that the CPU kernel reads for one query token, alone
+    cpu_attention_beside_h2d: float = 50e9  # the same while copies to the device run
+    h2d_beside_cpu_attention: float = 50e9  # copies to the device while the CPU kernel runs
+    cpu_attention_flops: float = 1e12  # the CPU kernel where many query tokens share the reading of K and V
+    disk: float = 2e9  # sequential reads that bypass the page cache
+    layer_s: float = 5e-4  # seconds in which the host issues one decoder layer of a decode pass
     source: str = "assumed, not measured"
 
 

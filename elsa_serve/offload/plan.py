@@ -71,9 +71,13 @@ class Geometry:
             dtype=dtype,
         )
 
+    def kv_token_bytes(self) -> int:
+        """Keys and values of one token in one layer."""
+        return 2 * self.kv_heads * self.head_dim * self.dtype.itemsize
+
     def kv_layer_bytes(self, tokens: int) -> int:
-        """Keys and values of so many tokens in one layer."""
-        return _aligned(2 * self.kv_heads * self.head_dim * self.dtype.itemsize * tokens)
+        """Keys and values of so many tokens in one layer, as one block."""
+        return _aligned(self.kv_token_bytes() * tokens)
 
     def kv_bytes(self, tokens: int) -> int:
         return self.layers * self.kv_layer_bytes(tokens)
@@ -106,8 +110,9 @@ class Plan:
     """Placement and prediction. Bytes, tokens, seconds.
 
     The two KV pools together hold `kv_tokens` tokens in all layers; at least one request of `context` tokens fits.
-    `kv_gpu_layers` are the layers whose KV the device pool holds for a request of full length. Times are those of one
-    request: a prompt of `context` tokens, and a token at its end.
+    `kv_gpu_layers` are the layers whose KV the device pool holds for a request of full length where blocks are whole
+    layers; `kv_gpu_tokens` are the tokens whose KV it holds in every layer where a layer's KV is split along the
+    sequence. Times are those of one request: a prompt of `context` tokens, and a token at its end.
     """
 
     geometry: Geometry
@@ -135,6 +140,24 @@ class Plan:
     @property
     def streamed_layers(self) -> int:
         return self.geometry.layers - len(self.resident_layers)
+
+    @property
+    def kv_gpu_tokens(self) -> int:
+        """Tokens of a request of full length that every layer keeps on the device, when split along the sequence."""
+        token = self.geometry.kv_token_bytes()
+        return min(self.context, self.kv_gpu_bytes // (self.geometry.layers * token))
+
+    @property
+    def kv_host_tokens(self) -> int:
+        """The rest of such a request: tokens that every layer keeps in host memory."""
+        return self.context - self.kv_gpu_tokens
+
+    def kv_layer_split(self, tokens: int | None = None) -> tuple[int, int]:
+        """Bytes of one layer's keys and values (on the device, in host memory) of one request of `tokens` tokens
+        (None: full length), the device filled first."""
+        tokens = self.context if tokens is None else tokens
+        on_device, token = min(tokens, self.kv_gpu_tokens), self.geometry.kv_token_bytes()
+        return on_device * token, (tokens - on_device) * token
 
 
 @dataclass(frozen=True, slots=True)

@@ -101,6 +101,17 @@ def test_eight_gib_streams_every_layer_and_keeps_the_budget() -> None:
     assert plan.kv_tokens == 32768
 
 
+def test_a_layers_kv_split_along_the_sequence_fills_the_device_first() -> None:
+    plan = plan_13b()
+    token = LLAMA_13B.kv_token_bytes()
+    assert 0 < plan.kv_gpu_tokens < 32768
+    assert plan.kv_gpu_tokens + plan.kv_host_tokens == 32768
+    assert plan.kv_gpu_tokens * token * 40 <= plan.kv_gpu_bytes < (plan.kv_gpu_tokens + 1) * token * 40
+    assert plan.kv_layer_split() == (plan.kv_gpu_tokens * token, plan.kv_host_tokens * token)
+    assert plan.kv_layer_split(100) == (100 * token, 0)
+    assert plan_13b(gpu_budget=100 * GIB).kv_layer_split() == (32768 * token, 0)
+
+
 def test_more_memory_goes_to_kv_first_and_then_to_layers() -> None:
     shares = [plan_13b(gpu_budget=size * GIB) for size in (8, 16, 24, 36, 48, 60)]
     assert [p.kv_gpu_bytes for p in shares] == sorted(p.kv_gpu_bytes for p in shares)
