@@ -256,7 +256,7 @@ class OffloadEngine:
         done = [(s, rows[id(parts[id(s)])]) for s in sequences if id(parts[id(s)]) in rows]
         self._record_step(start, len(sequences), [s for s in prefilling if id(parts[id(s)]) in rows], prefilling, done)
         for sequence, row in done:
-            self._deliver(sequence, row)
+            self._deliver(sequence, row[-1])
         with self._lock:
             self._sink.record(self._gauges())
 

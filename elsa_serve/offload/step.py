@@ -24,6 +24,7 @@ from elsa_serve.offload.streams import Event, Streams
 # Chunks that the host may issue ahead of the device: enough to keep it busy, few enough that a cancelled request stops
 # soon and that reported progress is real.
 RUN_AHEAD = 4
+SHORT_TOKENS = 32  # parts up to this long share a chunk: the tokens of a decode pass, drafted ones included
 
 
 class PassAbandoned(Exception):
@@ -32,10 +33,14 @@ class PassAbandoned(Exception):
 
 @dataclass(eq=False, slots=True)
 class Part:
-    """One request's share of a pass: `tokens` after those its KV holds. `given_up` may turn true during the pass."""
+    """One request's share of a pass: `tokens` after those its KV holds. `given_up` may turn true during the pass.
+
+    `rows` of its last tokens need logits: none of an unfinished prompt, several where drafted tokens are verified.
+    """
 
     kv: RequestKV
     tokens: Sequence[int]
+    rows: int = 1
     given_up: Callable[[], bool] = lambda: False
     on_progress: Callable[[int], None] | None = None  # layers × tokens done, of this part
 
@@ -65,39 +70,37 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """A pass's metadata, built once. `last_rows` are the packed rows whose logits are wanted, one a part."""
+    """A pass's metadata, built once. `wanted` are the packed rows whose logits are wanted, part by part."""
 
     parts: tuple[Part, ...]
     chunks: tuple[Chunk, ...]
     token_ids: list[int]
     positions: list[int]
-    last_rows: list[int]
+    wanted: list[int]
 
     @staticmethod
     def build(parts: Sequence[Part], chunk_tokens: int) -> StepPlan:
-        """Single tokens (decode) share the first chunks; each longer part is chunked by itself, in order."""
-        ordered = sorted(parts, key=lambda part: len(part.tokens) > 1)
+        """Short parts (decode) come first and share chunks; each longer part is chunked by itself, in order."""
+        ordered = sorted(parts, key=lambda part: len(part.tokens) > SHORT_TOKENS)
         token_ids = [token for part in ordered for token in part.tokens]
         positions = [part.kv.length + i for part in ordered for i in range(len(part.tokens))]
         chunks: list[Chunk] = []
-        last_rows: list[int] = []
-        row = 0
-        single = [part for part in ordered if len(part.tokens) == 1]
-        for i in range(0, len(single), chunk_tokens):
-            group = single[i : i + chunk_tokens]
-            segments = tuple(Segment(part, j, j + 1, 0, True) for j, part in enumerate(group))
-            chunks.append(Chunk(row, row + len(group), segments))
-            last_rows += range(row, row + len(group))
-            row += len(group)
-        for part in ordered[len(single) :]:
+        wanted: list[int] = []
+        low = row = 0
+        shared: list[Segment] = []
+        for part in ordered:
             total = len(part.tokens)
             for start in range(0, total, chunk_tokens):
                 size = min(chunk_tokens, total - start)
-                segment = Segment(part, 0, size, start, start + size == total)
-                chunks.append(Chunk(row + start, row + start + size, (segment,)))
-            row += total
-            last_rows.append(row - 1)
-        return StepPlan(tuple(ordered), tuple(chunks), token_ids, positions, last_rows)
+                if shared and (total > SHORT_TOKENS or row + size - low > chunk_tokens):
+                    chunks.append(Chunk(low, row, tuple(shared)))
+                    low, shared = row, []
+                shared.append(Segment(part, row - low, row - low + size, start, start + size == total))
+                row += size
+            wanted += range(row - part.rows, row)
+        if shared:
+            chunks.append(Chunk(low, row, tuple(shared)))
+        return StepPlan(tuple(ordered), tuple(chunks), token_ids, positions, wanted)
 
     def visits(self, layers: int) -> list[Visit]:
         """The layers on the host in the order in which the pass computes them."""
@@ -140,7 +143,7 @@ class PassRunner:
             layer.forward = _LayerForward(self, index, layer.forward)
 
     def run(self, parts: Sequence[Part]) -> dict[int, torch.Tensor]:
-        """One pass. Returns logits rows [V] (float32, CPU) by id(part) and advances each part's KV length.
+        """One pass. Returns logits [part.rows, V] (float32, CPU) by id(part) and advances each part's KV length.
 
         Parts given up on the way are left out and keep their length. Raises PassAbandoned when none is left. After any
         exception the KV of all parts is as before the pass.
@@ -158,10 +161,10 @@ class PassRunner:
         finally:
             self._running = None
         results = {}
-        for part, row in zip(plan.parts, rows):
+        for part, logits in zip(plan.parts, rows.split([part.rows for part in plan.parts])):
             if not part.given_up():
                 part.kv.length += len(part.tokens)
-                results[id(part)] = row
+                results[id(part)] = logits
         return results
 
     def _recover(self) -> None:
@@ -169,7 +172,7 @@ class PassRunner:
         self._host_kv.abandon()
 
     def _forward(self, plan: StepPlan) -> torch.Tensor:
-        """Logits [parts, V] on the device."""
+        """Logits [wanted rows, V] on the device."""
         device = self._streams.device
         ids = torch.tensor([plan.token_ids], device=device)
         positions = torch.tensor([plan.positions], device=device)
@@ -195,7 +198,7 @@ class PassRunner:
                 self._pace(running, chunk)
         if index == len(self._layers) - 1:
             self._pace(running, None)
-            return hidden[:, plan.last_rows]
+            return hidden[:, plan.wanted]
         return hidden
 
     def _chunk(

@@ -13,28 +13,39 @@ from engine_models import make_engine, prompt_of, reference, save_checkpoint
 from elsa_serve.offload.attention import NAME, AttentionOptions, offload_attention, sdpa_attend
 from elsa_serve.offload.engine import OffloadEngine
 from elsa_serve.offload.kv import RequestKV
-from elsa_serve.offload.step import Part, PassAbandoned, StepPlan, _rows
+from elsa_serve.offload.step import SHORT_TOKENS, Part, PassAbandoned, StepPlan, _rows
 
 
 def kv(length: int = 0) -> RequestKV:
     return RequestKV(100, [], length)
 
 
-def test_decode_tokens_share_a_chunk_and_prompts_never_mix() -> None:
-    parts = [Part(kv(), [1] * 10), Part(kv(7), [2]), Part(kv(), [3] * 5), Part(kv(9), [4])]
-    plan = StepPlan.build(parts, chunk_tokens=4)
+def long(token: int, tokens: int = SHORT_TOKENS + 8) -> list[int]:
+    return [token] * tokens
+
+
+def test_short_parts_share_a_chunk_and_prompts_never_mix() -> None:
+    parts = [Part(kv(), long(1)), Part(kv(7), [2]), Part(kv(), long(3, 36)), Part(kv(9), [4, 5, 6], rows=3)]
+    plan = StepPlan.build(parts, chunk_tokens=20)
     assert plan.parts == (parts[1], parts[3], parts[0], parts[2])
-    assert plan.token_ids == [2, 4, *[1] * 10, *[3] * 5]
-    assert plan.positions == [7, 9, *range(10), *range(5)]
-    assert [(c.low, c.high) for c in plan.chunks] == [(0, 2), (2, 6), (6, 10), (10, 12), (12, 16), (16, 17)]
-    assert plan.last_rows == [0, 1, 11, 16]
-    assert [[s.part for s in c.segments] for c in plan.chunks[1:]] == [[parts[0]]] * 3 + [[parts[2]]] * 2
-    assert [(s.start, s.final) for c in plan.chunks[1:4] for s in c.segments] == [(0, False), (4, False), (8, True)]
+    assert plan.token_ids == [2, 4, 5, 6, *long(1), *long(3, 36)]
+    assert plan.positions == [7, 9, 10, 11, *range(40), *range(36)]
+    assert [(c.low, c.high) for c in plan.chunks] == [(0, 4), (4, 24), (24, 44), (44, 64), (64, 80)]
+    assert plan.wanted == [0, 1, 2, 3, 43, 79]
+    assert [[s.part for s in c.segments] for c in plan.chunks[1:]] == [[parts[0]]] * 2 + [[parts[2]]] * 2
+    assert [(s.start, s.final) for c in plan.chunks[1:3] for s in c.segments] == [(0, False), (20, True)]
+    assert [(s.low, s.high) for s in plan.chunks[0].segments] == [(0, 1), (1, 4)]
 
 
-def test_more_decode_tokens_than_a_chunk_holds_take_several() -> None:
-    plan = StepPlan.build([Part(kv(i), [i]) for i in range(5)], chunk_tokens=2)
-    assert [(c.low, c.high, len(c.segments)) for c in plan.chunks] == [(0, 2, 2), (2, 4, 2), (4, 5, 1)]
+def test_more_short_parts_than_a_chunk_holds_take_several() -> None:
+    plan = StepPlan.build([Part(kv(i), [i] * (1 + i % 2)) for i in range(5)], chunk_tokens=3)
+    assert [(c.low, c.high, len(c.segments)) for c in plan.chunks] == [(0, 3, 2), (3, 6, 2), (6, 7, 1)]
+    assert [c.low for c in StepPlan.build([Part(kv(), [1] * 7)], chunk_tokens=3).chunks] == [0, 3, 6]
+
+
+def test_an_unfinished_prompt_wants_no_logits() -> None:
+    plan = StepPlan.build([Part(kv(), [1] * 5, rows=0), Part(kv(3), [2])], chunk_tokens=8)
+    assert plan.wanted == [5]
 
 
 def test_per_token_arguments_are_sliced_and_others_are_not() -> None:
@@ -105,7 +116,7 @@ def part(engine: OffloadEngine) -> Iterator[Callable[..., Part]]:
 
 def row_of(engine: OffloadEngine, *parts: Part) -> list[torch.Tensor]:
     rows = engine._loaded.runner.run(parts)
-    return [rows[id(p)] for p in parts]
+    return [rows[id(p)][-1] for p in parts]
 
 
 def reference_row(tokens: list[int]) -> torch.Tensor:
@@ -131,6 +142,20 @@ def test_tokens_beyond_the_first_pass_may_come_in_chunks_too(engine: OffloadEngi
     for first, last in ((0, 25), (25, 40), (40, 41)):
         one.tokens = tokens[first:last]
         torch.testing.assert_close(row_of(engine, one)[0], reference_row(tokens[:last]), rtol=1e-4, atol=1e-4)
+
+
+def test_several_rows_and_a_length_set_back(engine: OffloadEngine, part: Any) -> None:
+    """What verification does: logits of several tokens, some of which are then taken back and replaced."""
+    tokens = prompt_of(30)
+    one = part(tokens[:20], rows=0)
+    assert engine._loaded.runner.run([one])[id(one)].shape == (0, engine.info.vocab_size)
+    one.tokens, one.rows = [*tokens[20:22], 9, 9, 9], 4
+    rows = engine._loaded.runner.run([one])[id(one)]
+    for i, row in enumerate(rows):
+        torch.testing.assert_close(row, reference_row([*tokens[:22], 9, 9, 9][: 22 + i]), rtol=1e-4, atol=1e-4)
+    one.kv.length = 22
+    one.tokens, one.rows = tokens[22:25], 1
+    torch.testing.assert_close(row_of(engine, one)[0], reference_row(tokens[:25]), rtol=1e-4, atol=1e-4)
 
 
 def test_progress_counts_layers_times_tokens(engine: OffloadEngine, part: Any) -> None:
@@ -170,7 +195,7 @@ def test_others_go_on_when_one_is_given_up(engine: OffloadEngine, part: Any, cal
     decoding.tokens = [7]
     unwanted = part(prompt_of(30, seed=9), given_up=GiveUp(calls))
     rows = engine._loaded.runner.run([unwanted, decoding])
-    torch.testing.assert_close(rows[id(decoding)], reference_row([*tokens, 7]), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(rows[id(decoding)][0], reference_row([*tokens, 7]), rtol=1e-4, atol=1e-4)
     assert id(unwanted) not in rows
     assert unwanted.kv.length == 0
     decoding.tokens = [8]
