@@ -264,7 +264,7 @@ class OffloadEngine:
         if sequence.kv is None:
             raise RuntimeError(f"request {sequence.request.request_id!r} runs without KV memory")
         progress = self._progress(sequence) if sequence.prefilling else None
-        return Part(sequence.kv, sequence.next_tokens(), sequence.given_up, progress)
+        return Part(sequence.kv, sequence.next_tokens(), given_up=sequence.given_up, on_progress=progress)
 
     def _progress(self, sequence: Sequence) -> Callable[[int], None]:
         throttle = Throttle(PROGRESS_S)
