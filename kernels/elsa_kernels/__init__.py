@@ -17,6 +17,8 @@ from elsa_kernels.state import State, merge, tree_merge
 
 # Each of these registers its implementation when imported, and none of them imports a compiler before it runs.
 from elsa_kernels import cpu, cuda, gluon, triton  # isort: skip
+from elsa_kernels import paged  # isort: skip
+from elsa_kernels.paged import attention_paged, reshape_and_cache  # isort: skip
 
 __all__ = [
     "FallbackWarning",
@@ -26,6 +28,7 @@ __all__ = [
     "State",
     "UnsupportedProblem",
     "attention",
+    "attention_paged",
     "attention_varlen",
     "cpu",
     "cuda",
@@ -33,8 +36,10 @@ __all__ = [
     "gluon",
     "implementations",
     "merge",
+    "paged",
     "reference",
     "register",
+    "reshape_and_cache",
     "select",
     "tree_merge",
     "triton",
