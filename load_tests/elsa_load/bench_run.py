@@ -62,7 +62,8 @@ def text(result: dict[str, Any]) -> str:
     for name in latencies:
         if summary[name]:
             lines.append(f"{name:<10}" + "".join(f"{summary[name][column]:>10.4f}" for column in columns))
-    rest = {key: value for key, value in summary.items() if key not in latencies} | {"watch": result["watch"]}
+    watch = {key: value for key, value in result["watch"].items() if key != "lives"}
+    rest = {key: value for key, value in summary.items() if key not in latencies} | {"watch": watch}
     return "\n".join([*lines, *(f"{key}: {value}" for key, value in rest.items() if value is not None)])
 
 

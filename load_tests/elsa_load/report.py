@@ -165,7 +165,18 @@ def environment(data: dict[str, Any]) -> str:
 
 
 def result_watch(data: dict[str, Any]) -> dict[str, Any]:
-    return {f"watch: {key}": value for key, value in data["watch"].items()}
+    return {f"watch: {key}": value for key, value in data["watch"].items() if key != "lives"}
+
+
+def memory_plot(data: dict[str, Any]) -> str:
+    """Resident memory of the server over its lives; empty where it did not tell."""
+    lives = data["watch"].get("lives", ())
+    names = [f"process {number}" for number in range(1, len(lives) + 1)]
+    series = [
+        Series(name, [(at, value / 2**20) for at, value in life["memory"]], line=True)
+        for name, life in zip(names, lives)
+    ]
+    return plot(series, x_label="seconds", y_label="resident memory (MiB)") if series else ""
 
 
 def run_report(data: dict[str, Any]) -> str:
@@ -190,6 +201,7 @@ def run_report(data: dict[str, Any]) -> str:
         table(("Seconds", *columns), lines),
         plot(series, x_label="sent (s)", y_label="first token, or end (s)"),
         plot([one for one in spread if one.points], x_label="seconds", y_label="share of requests within"),
+        memory_plot(data),
         table(("", ""), [(key, str(value)) for key, value in counts.items()]),
         environment(data),
     ]

@@ -11,6 +11,34 @@ from elsa_load.client import Client
 from elsa_load.pages import Page
 from elsa_serve.errors import UsageError
 
+KEPT = 240  # points of a life's memory in a summary
+
+
+@dataclass(slots=True)
+class Life:
+    """One process of the server: a restart begins another, whose memory starts anew."""
+
+    born: float  # seconds since the epoch; 0 where the server does not tell
+    memory: list[tuple[float, float]] = field(default_factory=list)  # (time, resident bytes)
+
+    @property
+    def seconds(self) -> float:
+        return self.memory[-1][0] - self.memory[0][0]
+
+    @property
+    def growth(self) -> float | None:
+        """Mean of the last quarter over that of the second, the first being warm-up, less 1; None for a short life."""
+        quarter = len(self.memory) // 4
+        if not quarter:
+            return None
+        second, last = self.memory[quarter : 2 * quarter], self.memory[-quarter:]
+        return sum(value for _, value in last) / sum(value for _, value in second) - 1
+
+    def summary(self) -> dict[str, Any]:
+        """Memory is thinned out to at most `KEPT` points, for the plot."""
+        step = -(-len(self.memory) // KEPT)
+        return {"seconds": self.seconds, "memory_growth": self.growth, "memory": self.memory[::step]}
+
 
 @dataclass(slots=True)
 class Watch:
@@ -23,7 +51,7 @@ class Watch:
     unbalanced: list[tuple[float, float]] = field(default_factory=list)  # (time, requests unaccounted for)
     in_a_row: int = 0
     longest_in_a_row: int = 0
-    memory: list[tuple[float, float]] = field(default_factory=list)  # (time, resident bytes of the server)
+    lives: list[Life] = field(default_factory=list)  # of the server's processes, one after the other
 
     async def run(self) -> None:
         start = time.monotonic()
@@ -42,13 +70,14 @@ class Watch:
             self.unbalanced.append((at, page.unaccounted))
         resident = page.total("process_resident_memory_bytes")
         if resident:
-            self.memory.append((at, resident))
+            born = page.total("process_start_time_seconds")
+            if not self.lives or self.lives[-1].born != born:
+                self.lives.append(Life(born))
+            self.lives[-1].memory.append((at, resident))
 
     def summary(self) -> dict[str, Any]:
-        """`memory_growth`: mean of the last quarter over that of the second, the first being warm-up."""
-        quarter = len(self.memory) // 4
-        second, last = self.memory[quarter : 2 * quarter], self.memory[-quarter:] if quarter else []
-        mean = [sum(value for _, value in part) / len(part) for part in (second, last) if part]
+        """`memory_growth` is that of the server's longest life; `lives` has every one."""
+        longest = max(self.lives, key=lambda life: life.seconds, default=None)
         return {
             "scrapes": self.scrapes,
             "unreachable": self.unreachable,
@@ -56,6 +85,7 @@ class Watch:
             # One may be a request that changed its state while the page was written; two in a row are a lost request.
             "unbalanced_in_a_row": self.longest_in_a_row,
             "largest_imbalance": max((abs(n) for _, n in self.unbalanced), default=0.0),
-            "memory_growth": mean[1] / mean[0] - 1 if len(mean) == 2 else None,
-            "peak_memory_bytes": max((value for _, value in self.memory), default=None),
+            "memory_growth": longest.growth if longest is not None else None,
+            "peak_memory_bytes": max((value for life in self.lives for _, value in life.memory), default=None),
+            "lives": [life.summary() for life in self.lives],
         }

@@ -76,18 +76,42 @@ def test_the_list_names_every_scenario(capsys):
     assert len(capsys.readouterr().out.splitlines()) == 11
 
 
-def test_watch_notices_lost_requests_and_growing_memory():
-    page = "# TYPE elsa_requests_received_total counter\nelsa_requests_received_total 3\n"
-    page += "# TYPE elsa_requests_finished_total counter\nelsa_requests_finished_total 2\n"
-    page += "# TYPE process_resident_memory_bytes gauge\nprocess_resident_memory_bytes "
+def page_of(resident, born, finished):
+    lines = []
+    for name, value in (
+        ("elsa_requests_received_total", 3),
+        ("elsa_requests_finished_total", finished),
+        ("process_start_time_seconds", born),
+        ("process_resident_memory_bytes", resident),
+    ):
+        lines += [f"# TYPE {name} {'counter' if name.endswith('_total') else 'gauge'}", f"{name} {value}"]
+    return Page.parse("\n".join(lines) + "\n")
 
-    async def watched():
+
+def watched(pages):
+    async def watch_pages():
         async with Client(Endpoint("http://127.0.0.1:9", model="m")) as client:
             watch = Watch(client)
-            for second in range(16):
-                watch._take(second, Page.parse(f"{page}{1000 + 50 * second}\n"))
+            for second, page in enumerate(pages):
+                watch._take(second, page)
             return watch.summary()
 
-    summary = asyncio.run(watched())
+    return asyncio.run(watch_pages())
+
+
+def test_watch_notices_lost_requests_and_growing_memory():
+    summary = watched([page_of(1000 + 50 * second, 7, finished=2) for second in range(16)])
     assert (summary["unbalanced_in_a_row"], summary["largest_imbalance"]) == (16, 1.0)
     assert summary["memory_growth"] == pytest.approx(1675 / 1275 - 1)
+
+
+def test_memory_is_judged_within_a_life_of_the_server():
+    """A fresh process is smaller: across a restart growth would be hidden, or loss of memory found."""
+    first = [page_of(5000, 7, finished=3)] * 8
+    second = [page_of(1000 + 10 * i, 8, finished=3) for i in range(12)]
+    summary = watched([*first, *second])
+    assert [life["seconds"] for life in summary["lives"]] == [7, 11]
+    assert summary["lives"][0]["memory_growth"] == 0
+    assert summary["memory_growth"] == pytest.approx(1100 / 1040 - 1)
+    assert summary["peak_memory_bytes"] == 5000
+    assert summary["unbalanced_scrapes"] == 0
