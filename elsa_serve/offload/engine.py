@@ -7,12 +7,14 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from elsa_serve.errors import BudgetError, ContextTooLong, EngineDraining, EngineFailed, QueueFull, UsageError
+from elsa_serve.offload import attention as attentions
 from elsa_serve.offload import device as devices
 from elsa_serve.offload.loading import EngineOptions, LoadedModel, load
 from elsa_serve.offload.output import OutputText
@@ -158,6 +160,20 @@ class OffloadEngine:
             found = self._scheduler.cancel(request_id)
             self._work.notify_all()
             return found
+
+    def use_attention(self, name: str) -> None:
+        """Change the attention kernels between two requests; memory, plan and weights stay where they are.
+
+        For comparisons of kernels alone. Raises UsageError while a request is under way, or where the model's
+        attention cannot run so.
+        """
+        with self._lock:
+            if not self._scheduler.idle():
+                raise UsageError("attention cannot change while requests are under way: wait until they have ended")
+            attentions.check_model(self._loaded.weights.config, name)
+            self._loaded.runner.attend = attentions.ATTEND[name]
+            self._options = replace(self._options, attention=name)
+            self.info = replace(self.info, attention=name)
 
     def stats(self) -> EngineStats:
         prefill, decode, waiting = self._scheduler.counts()

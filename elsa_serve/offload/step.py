@@ -135,7 +135,7 @@ class PassRunner:
     ) -> None:
         self._model, self._layers = model, list(layers)
         self._weights, self._host_kv, self._streams = weights, host_kv, streams
-        self._attend, self._chunk_tokens = attend, chunk_tokens
+        self.attend, self._chunk_tokens = attend, chunk_tokens  # `attend` may be another between two passes
         # Called before each chunk of each layer: the engine's heartbeat, and its look at cancellations.
         self.poll: Callable[[], None] = lambda: None
         self._running: _Running | None = None
@@ -206,7 +206,7 @@ class PassRunner:
     ) -> None:
         total = hidden.shape[1]
         rows = slice(chunk.low, chunk.high)
-        with attending(_ChunkAttention(self._host_kv, self._attend, chunk)):
+        with attending(_ChunkAttention(self._host_kv, self.attend, chunk)):
             output = inner(hidden[:, rows], **{name: _rows(value, rows, total) for name, value in kwargs.items()})
         hidden[:, rows] = output[0] if isinstance(output, tuple) else output
 

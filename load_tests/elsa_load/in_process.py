@@ -1,8 +1,10 @@
 """Both sides of an A/B as engines of this process that share one copy of the weights.
 
 For models whose weights fill most of the host's memory, where two servers cannot both hold them, and for machines
-without the server's packages. One engine lives at a time and gets the whole budget; changing sides frees it and builds
-the other, with a short warm-up that no metric sees. There is no HTTP in the times; /metrics is served all the same.
+without the server's packages. Sides that differ in nothing but their attention are one engine whose attention changes
+between requests: same memory, same plan, same copies. Others are built and freed turn about, each with the whole
+budget. Either way a side's first request follows a short warm-up that no metric sees. There is no HTTP in the times;
+/metrics is served all the same.
 """
 
 from __future__ import annotations
@@ -20,57 +22,74 @@ from elsa_load.pages import Page
 from elsa_load.records import Observation, Request
 from elsa_serve.metrics import Metrics
 from elsa_serve.protocol import Engine, GenerationRequest, SamplingParams, stream
-from elsa_serve.stats import EngineStarted, MetricsSink, Record
+from elsa_serve.stats import EngineStarted, MetricsSink, NullSink, Record
 
 WARM_UP_TOKENS = 3  # generated, after a prompt of two chunks and one token
 
 
 class Gate:
-    """A sink that can be shut, so that warm-ups leave no trace."""
+    """Passes records to one of several sinks, or to none: warm-ups leave no trace."""
 
-    def __init__(self, sink: MetricsSink) -> None:
-        self.sink, self.open = sink, False
+    def __init__(self) -> None:
+        self.sink: MetricsSink = NullSink()
 
     def record(self, *stats: Record) -> None:
-        if self.open:
-            self.sink.record(*stats)
+        self.sink.record(*stats)
 
 
 class Switch:
-    """Holds the one live engine. `build` makes the engine of a side with the sink it is given."""
+    """Holds the one live engine.
 
-    def __init__(self, build: Callable[[str, MetricsSink], Engine], names: tuple[str, ...]) -> None:
-        self._build = build
+    `build` makes the engine of a side with the sink it is given; `change`, where there is one, makes it another side's
+    engine in place.
+    """
+
+    def __init__(
+        self,
+        build: Callable[[str, MetricsSink], Engine],
+        names: tuple[str, ...],
+        change: Callable[[Any, str], None] | None = None,
+    ) -> None:
+        self._build, self._change = build, change
         self.metrics = {name: Metrics() for name in names}
-        self._gates = {name: Gate(metrics) for name, metrics in self.metrics.items()}
-        self._live: tuple[str, Engine] | None = None
+        self._gate = Gate()
+        self._engine: Any = None
+        self._side: str | None = None
+        self._warm: set[str] = set()
 
     def engine(self, name: str, prompt: list[int]) -> Engine:
-        """The warm engine of a side; the other side's is shut down first."""
-        if self._live is not None and self._live[0] == name:
-            return self._live[1]
-        self.close()
-        gate = self._gates[name]
-        gate.open = False
-        engine = self._build(name, gate)
-        self._live = (name, engine)
-        sampling = SamplingParams(max_tokens=WARM_UP_TOKENS, temperature=0.0, ignore_eos=True)
-        for _ in stream(engine, GenerationRequest("warm-up", prompt[: self._warm_up_size(engine)], sampling)):
-            pass
-        gate.open = True
-        info = engine.info
-        gate.record(EngineStarted(info.name, info.dtype, info.attention, info.max_context, 0.0))
-        return engine
+        """The warm engine of a side; the other side's is shut down first, or becomes it."""
+        if self._side != name:
+            self._gate.sink = NullSink()
+            self._take(name)
+            self._side = name
+            if name not in self._warm:
+                self._warm_up(prompt)
+                self._warm.add(name)
+            self._gate.sink = self.metrics[name]
+            info = self._engine.info
+            self._gate.record(EngineStarted(info.name, info.dtype, info.attention, info.max_context, 0.0))
+        return self._engine
 
-    @staticmethod
-    def _warm_up_size(engine: Any) -> int:
-        return 2 * engine.plan.chunk_tokens + 1
+    def _take(self, name: str) -> None:
+        if self._engine is not None and self._change is not None:
+            self._change(self._engine, name)
+            return
+        self.close()
+        self._engine = self._build(name, self._gate)
+
+    def _warm_up(self, prompt: list[int]) -> None:
+        size = 2 * self._engine.plan.chunk_tokens + 1
+        sampling = SamplingParams(max_tokens=WARM_UP_TOKENS, temperature=0.0, ignore_eos=True)
+        for _ in stream(self._engine, GenerationRequest("warm-up", prompt[:size], sampling)):
+            pass
 
     def close(self) -> None:
-        if self._live is not None:
-            name, engine = self._live
-            self._gates[name].open = False
-            self._live = None
+        self._gate.sink = NullSink()
+        self._side = None
+        self._warm.clear()
+        if self._engine is not None:
+            engine, self._engine = self._engine, None
             engine.shutdown()
 
 
@@ -120,6 +139,11 @@ def observe(engine: Engine, request: Request) -> Observation:
     return seen
 
 
+def only_attention_differs(options: dict[str, dict[str, Any]]) -> bool:
+    rest = [{key: value for key, value in one.items() if key != "attention"} for one in options.values()]
+    return all(one == rest[0] for one in rest)
+
+
 @contextmanager
 def engine_sides(model: Path, options: dict[str, dict[str, Any]]) -> Iterator[dict[str, EngineSide]]:
     """Sides by name, from the options of each (`EngineOptions`); dtype, device and load format must be the same.
@@ -148,7 +172,10 @@ def engine_sides(model: Path, options: dict[str, dict[str, Any]]) -> Iterator[di
         host = chosen["host_memory"] or int(0.9 * host_memory().available) + weights.store.nbytes
         return OffloadEngine(model, sink=sink, weights=weights, **chosen | {"host_memory": host})
 
-    switch = Switch(build, tuple(options))
+    def change(engine: Any, name: str) -> None:
+        engine.use_attention(options[name]["attention"])
+
+    switch = Switch(build, tuple(options), change if only_attention_differs(options) else None)
     sides: dict[str, EngineSide] = {}
     try:
         for name in options:

@@ -117,11 +117,31 @@ def test_what_is_neither_url_nor_command_is_refused(tmp_path, capsys):
     assert "{port}" in capsys.readouterr().err
 
 
-def test_engines_of_this_process_take_turns_and_warm_ups_leave_no_trace(tmp_path):
+@pytest.fixture
+def built(monkeypatch):
+    """The attention that each engine of a test was built with."""
+    built = []
+
+    class Counted(OffloadEngine):
+        def __init__(self, *arguments, **options):
+            built.append(options["attention"])
+            super().__init__(*arguments, **options)
+
+    monkeypatch.setattr("elsa_serve.offload.engine.OffloadEngine", Counted)
+    return built
+
+
+@pytest.mark.parametrize(
+    ("flags", "engines"),
+    [([], ["sdpa"]), (["--candidate", "attention=elsa,chunk-tokens=128"], ["sdpa", "elsa", "sdpa", "elsa"])],
+    ids=["attention alone", "more than attention"],
+)
+def test_engines_of_this_process_take_turns_and_warm_ups_leave_no_trace(tmp_path, built, flags, engines):
     """The real engine on the embedded model: each side's metrics hold its pairs and nothing else."""
-    arguments = ["bench", "gain", str(DEMO), "--in-process", "--quiet", "--no-prometheus", "--set", SMALL]
+    arguments = ["bench", "gain", str(DEMO), "--in-process", "--quiet", "--no-prometheus", "--set", SMALL, *flags]
     arguments += ["--context", "600", "--pairs", "3", "--output-tokens", "4", "--warm-up", "0"]
     assert main([*arguments, "--output", str(tmp_path)]) == 0
+    assert built == engines  # AB BA AB: two sides that are next to each other are one engine's turn
     (cell,) = json.loads((tmp_path / "gain.json").read_text())["cells"]
     assert [pair["output_tokens"] for pair in cell["pairs"]] == [{"baseline": 4, "candidate": 4}] * 3
     assert cell["config"]["baseline"]["attention"] == "sdpa"

@@ -1,0 +1,130 @@
+"""Gain of ELSA attention over SDPA on the offload engine, LLaMA-13B's geometry: `bench gain --in-process` cell by cell.
+
+python -m load_tests.gain_suite --output load_tests/results/gain-h200.json \\
+        --cell float16:32768:40 --cell float16:65536:10 --cell float32:32768:4 --cell float32:65536:2
+
+A cell is DTYPE:CONTEXT:LAYERS. Layers are alike, and time grows with their number on both sides, so a few of them show
+the gain of all in far less time; each row says how many ran. Weights are random, float32 is strict (torch refuses TF32
+in linear layers, and so do both kinds of attention), and one engine changes its attention between two requests.
+Results are written after every cell; cells that the work folder holds already are not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from elsa_load.ab import SIDES
+from elsa_load.report import gain_report
+
+from elsa_serve.cli import main as elsa_serve
+from elsa_serve.offload.loading import DTYPES
+from elsa_serve.offload.units import parse_size
+from kernels.bench import results_file
+
+MODEL = Path(__file__).parent / "models" / "llama-13b.json"
+CELLS = ("float16:32768:40", "float16:65536:10", "float32:32768:4", "float32:65536:2")
+
+
+@dataclass(frozen=True, slots=True)
+class SuiteCell:
+    """One measurement. `layers` of the model, `context` in tokens."""
+
+    dtype: str
+    context: int
+    layers: int
+
+    @classmethod
+    def parse(cls, text: str) -> SuiteCell:
+        """DTYPE:CONTEXT:LAYERS. Raises argparse's error, which names the text."""
+        dtype, *numbers = text.split(":")
+        if dtype not in DTYPES or len(numbers) != 2 or not all(n.isdecimal() and int(n) for n in numbers):
+            raise argparse.ArgumentTypeError(f"{text!r} is not DTYPE:CONTEXT:LAYERS, such as float32:32768:4")
+        return cls(dtype, *map(int, numbers))
+
+    @property
+    def name(self) -> str:
+        return f"{self.dtype}-{self.context}-{self.layers}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    cells: list[SuiteCell] = args.cell or [SuiteCell.parse(text) for text in CELLS]
+    documents: dict[SuiteCell, dict[str, Any]] = {}
+    failed = []
+    for cell in cells:
+        if measure(args, cell):
+            failed.append(cell.name)
+            continue
+        documents[cell] = json.loads((args.work / cell.name / "gain.json").read_text())
+        rows = [row for one, document in documents.items() for row in rows_of(args, one, document)]
+        results_file.write(args.output, rows)
+        write_reports(args, documents)
+    if failed:
+        print(f"no results of {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", type=Path, default=MODEL, help="a config.json (default: LLaMA-13B's geometry)")
+    add("--cell", type=SuiteCell.parse, action="append", metavar="DTYPE:CONTEXT:LAYERS", help="repeatable")
+    add("--pairs", type=int, default=6, help="prompts a cell, each on both sides (default: 6)")
+    add("--warm-up", type=int, default=1, help="full prompts a cell and side before the clock runs (default: 1)")
+    add("--output-tokens", type=int, default=4, help="generated a request (default: 4)")
+    add("--gpu-memory", default="24GiB", help="device budget, enforced (default: 24GiB)")
+    add("--work", type=Path, default=Path("gain-suite"), help="folder of each cell's own files (default: gain-suite)")
+    add("--output", type=Path, required=True, help="results file; reports are written to the work folder")
+    return parser
+
+
+def measure(args: argparse.Namespace, cell: SuiteCell) -> int:
+    folder = args.work / cell.name
+    model = folder / "model"
+    model.mkdir(parents=True, exist_ok=True)
+    config = json.loads(args.model.read_text()) | {"num_hidden_layers": cell.layers}
+    (model / "config.json").write_text(json.dumps(config))
+    settings = f"dtype={cell.dtype},load-format=dummy,resident-layers=0,gpu-memory={args.gpu_memory}"
+    flags = ["--context", cell.context, "--pairs", args.pairs, "--warm-up", args.warm_up]
+    flags += ["--output-tokens", args.output_tokens, "--set", settings, "--output", folder]
+    quiet = [] if sys.stderr.isatty() else ["--quiet"]
+    return elsa_serve(["bench", "gain", str(model), "--in-process", *map(str, flags), *quiet])
+
+
+def rows_of(args: argparse.Namespace, cell: SuiteCell, document: dict[str, Any]) -> list[dict[str, Any]]:
+    """The cell's rows, with what ran and every single time, so that anyone can do the statistics again."""
+    (measured,) = document["cells"]
+    about = {
+        "model": args.model.stem,
+        "layers": cell.layers,
+        "linear": "torch",
+        "gpu_cap_bytes": parse_size(args.gpu_memory),
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+    }
+    counters = {f"{side}_{key}": measured["counters"][side][key] for side in SIDES for key in ("h2d_bytes", "stall_s")}
+    rows = []
+    for row in document["rows"]:
+        times = [[pair["seconds"][side][row["phase"]] for side in SIDES] for pair in measured["pairs"]]
+        rows.append(row | about | counters | {"pairs_s": times})
+    return rows
+
+
+def write_reports(args: argparse.Namespace, documents: dict[SuiteCell, dict[str, Any]]) -> None:
+    """An HTML report a dtype, with its contexts side by side."""
+    for dtype in dict.fromkeys(cell.dtype for cell in documents):
+        found = [document for cell, document in documents.items() if cell.dtype == dtype]
+        layers = ", ".join(f"{cell.context}: {cell.layers}" for cell in documents if cell.dtype == dtype)
+        merged = found[0] | {key: [item for one in found for item in one[key]] for key in ("rows", "cells")}
+        merged["settings"] = found[0]["settings"] | {"layers by context": layers}
+        (args.work / f"report-{dtype}.html").write_text(gain_report(merged))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
