@@ -186,6 +186,8 @@ def measure(
         "kv_gpu_layers": len(plan.kv_gpu_layers),
         "gpu_cap_bytes": plan.gpu_budget,
         **timings(steps.passes),
+        "predicted_prefill_s": plan.ttft_s,
+        "predicted_decode_s_per_token": plan.s_per_token,
         "peak_gpu_bytes": memory.device_used,
         "peak_torch_bytes": memory.peak_reserved,
         "peak_host_bytes": host_peak(),

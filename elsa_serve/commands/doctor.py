@@ -9,15 +9,19 @@ import platform
 from collections.abc import Iterator
 from typing import Any
 
-HELP = "show what this machine offers: GPU, kernels with reasons, copy bandwidths, vLLM plugin"
+HELP = "show what this machine offers: GPU, kernels with reasons, measured rates, vLLM plugin"
 PACKAGES = ("elsa-serve", "torch", "triton", "transformers", "safetensors", "fastapi", "prometheus-client", "vllm")
 MARK = {True: "yes", False: "no "}
 
 
 def add_command(subparsers: Any) -> None:
     parser = subparsers.add_parser("doctor", help=HELP, description=HELP)
+    parser.add_argument("--measure", action="store_true", help="measure the rates again (some seconds)")
+    parser.add_argument("--no-bandwidth", action="store_true", help="skip the rates, measured or kept")
     parser.add_argument(
-        "--no-bandwidth", action="store_true", help="skip the copy measurements (they take a few seconds)"
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the rates (default: float16 on a GPU, float32 on a CPU)",
     )
     parser.add_argument("--device", help="cuda, cuda:1 or cpu (default: cuda where there is one)")
     parser.set_defaults(run=run)
@@ -34,7 +38,8 @@ def run(args: argparse.Namespace) -> int:
         ("vLLM plugin", vllm_plugin()),
     ]
     if not args.no_bandwidth:
-        sections.insert(3, ("bandwidth", bandwidth(device)))
+        dtype = args.dtype or ("float16" if device.type == "cuda" else "float32")
+        sections.insert(3, (f"rates in {dtype}", measured_rates(device, dtype, args.measure)))
     for title, lines in sections:
         print(title)
         for line in lines:
@@ -111,11 +116,9 @@ def torch_cpu_capability() -> str:
     return torch.backends.cpu.get_cpu_capability()
 
 
-def bandwidth(device: Any) -> Iterator[str]:
-    from elsa_serve.offload.machine import measure_bandwidths
+def measured_rates(device: Any, dtype: str, again: bool) -> Iterator[str]:
+    """What the planner knows of this machine: measured once and kept, or now."""
+    from elsa_serve.offload.loading import DTYPES
+    from elsa_serve.offload.measure import describe, rates
 
-    rates = measure_bandwidths(device)
-    copied = "page-locked, each alone" if device.type == "cuda" else "both in host memory"
-    yield f"host to device {rates.h2d / 1e9:.1f} GB/s, device to host {rates.d2h / 1e9:.1f} GB/s ({copied})"
-    yield f"inside host memory {rates.host_memory / 1e9:.1f} GB/s, device memory {rates.device_memory / 1e9:.1f} GB/s"
-    yield f"FP32 matrix product {rates.flops / 1e12:.1f} TFLOP/s"
+    yield from describe(rates(device, DTYPES[dtype], refresh=again))

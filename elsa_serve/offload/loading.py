@@ -11,10 +11,11 @@ import torch
 from elsa_serve.errors import BudgetError, CheckpointError, UsageError
 from elsa_serve.offload import attention as attentions
 from elsa_serve.offload import device as devices
-from elsa_serve.offload import machine
+from elsa_serve.offload import machine, measure
 from elsa_serve.offload.checkpoint import Checkpoint, load_config
 from elsa_serve.offload.host import HostBuffer
 from elsa_serve.offload.kv import ALIGNMENT, HostKV, KVPool, KVShape
+from elsa_serve.offload.machine import Rates
 from elsa_serve.offload.output import eos_token_ids
 from elsa_serve.offload.plan import Geometry, Plan, make_plan
 from elsa_serve.offload.ring import WeightStream
@@ -55,6 +56,7 @@ class EngineOptions:
     seed: int = 0
     progress: bool = True
     weights: ModelWeights | None = None
+    rates: Rates | None = None  # to plan with; None: this machine's, measured once
 
 
 @dataclass(slots=True)
@@ -128,7 +130,8 @@ def plan_only(options: EngineOptions) -> Plan:
         raise UsageError("this machine has no GPU to take the budget from: pass --gpu-memory, such as 24GiB")
     config = load_config(options.model_dir)
     dtype = _dtype(options, config, None)
-    return _plan(options, device, config, dtype, machine.rates(device, dtype) if here else None)
+    check_linear(options.linear, dtype)
+    return _plan(options, device, config, dtype, here)
 
 
 def _checkpoint(options: EngineOptions) -> Checkpoint | None:
@@ -144,11 +147,13 @@ def _dtype(options: EngineOptions, config: Any, checkpoint: Checkpoint | None) -
     return choose_dtype(wanted, config, checkpoint)  # type: ignore[arg-type]
 
 
-def _plan(
-    options: EngineOptions, device: torch.device, config: Any, dtype: torch.dtype, rates: machine.Rates | None = None
-) -> Plan:
+def _plan(options: EngineOptions, device: torch.device, config: Any, dtype: torch.dtype, here: bool = True) -> Plan:
+    """`here`: the device is this machine's, so that rates can be measured."""
     gpu = _size(options.gpu_memory) or machine.default_gpu_budget(device)
     host = _size(options.host_memory) or machine.default_host_budget(device, gpu)
+    rates = options.rates
+    if rates is None and here:
+        rates = measure.rates(device, dtype, attention=options.attention, linear=options.linear)
     return make_plan(
         Geometry.from_config(config, dtype),
         gpu_budget=gpu,

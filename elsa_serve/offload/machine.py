@@ -1,23 +1,15 @@
-"""What this machine offers: host memory and its limits, GPU facts, and bandwidths measured here.
-
-Bandwidths take a few seconds to measure, so they are kept in `ELSA_CACHE_DIR/rates.json` by device name.
-"""
+"""What this machine offers: host memory and its limits, GPU facts. Its rates are measured in `measure`."""
 
 from __future__ import annotations
 
-import json
 import os
-import platform
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from elsa_serve import __version__, envs
+from elsa_serve import __version__
 from elsa_serve.errors import UsageError
-from elsa_serve.offload.host import HostBuffer
 
 _NO_LIMIT = 1 << 60  # cgroup v1 writes "no limit" as a number of this size
 BUDGET_SHARE = 0.9  # of what is free, where the user names no budget
@@ -44,7 +36,9 @@ class Rates:
     h2d_beside_cpu_attention: float = 50e9  # copies to the device while the CPU kernel runs
     cpu_attention_flops: float = 1e12  # the CPU kernel where many query tokens share the reading of K and V
     disk: float = 2e9  # sequential reads that bypass the page cache
-    layer_s: float = 5e-4  # seconds in which the host issues one decoder layer of a decode pass
+    activations: float = 150e9  # a layer's activations, counted once, in all that is neither product nor attention
+    layer_s: float = 5e-4  # seconds of one decoder layer of a decode pass whose bytes cost nothing: the host's issue
+    pass_s: float = 1e-3  # seconds of a pass outside its layers
     source: str = "assumed, not measured"
 
 
@@ -189,81 +183,4 @@ def default_host_budget(device: torch.device, gpu_budget: int) -> int:
 
 def assumed_rates(dtype: torch.dtype) -> Rates:
     """A data-centre GPU's, for planning on another machine. FP32 without TF32 has a tenth of the arithmetic."""
-    return Rates(flops=50e12) if dtype == torch.float32 else Rates()
-
-
-def rates(device: torch.device, dtype: torch.dtype, *, refresh: bool = False) -> Rates:
-    """This machine's rates: from the cache, else measured now (about two seconds) and kept."""
-    key = f"{_device_name(device)}, {str(dtype).removeprefix('torch.')}"
-    file = envs.cache_dir() / "rates.json"
-    known = _read_cache(file)
-    if not refresh and key in known:
-        return Rates(**known[key])
-    measured = measure_bandwidths(device, dtype)
-    known[key] = asdict(measured)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(known, indent=1))
-    except OSError:
-        return measured  # a read-only home: measure again next time
-    return measured
-
-
-def _read_cache(file: Path) -> dict[str, dict]:
-    try:
-        known = json.loads(file.read_text())
-        for entry in known.values():
-            Rates(**entry)
-        return known
-    except (OSError, ValueError, TypeError, AttributeError):
-        return {}
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()} with {torch.get_num_threads()} threads"
-
-
-def measure_bandwidths(
-    device: torch.device, dtype: torch.dtype = torch.float32, nbytes: int = 256 << 20, size: int = 0
-) -> Rates:
-    """Copies of `nbytes` each way from page-locked memory, copies inside either memory, and one large matmul.
-
-    Bandwidths count bytes copied, except inside a memory, where a copy reads and writes and counts twice. `size` is the
-    matmul's edge (0: 8192 on a GPU, 1024 on a CPU).
-    """
-    on_gpu = device.type == "cuda"
-    size = size or (8192 if on_gpu else 1024)
-    host, other = HostBuffer(nbytes, pin=on_gpu), HostBuffer(nbytes, pin=False)
-    place = torch.zeros(nbytes, dtype=torch.uint8, device=device)
-    twin = torch.zeros_like(place)
-    left = torch.ones(size, size, dtype=dtype, device=device)
-    out = torch.empty_like(left)
-    try:
-        return Rates(
-            h2d=nbytes / _seconds(lambda: place.copy_(host.tensor, non_blocking=True), on_gpu),
-            d2h=nbytes / _seconds(lambda: host.tensor.copy_(place, non_blocking=True), on_gpu),
-            device_memory=2 * nbytes / _seconds(lambda: twin.copy_(place), on_gpu),
-            host_memory=2 * nbytes / _seconds(lambda: other.tensor.copy_(host.tensor), False),
-            flops=2 * size**3 / _seconds(lambda: torch.matmul(left, left, out=out), on_gpu),
-            source=f"measured on {_device_name(device)}",
-        )
-    finally:
-        host.close()
-        other.close()
-
-
-def _seconds(work: Callable[[], object], on_gpu: bool, repeats: int = 5) -> float:
-    """The best of some runs after one that does not count."""
-    work()
-    best = float("inf")
-    for _ in range(repeats):
-        if on_gpu:
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        work()
-        if on_gpu:
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - start)
-    return best
+    return Rates(flops=50e12, attention_flops=200e12) if dtype == torch.float32 else Rates()

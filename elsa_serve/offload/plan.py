@@ -86,10 +86,15 @@ class Geometry:
         """Weights of the layers that are not resident."""
         return self.weights_bytes - self.weights_bytes * resident // self.layers
 
-    def prefill_flops(self, tokens: int) -> float:
-        """Matrix products of the decoder layers and causal attention, one prompt."""
+    def prefill_parts(self, tokens: int) -> tuple[float, float]:
+        """FLOPs of one prompt: (matrix products of the decoder layers, causal attention)."""
         parameters = self.weights_bytes / self.dtype.itemsize
-        return 2.0 * parameters * tokens + 2.0 * tokens**2 * self.heads * self.head_dim * self.layers
+        return 2.0 * parameters * tokens, 2.0 * tokens**2 * self.heads * self.head_dim * self.layers
+
+    def activation_bytes(self) -> int:
+        """One token's activations in one layer, each counted once: hidden states, q, k, v, the MLP's inner."""
+        attention = (2 * self.heads + 2 * self.kv_heads) * self.head_dim
+        return (self.hidden + attention + self.ffn) * self.dtype.itemsize
 
 
 def max_context(text_config: Any) -> int:
@@ -405,6 +410,13 @@ def _aligned(nbytes: int) -> int:
 # --- predicting ---------------------------------------------------------------------------------------------------
 
 
+def prefill_compute_s(geometry: Geometry, tokens: int, rates: Rates) -> float:
+    """Seconds in which the device computes a prompt whose weights are there."""
+    products, attention = geometry.prefill_parts(tokens)
+    rest = geometry.activation_bytes() * geometry.layers * tokens / rates.activations
+    return products / rates.flops + attention / rates.attention_flops + rest
+
+
 def _predict(plan: Plan) -> Plan:
     """Times of one request of full length: in every phase the slowest of the pipes that run beside each other."""
     geometry, rates = plan.geometry, plan.rates
@@ -413,7 +425,7 @@ def _predict(plan: Plan) -> Plan:
     kv_host = kv * (geometry.layers - len(plan.kv_gpu_layers)) // geometry.layers
     prefill = {
         "copies to the device": weights / rates.h2d,
-        "compute": geometry.prefill_flops(plan.context) / rates.flops,
+        "compute": prefill_compute_s(geometry, plan.context, rates),
         "copies to the host": kv_host / rates.d2h,
     }
     decode = {

@@ -91,24 +91,6 @@ def test_this_machine() -> None:
     assert 0 < gpu + machine.default_host_budget(cpu, gpu) <= memory.total
 
 
-def test_rates_are_measured_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ELSA_CACHE_DIR", str(tmp_path))
-    small = machine.measure_bandwidths(torch.device("cpu"), nbytes=1 << 20, size=64)
-    assert min(small.h2d, small.d2h, small.device_memory, small.host_memory, small.flops) > 0
-    calls: list[int] = []
-    monkeypatch.setattr(machine, "measure_bandwidths", lambda device, dtype: (calls.append(1), small)[1])
-    cpu = torch.device("cpu")
-    assert machine.rates(cpu, torch.float32) == small
-    assert machine.rates(cpu, torch.float32) == small
-    assert len(calls) == 1
-    machine.rates(cpu, torch.bfloat16)
-    machine.rates(cpu, torch.float32, refresh=True)
-    assert len(calls) == 3
-    (tmp_path / "rates.json").write_text("damaged")
-    assert machine.rates(cpu, torch.float32) == small
-    assert len(calls) == 4
-
-
 def test_a_host_buffer_costs_what_was_asked() -> None:
     size = (32 << 20) + 4096  # a power-of-two allocator would take 64 MiB
     before = resident()

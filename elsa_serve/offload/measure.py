@@ -1,0 +1,445 @@
+"""This machine's rates, measured once in a few seconds and kept in `ELSA_CACHE_DIR/rates.json`.
+
+Memory pipes are measured alone and, where the processor and the copy engine share the host's memory, both at once.
+What depends on the engine's own code (the issue of a layer, the activations between matrix products) is measured by
+running small random models through the engine.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from elsa_serve import __version__, envs
+from elsa_serve.errors import ElsaError
+from elsa_serve.offload import attention as attentions
+from elsa_serve.offload.device import require_exact_matmul
+from elsa_serve.offload.disk import DirectFile, read_rate
+from elsa_serve.offload.host import HostBuffer
+from elsa_serve.offload.machine import Rates, assumed_rates, gpu_facts, host_memory
+from elsa_serve.offload.units import format_size
+from elsa_serve.protocol import GenerationRequest, SamplingParams, stream
+from elsa_serve.stats import Record, StepStats
+
+REPEATS = 5
+BESIDE_S = 0.4  # seconds for which copies and CPU attention run beside each other
+CPU_ROWS = 32  # query tokens that bind the CPU kernel by arithmetic
+HEADS, HEAD_DIM = 32, 128
+SHALLOW, DEEP = 2, 10  # layers of the probes: their difference is a layer's issue, the rest is the pass's
+PROBE_TOKENS = 12  # decode passes a probe is timed over
+LARGE_DEVICE = 8 << 30  # bytes free from which the full sizes are measured
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How much is measured: bytes of a copy, of the CPU's KV and of the file; then the device's work."""
+
+    copy: int
+    kv: int
+    file: int
+    attention: int  # tokens
+    product: tuple[int, int, int]  # m, k, n
+    probe_hidden: int
+    probe_prompt: int
+
+
+def sizes_for(device: torch.device, dtype: torch.dtype) -> Sizes:
+    """Large enough to leave caches and launches behind, small enough for the memory that is free."""
+    if device.type == "cpu":
+        kv = min(256 << 20, host_memory().available // 16)
+        return Sizes(64 << 20, kv, 64 << 20, 512, (256, 1024, 1024), 256, 256)
+    kv = min(1 << 30, host_memory().available // 16)
+    if gpu_facts(device).free < LARGE_DEVICE:
+        return Sizes(64 << 20, kv, 64 << 20, 4096, (2048, 2048, 8192), 1024, 2048)
+    attention = 8192 if dtype == torch.float32 else 16384
+    return Sizes(512 << 20, kv, 256 << 20, attention, (8192, 4096, 11008), 4096, 8192)
+
+
+# --- the cache ----------------------------------------------------------------------------------------------------
+
+
+def rates(
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    attention: str = "elsa",
+    linear: str = "torch",
+    refresh: bool = False,
+) -> Rates:
+    """This machine's rates for a dtype, an attention and linear layers: from the cache, else measured now and kept."""
+    key = ", ".join((_machine_key(device), _name(dtype), attention, linear))
+    file = envs.cache_dir() / "rates.json"
+    known = _read_cache(file)
+    if not refresh and key in known:
+        return Rates(**known[key])
+    logger.warning("measuring this machine's rates for %s once, which takes some seconds", _name(dtype))
+    measured = measure_rates(device, dtype, attention=attention, linear=linear)
+    # Read again: another process may have added its own meanwhile.
+    known = _read_cache(file) | {key: asdict(measured)}
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        scratch = file.with_suffix(f".{os.getpid()}")
+        scratch.write_text(json.dumps(known, indent=1))
+        scratch.replace(file)
+    except OSError as error:
+        logger.warning("the rates cannot be kept in %s (%s): the next start measures again", file, error)
+    return measured
+
+
+def _read_cache(file: Path) -> dict[str, dict]:
+    try:
+        known = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    fields = set(asdict(Rates()))
+    return (
+        {k: v for k, v in known.items() if isinstance(v, dict) and set(v) == fields} if isinstance(known, dict) else {}
+    )
+
+
+def _machine_key(device: torch.device) -> str:
+    """What a measurement belongs to: GPU and driver, cores and threads, versions."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    parts = [f"{cores} cores, {torch.get_num_threads()} threads, {format_size(host_memory().total)}"]
+    if device.type == "cuda":
+        parts.insert(0, f"{torch.cuda.get_device_name(device)}, driver {_driver()}")
+    return ", ".join([*parts, f"torch {torch.__version__}, elsa-serve {__version__}"])
+
+
+def _driver() -> str:
+    try:
+        words = Path("/proc/driver/nvidia/version").read_text().split()
+    except OSError:
+        return "unknown"
+    return next((word for word in words if word.count(".") >= 1 and word[0].isdigit()), "unknown")
+
+
+def describe(rates: Rates) -> list[str]:
+    """The rates for people, a line each."""
+    giga, tera = 1e9, 1e12
+    beside = f"{rates.cpu_attention_beside_h2d / giga:.1f}", f"{rates.h2d_beside_cpu_attention / giga:.1f}"
+    return [
+        rates.source,
+        f"host to device {rates.h2d / giga:.1f} GB/s, device to host {rates.d2h / giga:.1f} GB/s",
+        f"host memory read {rates.host_memory / giga:.1f} GB/s, device memory {rates.device_memory / giga:.1f} GB/s",
+        f"CPU attention {rates.cpu_attention / giga:.1f} GB/s of KV; beside copies to the device {beside[0]} GB/s, and "
+        f"the copies {beside[1]} GB/s; {rates.cpu_attention_flops / tera:.2f} TFLOP/s with many queries",
+        f"matrix products {rates.flops / tera:.4g} TFLOP/s, attention {rates.attention_flops / tera:.4g} TFLOP/s, "
+        f"activations {rates.activations / giga:.1f} GB/s",
+        f"a layer of a decode pass {rates.layer_s * 1e3:.3f} ms, a pass besides {rates.pass_s * 1e3:.3f} ms",
+        f"disk, past the page cache {rates.disk / giga:.2f} GB/s",
+    ]
+
+
+# --- measuring ----------------------------------------------------------------------------------------------------
+
+
+def measure_rates(
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    attention: str = "elsa",
+    linear: str = "torch",
+    sizes: Sizes | None = None,
+) -> Rates:
+    """All rates, measured now."""
+    require_exact_matmul()
+    sizes = sizes or sizes_for(device, dtype)
+    found: dict[str, Any] = {"source": f"measured on {_machine_key(device).partition(', torch')[0]}"}
+    found |= _memory_rates(device, dtype, sizes)
+    found |= _device_rates(device, dtype, attention, linear, sizes)
+    found["disk"] = _disk_rate(sizes.file)
+    measured = replace(assumed_rates(dtype), **found)
+    share: dict[str, Any] = _engine_rates(device, dtype, attention, linear, sizes, measured)
+    return replace(measured, **share)
+
+
+def _memory_rates(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> dict[str, float]:
+    """Host memory's pipes: copies each way, reads by all cores, the CPU kernel, and copies beside the CPU kernel."""
+    on_gpu = device.type == "cuda"
+    host, home = HostBuffer(sizes.copy, pin=on_gpu), HostBuffer(sizes.kv, pin=on_gpu)
+    try:
+        host.tensor.fill_(1)  # pages that nobody has written are one page of zeros, read from the cache
+        home.tensor.view(dtype).fill_(0.01)
+        place = torch.zeros(sizes.copy, dtype=torch.uint8, device=device)
+        attend = _CpuAttention(home.tensor, dtype)
+        one, many = attend.call(1), attend.call(CPU_ROWS)
+        h2d = sizes.copy / seconds(lambda: place.copy_(host.tensor, non_blocking=True), on_gpu)
+        copies, beside = _both(device, place, host.tensor, one, h2d)
+        return {
+            "h2d": h2d,
+            "d2h": sizes.copy / seconds(lambda: host.tensor.copy_(place, non_blocking=True), on_gpu),
+            "host_memory": home.nbytes / seconds(lambda: _read(home.tensor), False),
+            "cpu_attention": attend.nbytes / seconds(one, False),
+            "cpu_attention_flops": attend.flops(CPU_ROWS) / seconds(many, False, repeats=2),
+            "h2d_beside_cpu_attention": copies,
+            "cpu_attention_beside_h2d": attend.nbytes * beside,
+        }
+    finally:
+        host.close()
+        home.close()
+
+
+class _CpuAttention:
+    """Attention of some query tokens over K and V in host memory, by the kernel that the registry chooses."""
+
+    def __init__(self, storage: torch.Tensor, dtype: torch.dtype) -> None:
+        tokens = storage.numel() // (2 * HEADS * HEAD_DIM * dtype.itemsize)
+        self.nbytes = 2 * HEADS * HEAD_DIM * dtype.itemsize * tokens
+        self.k, self.v = storage[: self.nbytes].view(dtype).view(2, 1, HEADS, tokens, HEAD_DIM)
+
+    def call(self, rows: int) -> Callable[[], object]:
+        import elsa_kernels
+
+        q = torch.full((1, HEADS, rows, HEAD_DIM), 0.01, dtype=self.k.dtype)
+        return lambda: elsa_kernels.attention(q, self.k, self.v, causal=True, return_state=True)
+
+    def flops(self, rows: int) -> float:
+        return 4.0 * HEADS * rows * self.k.shape[2] * HEAD_DIM
+
+
+def _read(data: torch.Tensor) -> object:
+    """Every byte once, by all cores: the native kernel's threads where they are to be had, torch's sum elsewhere."""
+    from elsa_kernels.cpu import native
+    from elsa_kernels.cpu.native import library
+
+    if native.unavailable() is None:
+        return library.default_pool().read_seconds(data)
+    return data[: data.numel() // 8 * 8].view(torch.int64).sum()
+
+
+def _both(
+    device: torch.device, place: torch.Tensor, host: torch.Tensor, attend: Callable[[], object], h2d: float
+) -> tuple[float, float]:
+    """(bytes per second of copies, calls of `attend` per second) while both run."""
+    attend()
+    if device.type == "cuda":
+        return _both_cuda(device, place, host, attend, h2d)
+    return _both_cpu(place, host, attend)
+
+
+def _both_cuda(
+    device: torch.device, place: torch.Tensor, host: torch.Tensor, attend: Callable[[], object], h2d: float
+) -> tuple[float, float]:
+    copies = max(4, math.ceil(BESIDE_S * h2d / host.numel()))
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    side = torch.cuda.Stream(device)
+    torch.cuda.synchronize(device)
+    began = last = time.perf_counter()
+    calls = 0
+    with torch.cuda.stream(side):
+        start.record()
+        for _ in range(copies):
+            place.copy_(host, non_blocking=True)
+        end.record()
+    while not calls or not end.query():
+        attend()
+        calls += 1
+        last = time.perf_counter()
+    end.synchronize()
+    return copies * host.numel() / (start.elapsed_time(end) / 1e3), calls / (last - began)
+
+
+def _both_cpu(place: torch.Tensor, host: torch.Tensor, attend: Callable[[], object]) -> tuple[float, float]:
+    """Without a GPU a thread copies, as the engine's lanes do."""
+    over = threading.Event()
+    copied: list[float] = []
+
+    def copy() -> None:
+        while not over.is_set():
+            began = time.perf_counter()
+            place.copy_(host)
+            copied.append(time.perf_counter() - began)
+
+    worker = threading.Thread(target=copy, name="elsa-measure", daemon=True)
+    began = time.perf_counter()
+    worker.start()
+    calls = 0
+    while not calls or time.perf_counter() - began < BESIDE_S / 2:
+        attend()
+        calls += 1
+    elapsed = time.perf_counter() - began
+    over.set()
+    worker.join()
+    return host.numel() * len(copied) / sum(copied), calls / elapsed
+
+
+def _device_rates(
+    device: torch.device, dtype: torch.dtype, attention: str, linear: str, sizes: Sizes
+) -> dict[str, float]:
+    """The device's memory, its matrix products and its attention, on random numbers: constants draw less power."""
+    on_gpu = device.type == "cuda"
+    options: dict[str, Any] = {"dtype": dtype, "device": device}
+    work = {
+        "device_memory": (2.0 * sizes.copy, _copy(sizes.copy, device)),
+        "flops": (2.0 * math.prod(sizes.product), _product(linear, sizes.product, options)),
+        "attention_flops": (
+            2.0 * HEADS * HEAD_DIM * sizes.attention**2,
+            _attention(attention, sizes.attention, options),
+        ),
+    }
+    found = {name: amount / seconds(call, on_gpu) for name, (amount, call) in work.items()}
+    work.clear()
+    if on_gpu:
+        torch.cuda.empty_cache()
+    return found
+
+
+def _copy(nbytes: int, device: torch.device) -> Callable[[], object]:
+    place = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+    twin = torch.zeros_like(place)
+    return lambda: twin.copy_(place)
+
+
+def _product(linear: str, shape: tuple[int, int, int], options: dict[str, Any]) -> Callable[[], object]:
+    m, k, n = shape
+    left, right = torch.randn(m, k, **options), torch.randn(n, k, **options)
+    if linear == "elsa":
+        from elsa_kernels.linear import linear as split_linear
+        from elsa_kernels.linear import split_weight
+
+        planes = split_weight(right)
+        return lambda: split_linear(left, planes)
+    return lambda: torch.nn.functional.linear(left, right)
+
+
+def _attention(name: str, tokens: int, options: dict[str, Any]) -> Callable[[], object]:
+    q, k, v = (torch.randn(1, HEADS, tokens, HEAD_DIM, **options) for _ in range(3))
+    attend, asked = attentions.ATTEND[name], attentions.AttentionOptions(HEAD_DIM**-0.5)
+    return lambda: attend(q, k, v, asked)
+
+
+def _disk_rate(nbytes: int) -> float:
+    """Reads of a file written for it beside the cache; the assumed rate where no such file can be."""
+    folder = envs.cache_dir()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix="elsa-disk-") as file:
+            block = b"\x01" * (1 << 20)
+            for _ in range(max(1, nbytes >> 20)):
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+            with DirectFile(Path(file.name)) as opened:
+                return read_rate(opened, 0, opened.size)
+    except OSError as error:
+        logger.warning("the disk of %s cannot be measured (%s): its rate is assumed", folder, error)
+        return Rates().disk
+
+
+def seconds(work: Callable[[], object], on_gpu: bool, repeats: int = REPEATS) -> float:
+    """The median of some runs after one that does not count."""
+    work()
+    taken = []
+    for _ in range(repeats):
+        if on_gpu:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        work()
+        if on_gpu:
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken)
+
+
+# --- the engine's own share ---------------------------------------------------------------------------------------
+
+
+def _engine_rates(
+    device: torch.device, dtype: torch.dtype, attention: str, linear: str, sizes: Sizes, rates: Rates
+) -> dict[str, float]:
+    """What a layer and a pass cost beyond bytes and FLOPs, from two small models whose layers are all resident."""
+    hidden = sizes.probe_hidden
+    try:
+        wide = _probe(device, dtype, attention, linear, rates, hidden, SHALLOW, sizes.probe_prompt)
+        deep = _probe(device, dtype, attention, linear, rates, hidden // 4, DEEP, 2 * CPU_ROWS)
+        flat = _probe(device, dtype, attention, linear, rates, hidden // 4, SHALLOW, 2 * CPU_ROWS)
+    except (ElsaError, torch.cuda.OutOfMemoryError) as error:
+        logger.warning("the engine's own share of a pass cannot be measured (%s): it is assumed", error)
+        return {}
+    layer_s = max(1e-6, (deep.decode_s - flat.decode_s) / (DEEP - SHALLOW))
+    plan = wide.plan
+    products, attended = plan.geometry.prefill_parts(sizes.probe_prompt)
+    rest = wide.prefill_s - products / rates.flops - attended / rates.attention_flops
+    activations = plan.geometry.activation_bytes() * plan.geometry.layers * sizes.probe_prompt
+    return {
+        "layer_s": layer_s,
+        "pass_s": max(1e-6, flat.decode_s - SHALLOW * layer_s),
+        # Never less than a twentieth of the prefill: rates measured a moment apart may leave nothing of it.
+        "activations": activations / max(rest, 0.05 * wide.prefill_s),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class _Probe:
+    plan: Any
+    prefill_s: float
+    decode_s: float  # a pass of one token
+
+
+class _Passes:
+    def __init__(self) -> None:
+        self.steps: list[StepStats] = []
+
+    def record(self, *stats: Record) -> None:
+        self.steps += [one for one in stats if isinstance(one, StepStats)]
+
+
+def _probe(
+    device: torch.device,
+    dtype: torch.dtype,
+    attention: str,
+    linear: str,
+    rates: Rates,
+    hidden: int,
+    layers: int,
+    prompt: int,
+) -> _Probe:
+    """A LLaMA of this width through the engine: a prompt twice, the second with some tokens after it."""
+    from transformers import LlamaConfig
+
+    from elsa_serve.offload.engine import OffloadEngine
+
+    dim = min(HEAD_DIM, max(8, hidden // 8))
+    config = LlamaConfig(
+        hidden_size=hidden, intermediate_size=hidden * 43 // 16, num_hidden_layers=layers, vocab_size=1024,
+        num_attention_heads=hidden // dim, num_key_value_heads=hidden // dim, max_position_embeddings=1 << 17,
+    )  # fmt: skip
+    passes = _Passes()
+    with tempfile.TemporaryDirectory(prefix="elsa-probe-") as folder:
+        config.save_pretrained(folder)
+        engine = OffloadEngine(
+            folder, sink=passes, device=device, dtype=dtype, attention=attention, linear=linear, rates=rates,
+            context=prompt + PROBE_TOKENS + 2, max_batch=1, resident_layers=layers, load_format="dummy",
+            progress=False,
+        )  # fmt: skip
+        try:
+            for seed, count in enumerate((2, 1 + PROBE_TOKENS)):  # to warm up, and to be timed
+                tokens = torch.randint(1024, (prompt,), generator=torch.Generator().manual_seed(seed)).tolist()
+                sampling = SamplingParams(max_tokens=count, temperature=0.0, ignore_eos=True)
+                passes.steps.clear()
+                for _ in stream(engine, GenerationRequest(f"probe-{seed}", tokens, sampling)):
+                    pass
+        finally:
+            engine.shutdown()
+    prefill = [step.duration_s for step in passes.steps if step.prompt_tokens]
+    decode = [step.duration_s for step in passes.steps if not step.prompt_tokens and step.generated_tokens == 1]
+    return _Probe(engine.plan, prefill[-1], statistics.median(decode))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,120 @@
+"""The machine's rates: all of them measured, kept by machine and versions, measured again on demand."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from elsa_serve.errors import BudgetError
+from elsa_serve.offload import measure
+from elsa_serve.offload.machine import Rates, assumed_rates
+
+CPU = torch.device("cpu")
+TINY = measure.Sizes(
+    copy=1 << 20, kv=1 << 20, file=1 << 20, attention=64, product=(32, 64, 64), probe_hidden=64, probe_prompt=32
+)
+
+
+@pytest.fixture(scope="module")
+def measured() -> Rates:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "BESIDE_S", 0.02)
+        return measure.measure_rates(CPU, torch.float32, sizes=TINY)
+
+
+def test_every_rate_is_measured(measured: Rates) -> None:
+    assumed = asdict(assumed_rates(torch.float32))
+    for name, value in asdict(measured).items():
+        assert value != assumed[name], name
+        assert name == "source" or value > 0, name
+    assert "cores" in measured.source
+    assert len(measure.describe(measured)) == 7
+
+
+def test_a_probe_that_cannot_run_leaves_its_rates_assumed(
+    measured: Rates, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise BudgetError("no memory for a probe")
+
+    monkeypatch.setattr(measure, "_probe", refuse)
+    found = measure._engine_rates(CPU, torch.float32, "elsa", "torch", TINY, measured)
+    assert found == {}
+    assert "no memory for a probe" in caplog.text
+
+
+def test_rates_are_measured_once_and_kept(
+    rates: Any, measured: Rates, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("ELSA_CACHE_DIR", str(tmp_path))
+    calls: list[str] = []
+
+    def counted(device: torch.device, dtype: torch.dtype, *, attention: str, linear: str) -> Rates:
+        calls.append(f"{dtype} {attention} {linear}")
+        return replace(measured, h2d=len(calls) * 1e9)
+
+    monkeypatch.setattr(measure, "measure_rates", counted)
+    with caplog.at_level(logging.WARNING):
+        assert rates(CPU, torch.float32).h2d == 1e9
+        assert rates(CPU, torch.float32).h2d == 1e9
+    assert caplog.text.count("measuring this machine") == 1
+    assert rates(CPU, torch.bfloat16).h2d == 2e9
+    assert rates(CPU, torch.float32, attention="sdpa").h2d == 3e9
+    assert rates(CPU, torch.float32, refresh=True).h2d == 4e9
+    assert rates(CPU, torch.float32).h2d == 4e9
+    assert rates(CPU, torch.bfloat16).h2d == 2e9
+    assert len(calls) == 4
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["rates.json"]
+
+
+def test_rates_of_another_machine_or_version_do_not_count(
+    rates: Any, measured: Rates, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ELSA_CACHE_DIR", str(tmp_path))
+    calls: list[int] = []
+    monkeypatch.setattr(measure, "measure_rates", lambda *_, **__: (calls.append(1), measured)[1])
+    rates(CPU, torch.float32)
+    with monkeypatch.context() as patch:
+        patch.setattr(measure, "__version__", "0.0.0")
+        rates(CPU, torch.float32)
+    assert len(calls) == 2
+    file = tmp_path / "rates.json"
+    kept = json.loads(file.read_text())
+    assert len(kept) == 2
+    for entry in kept.values():
+        del entry["disk"]  # as an older version would have left it
+    file.write_text(json.dumps(kept))
+    rates(CPU, torch.float32)
+    assert len(calls) == 3
+    file.write_text("damaged")
+    rates(CPU, torch.float32)
+    assert len(calls) == 4
+
+
+def test_a_cache_that_cannot_be_written_is_announced(
+    rates: Any, measured: Rates, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("ELSA_CACHE_DIR", str(tmp_path / "file" / "below"))
+    monkeypatch.setattr(measure, "measure_rates", lambda *_, **__: measured)
+    assert rates(CPU, torch.float32) == measured
+    assert "the next start measures again" in caplog.text
+    assert measure._disk_rate(1 << 20) == Rates().disk
+    assert "its rate is assumed" in caplog.text
+
+
+@pytest.mark.gpu
+def test_the_gpu_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = replace(
+        measure.sizes_for(torch.device("cuda"), torch.float16), kv=64 << 20, probe_hidden=256, probe_prompt=256
+    )
+    monkeypatch.setattr(measure, "BESIDE_S", 0.05)
+    found = measure.measure_rates(torch.device("cuda"), torch.float16, sizes=small)
+    assert min(value for value in asdict(found).values() if not isinstance(value, str)) > 0
+    assert torch.cuda.get_device_name() in found.source
