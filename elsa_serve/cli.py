@@ -12,6 +12,8 @@ from typing import Any, NoReturn
 
 from elsa_serve import __version__
 from elsa_serve.errors import ElsaError, UsageError
+from elsa_serve.vllm_plugin.serve import chosen_engine
+from elsa_serve.vllm_plugin.serve import main as serve_with_vllm
 
 DESCRIPTION = """\
 Exact long-context attention and an LLM engine that streams layers.
@@ -100,14 +102,19 @@ def build_parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    command = words[0] if words else ""
     try:
+        if command == "serve" and chosen_engine(words) == "vllm":
+            return serve_with_vllm(words[1:])  # the flags are vLLM's: not ours to parse
+        args = build_parser().parse_args(words)
+        command = args.command
         return int(args.run(args) or 0)
     except UsageError as error:
-        print(f"elsa-serve {args.command}: {error}", file=sys.stderr)
+        print(f"elsa-serve {command}: {error}", file=sys.stderr)
         return 2
     except ElsaError as error:
-        print(f"elsa-serve {args.command}: {error}", file=sys.stderr)
+        print(f"elsa-serve {command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

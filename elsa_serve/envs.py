@@ -5,6 +5,7 @@
 | ELSA_CACHE_DIR | $XDG_CACHE_HOME/elsa-serve or ~/.cache/elsa-serve | compiled kernels and measured bandwidths |
 | ELSA_API_KEY | unset | comma-separated keys that the server accepts; unset: no authentication |
 | ELSA_COMMIT | unset | the commit a benchmark names where the tree is no git checkout |
+| ELSA_VLLM_METRICS_DIR | made at start | where the processes of one vLLM server keep the counters of the plugin |
 """
 
 from __future__ import annotations
@@ -22,3 +23,13 @@ def cache_dir() -> Path:
 
 def api_keys() -> tuple[str, ...]:
     return tuple(key.strip() for key in os.environ.get("ELSA_API_KEY", "").split(",") if key.strip())
+
+
+def vllm_metrics_dir() -> Path | None:
+    explicit = os.environ.get("ELSA_VLLM_METRICS_DIR")
+    return Path(explicit) if explicit else None
+
+
+def set_vllm_metrics_dir(directory: Path) -> None:
+    """Tell the processes that this one starts where their counters belong."""
+    os.environ["ELSA_VLLM_METRICS_DIR"] = str(directory)

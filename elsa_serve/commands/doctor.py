@@ -82,15 +82,35 @@ def kernels(device: Any) -> Iterator[str]:
 
 
 def vllm_plugin() -> Iterator[str]:
-    entries = [e for e in importlib.metadata.entry_points(group="vllm.general_plugins") if e.value.startswith("elsa_")]
-    if not entries:
-        yield "not active: this version of elsa-serve registers no vLLM plugin"
-    for entry in entries:
-        try:
-            entry.load()
-            yield f"active: {entry.name} = {entry.value}"
-        except Exception as error:  # a broken plugin is what the user came here to see
-            yield f"broken: {entry.name} = {entry.value}: {type(error).__name__}: {error}"
+    """Whether vLLM would find the plugin, whether it supports this vLLM, and whether the backend registers."""
+    from elsa_serve.vllm_plugin import NAME, compat, register
+
+    for group in ("vllm.general_plugins", "vllm.platform_plugins"):
+        found = [e for e in importlib.metadata.entry_points(group=group) if e.value.startswith("elsa_")]
+        if not found:
+            yield f"{MARK[False]} {group}: not in the installed metadata; pip install elsa-serve where vLLM runs"
+        for entry in found:
+            try:
+                entry.load()
+                yield f"{MARK[True]} {group}: {entry.name} = {entry.value}"
+            except Exception as error:  # a broken plugin is what the user came here to see
+                yield f"{MARK[False]} {group}: {entry.name} = {entry.value}: {type(error).__name__}: {error}"
+    try:
+        version = compat.vllm_version()
+    except ImportError:
+        yield f"{MARK[False]} vLLM is not installed here: pip install 'elsa-serve[vllm]'"
+        return
+    if (refusal := compat.refusal(version)) is not None:
+        yield f"{MARK[False]} {refusal}"
+        return
+    try:
+        register()
+        from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+        backend = AttentionBackendEnum[NAME].get_class()
+        yield f"{MARK[True]} vLLM {version} takes --attention-backend elsa: {backend.__module__}.{backend.__qualname__}"
+    except Exception as error:  # the same
+        yield f"{MARK[False]} vLLM {version}: {type(error).__name__}: {error}"
 
 
 def machine(device: Any) -> Iterator[str]:

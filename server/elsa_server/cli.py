@@ -47,6 +47,13 @@ def add_command(subparsers: Any) -> None:
 def add_server_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("server")
     add = group.add_argument
+    add(
+        "--engine",
+        choices=("elsa", "vllm"),
+        default="elsa",
+        help="elsa: the engine that streams layers (default). vllm: vLLM's server with ELSA attention; all other flags "
+        "are vLLM's then, and --config is a YAML file of its flags, such as configs/vllm-llama-13b-32k.yaml",
+    )
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all (default: 127.0.0.1)")
     add(
         "--port",

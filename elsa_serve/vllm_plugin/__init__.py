@@ -1,0 +1,54 @@
+"""ELSA as an attention backend of vLLM: `vllm serve MODEL --attention-backend elsa`.
+
+vLLM finds two entry points here. `register` (group "vllm.general_plugins") runs in every vLLM process and adds the
+backend ELSA. `cpu_platform` (group "vllm.platform_plugins") matters on vLLM's CPU build alone, whose platform ignores
+every backend but its own. Neither imports vLLM, or torch, before vLLM calls it.
+
+vLLM logs a plugin that fails to import and goes on without it, so nothing here relies on having been loaded:
+`elsa_serve.vllm_plugin.verify.assert_active` proves from the engine's own counters that ELSA computed.
+"""
+
+from __future__ import annotations
+
+import logging
+
+NAME = "ELSA"
+BACKEND = "elsa_serve.vllm_plugin.backend.ElsaBackend"
+PLATFORM = "elsa_serve.vllm_plugin.platform.ElsaCpuPlatform"
+
+# A child of vLLM's own logger: its handler and its --log-level apply.
+logger = logging.getLogger("vllm.elsa")
+
+__all__ = ["BACKEND", "NAME", "cpu_platform", "register"]
+
+
+def register() -> None:
+    """Add the backend ELSA to vLLM's registry. Any number of calls have the effect of one.
+
+    Under an unsupported vLLM the name is registered all the same, so that choosing it is answered with the reason
+    (`backend.py` raises it) rather than with "unknown backend"; who does not choose it is not disturbed.
+    """
+    from elsa_serve import __version__
+    from elsa_serve.vllm_plugin import compat, metrics
+
+    refusal = compat.refusal(compat.vllm_version())
+    if refusal is not None:
+        logger.warning("elsa-serve %s: %s", __version__, refusal)
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    if NAME not in AttentionBackendEnum.__members__:
+        register_backend(NAME, BACKEND)
+    if refusal is None:
+        metrics.expose()
+        compat.check_cpu_platform()
+        logger.info("elsa-serve %s: attention backend ELSA is registered (--attention-backend elsa)", __version__)
+
+
+def cpu_platform() -> str | None:
+    """The platform class that lets vLLM's CPU build use ELSA, or None where vLLM runs on anything else.
+
+    The class is vLLM's own CPU platform in everything but the answer to a chosen backend of the name ELSA.
+    """
+    from elsa_serve.vllm_plugin import compat
+
+    return PLATFORM if compat.wants_cpu_platform() else None

@@ -1,0 +1,286 @@
+"""The backend's three classes as vLLM wants them: what is supported, a step's metadata, and its builder."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from elsa_serve.vllm_plugin import NAME, compat, logger, metrics
+from elsa_serve.vllm_plugin.context_parallel import Share, local_lengths
+from elsa_serve.vllm_plugin.step import Step, describe
+
+if (_refusal := compat.refusal(compat.vllm_version())) is not None:
+    raise ImportError(_refusal)
+
+from vllm import envs as vllm_envs
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionMetadataBuilder,
+    AttentionType,
+    MultipleOf,
+)
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+KV_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3")
+FP8_NAMES = ("fp8", "fp8_e4m3")
+HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
+# A prefill row of so many tokens is worth telling the kernels its lengths: they may gather it for the dense form.
+LONG_QUERY = 128
+
+# vLLM names what its base class refuses in a few words; here is what they mean for ELSA, and what to do.
+EXPLANATIONS = {
+    "head_size not supported": f"head size {{head_size}}: ELSA takes {', '.join(map(str, HEAD_SIZES))}",
+    "dtype not supported": "dtype {dtype}: ELSA takes float32, float16 and bfloat16 (--dtype)",
+    "kv_cache_dtype not supported": "KV cache in {kv_cache_dtype}: ELSA takes the model's own dtype, or FP8 E4M3 "
+    "(--kv-cache-dtype auto or fp8)",
+    "block_size not supported": "block size {block_size}: ELSA takes multiples of 16 (--block-size 16)",
+    "partial multimodal token full attention not supported": "prefix-LM attention over multimodal tokens: ELSA's masks "
+    "are causal, windowed or full (--attention-backend triton_attn)",
+    "MLA not supported": "multi-head latent attention: ELSA has no MLA form (leave the backend to vLLM for this model)",
+    "sparse not supported": "sparse attention: ELSA is exact and dense (leave the backend to vLLM for this model)",
+    "per-head quant scales not supported": "KV cache scales per head: ELSA reads one scale a layer "
+    "(use a checkpoint with per-tensor scales, or --kv-cache-dtype auto)",
+    "R-SWA not supported": "reference sliding-window attention is not in ELSA (--attention-backend triton_attn)",
+    "PCP not supported": "prefill context parallel is not in ELSA (set --prefill-context-parallel-size 1)",
+    "compute capability not supported": "compute capability {device_capability}: ELSA's kernels need 7.5 or newer",
+}
+
+
+@dataclass(slots=True)
+class ElsaMetadata:
+    """One step, for the layers of a KV cache group. Tensors are vLLM's persistent ones: a CUDA graph may hold them."""
+
+    num_tokens: int  # padding of a CUDA graph included
+    real_tokens: int
+    max_query_len: int
+    max_seq_len: int
+    query_start_loc: torch.Tensor  # [B + 1] int32
+    seq_lens: torch.Tensor  # [B] int32
+    block_table: torch.Tensor  # [B, pages] int32
+    causal: bool
+    step: Step
+    seqlens: tuple[tuple[int, int], ...] | None  # (queries, keys) of each request, where they help and are exact
+    share: Share | None  # this rank's part of the KV under decode context parallelism
+
+
+class ElsaBackend(AttentionBackend):
+    forward_includes_kv_cache_update: bool = False
+    supported_dtypes: ClassVar[list[torch.dtype]] = list(DTYPES)
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = list(KV_DTYPES)
+
+    @staticmethod
+    def get_name() -> str:
+        return NAME
+
+    @staticmethod
+    def get_impl_cls() -> Any:
+        from elsa_serve.vllm_plugin.impl import ElsaImpl
+
+        return ElsaImpl
+
+    @staticmethod
+    def get_builder_cls() -> Any:
+        return ElsaMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
+        return [MultipleOf(16)]
+
+    @classmethod
+    def get_supported_head_sizes(cls) -> list[int]:
+        return list(HEAD_SIZES)
+
+    @classmethod
+    def supports_sink(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_non_causal(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_attn_type(cls, attn_type: str) -> bool:
+        return attn_type in (AttentionType.DECODER, AttentionType.ENCODER_ONLY)
+
+    @classmethod
+    def supports_compute_capability(cls, capability: Any) -> bool:
+        return capability is None or (capability.major, capability.minor) >= (7, 5)
+
+    @classmethod
+    def supports_combination(
+        cls,
+        head_size: int,
+        dtype: torch.dtype,
+        kv_cache_dtype: str | None,
+        block_size: int | None,
+        use_mla: bool,
+        has_sink: bool,
+        use_sparse: bool,
+        use_mm_prefix: bool,
+        device_capability: Any,
+    ) -> str | None:
+        named = {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(kv_cache_dtype or "auto")
+        if named is not None and named != dtype:
+            return (
+                f"KV cache in {kv_cache_dtype} under a model in {dtype}: ELSA keeps them alike (--kv-cache-dtype auto)"
+            )
+        return None
+
+    @classmethod
+    def validate_configuration(cls, **configuration: Any) -> list[str]:
+        """Every reason against a configuration, with the value at fault and a remedy; empty where ELSA takes it."""
+        return [
+            EXPLANATIONS[reason].format(**configuration) if reason in EXPLANATIONS else reason
+            for reason in super().validate_configuration(**configuration)
+        ]
+
+
+class ElsaMetadataBuilder(AttentionMetadataBuilder[ElsaMetadata]):
+    # Decode, and verification of drafts, in full CUDA graphs: the kernels read every length from the device.
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
+    # Draft steps replay the metadata of the first: all of it lies in vLLM's persistent tensors.
+    supports_draft_decode_metadata_update = True
+
+    # Batches are counted once a step, not once a KV cache group: by the first builder of a process.
+    _counting: ClassVar[Callable[[], object] | None] = None
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        speculative = vllm_config.speculative_config
+        drafts = (speculative.num_speculative_tokens or 0) if speculative is not None else 0
+        self._decode_tokens_per_row = 1 + drafts
+        self._exact_lens = speculative is None
+        self._batch_invariant = bool(vllm_envs.VLLM_BATCH_INVARIANT)
+        impls = check_layers(vllm_config, layer_names)
+        self._dcp = impls[0].context_group() if impls else None
+        self._dcp_lens: torch.Tensor | None = None
+        if self._dcp is not None:
+            self._dcp_interleave = vllm_config.parallel_config.cp_kv_cache_interleave_size
+            rows = vllm_config.scheduler_config.max_num_seqs
+            self._dcp_lens = torch.zeros(2, rows, dtype=torch.int32, device=device)
+        self._recorder = metrics.recorder()
+        if ElsaMetadataBuilder._counting is None or ElsaMetadataBuilder._counting() is None:
+            ElsaMetadataBuilder._counting = weakref.ref(self)
+            self._recorder.set_layers(0)
+        self._recorder.set_layers(self._recorder.layers + len(impls))
+        announce(impls, kv_cache_spec, device)
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+        if vllm_config.parallel_config.decode_context_parallel_size > 1:
+            # Several queries of one request need the causal part apart, with lengths from the host.
+            return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+        return cls._cudagraph_support
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> ElsaMetadata:
+        return self._metadata(common_attn_metadata, count=False)
+
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> ElsaMetadata:
+        return self._metadata(common_attn_metadata, count=self._counts())
+
+    def _counts(self) -> bool:
+        return ElsaMetadataBuilder._counting is not None and ElsaMetadataBuilder._counting() is self
+
+    def update_draft_decode_metadata(self, metadata: ElsaMetadata) -> None:
+        """Nothing to refresh."""
+
+    def _metadata(self, batch: Any, count: bool) -> ElsaMetadata:
+        if isinstance(batch.causal, torch.Tensor):
+            raise NotImplementedError(
+                "ELSA takes one causal flag a batch, and this model asks for one a request: use --attention-backend "
+                "flash_attn for it"
+            )
+        step = describe(
+            batch.query_start_loc_cpu,
+            batch.seq_lens_cpu_upper_bound,
+            batch.is_prefilling,
+            decode_tokens_per_row=self._decode_tokens_per_row,
+            exact_decode_lens=self._exact_lens,
+        )
+        seqlens, fallback = self._seqlens(step, batch.max_query_len)
+        if count:
+            self._recorder.step(step, 0, fallback)
+        return ElsaMetadata(
+            num_tokens=batch.num_actual_tokens,
+            real_tokens=int(batch.query_start_loc_cpu[-1]),
+            max_query_len=batch.max_query_len,
+            max_seq_len=batch.max_seq_len,
+            query_start_loc=batch.query_start_loc,
+            seq_lens=batch.seq_lens,
+            block_table=batch.block_table_tensor,
+            causal=batch.causal,
+            step=step,
+            seqlens=seqlens,
+            share=self._share(batch) if self._dcp is not None else None,
+        )
+
+    def _seqlens(self, step: Step, longest: int) -> tuple[tuple[tuple[int, int], ...] | None, str | None]:
+        """Lengths for the kernels where they matter, or the cause why they are withheld."""
+        if longest < LONG_QUERY:
+            return None, None
+        if self._batch_invariant:
+            # The dense form is chosen by the length of a chunk, and chunks are cut by what else is in the batch.
+            return None, "batch_invariant"
+        if step.query_lens is None or step.kv_lens is None:
+            return None, "host_lengths_unknown"
+        return tuple(zip(step.query_lens, step.kv_lens)), None
+
+    def _share(self, batch: Any) -> Share:
+        assert self._dcp is not None
+        assert self._dcp_lens is not None
+        rows = batch.seq_lens.shape[0]
+        queries = batch.query_start_loc[1:] - batch.query_start_loc[:-1]
+        lens, before = self._dcp_lens[0, :rows], self._dcp_lens[1, :rows]
+        size, rank = self._dcp.world_size, self._dcp.rank_in_group
+        lens.copy_(local_lengths(batch.seq_lens, size, rank, self._dcp_interleave))
+        before.copy_(local_lengths(batch.seq_lens - queries, size, rank, self._dcp_interleave))
+        stripe = size * self._dcp_interleave
+        longest = -(-batch.max_seq_len // stripe) * self._dcp_interleave
+        return Share(group=self._dcp, seq_lens=lens, context_lens=before, max_seq_len=longest)
+
+
+def check_layers(vllm_config: Any, layer_names: list[str]) -> list[Any]:
+    """The implementations of these layers. Raises RuntimeError unless each is ELSA's: the proof that it is active."""
+    from elsa_serve.vllm_plugin.impl import ElsaImpl
+
+    context = vllm_config.compilation_config.static_forward_context
+    impls = [context[name].impl for name in layer_names if name in context]
+    for name, impl in zip(layer_names, impls):
+        if not isinstance(impl, ElsaImpl):
+            raise RuntimeError(f"layer {name} runs {type(impl).__name__} although the backend {NAME} was chosen for it")
+    return impls
+
+
+_announced = False
+
+
+def announce(impls: list[Any], kv_cache_spec: Any, device: torch.device) -> None:
+    """The line that says ELSA computes, once a process."""
+    global _announced
+    if _announced or not impls:
+        return
+    _announced = True
+    first = impls[0]
+    logger.info(
+        "ELSA attention is active: %d layers, %d/%d heads of %d, %s KV cache, pages of %d, on %s",
+        len(impls),
+        first.num_heads,
+        first.num_kv_heads,
+        first.head_size,
+        kv_cache_spec.dtype,
+        kv_cache_spec.block_size,
+        device,
+    )

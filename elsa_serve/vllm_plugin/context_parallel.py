@@ -1,0 +1,55 @@
+"""Decode context parallelism: each rank holds a share of every request's KV; shares merge as monoid states do.
+
+A rank's output and logsumexp over its keys are a state `(m = lse, S = 1, W = out)`. Ranks exchange the logsumexps,
+weigh their outputs by exp(lse − total), and sum: `elsa_kernels.state.merge`, with the network for its top level.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+
+class Group(Protocol):
+    """The part of vLLM's GroupCoordinator that is used: ranks hold equal heads, gathered and scattered along dim 1."""
+
+    world_size: int
+    rank_in_group: int
+
+    def all_gather(self, input_: torch.Tensor, dim: int = -1) -> torch.Tensor: ...
+
+    def reduce_scatter(self, input_: torch.Tensor, dim: int = -1) -> torch.Tensor: ...
+
+
+@dataclass(slots=True)
+class Share:
+    """A rank's part of a batch's KV. Lengths are device tensors [B] int32, persistent for CUDA graphs."""
+
+    group: Any
+    seq_lens: torch.Tensor  # keys that this rank holds, the batch's own tokens included
+    context_lens: torch.Tensor  # the same without the batch's own tokens
+    max_seq_len: int  # upper bound on seq_lens
+
+
+def local_lengths(lengths: torch.Tensor, size: int, rank: int, interleave: int) -> torch.Tensor:
+    """How many of the first `lengths` tokens a rank holds, runs of `interleave` tokens going round the ranks."""
+    stripe = size * interleave
+    whole = lengths // stripe * interleave
+    rest = lengths % stripe - rank * interleave
+    return whole + rest.clamp(0, interleave)
+
+
+def merge_ranks(out: torch.Tensor, lse: torch.Tensor, group: Group) -> tuple[torch.Tensor, torch.Tensor]:
+    """Outputs [T, ranks·H, D] and lse [T, ranks·H] (natural log, float32) over this rank's keys, for the heads of all
+    ranks, become those over all keys for this rank's own heads: [T, H, D] float32 and [T, H]."""
+    size, rank = group.world_size, group.rank_in_group
+    T, heads = lse.shape
+    by_rank = group.all_gather(lse.contiguous(), dim=0).view(size, T, heads)
+    total = torch.logsumexp(by_rank, dim=0)
+    # A row without keys on any rank has total −∞, and weight 0 rather than exp(−∞ + ∞).
+    weight = torch.exp(lse - total.masked_fill(total == -torch.inf, 0.0))
+    merged = group.reduce_scatter(out.float() * weight.unsqueeze(-1), dim=1)
+    own = heads // size
+    return merged, total[:, rank * own : (rank + 1) * own]
