@@ -83,7 +83,7 @@ def kernels(device: Any) -> Iterator[str]:
 
 def vllm_plugin() -> Iterator[str]:
     """Whether vLLM would find the plugin, whether it supports this vLLM, and whether the backend registers."""
-    from elsa_serve.vllm_plugin import NAME, compat, register
+    from elsa_serve.vllm_plugin import compat
 
     for group in ("vllm.general_plugins", "vllm.platform_plugins"):
         found = [e for e in importlib.metadata.entry_points(group=group) if e.value.startswith("elsa_")]
@@ -104,11 +104,7 @@ def vllm_plugin() -> Iterator[str]:
         yield f"{MARK[False]} {refusal}"
         return
     try:
-        register()
-        from vllm.v1.attention.backends.registry import AttentionBackendEnum
-
-        backend = AttentionBackendEnum[NAME].get_class()
-        yield f"{MARK[True]} vLLM {version} takes --attention-backend elsa: {backend.__module__}.{backend.__qualname__}"
+        yield f"{MARK[True]} vLLM {version} takes --attention-backend elsa: {compat.registered_backend()}"
     except Exception as error:  # the same
         yield f"{MARK[False]} vLLM {version}: {type(error).__name__}: {error}"
 

@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Sequence
 
-from elsa_serve.vllm_plugin import NAME, PLATFORM
+from elsa_serve.vllm_plugin import NAME, PLATFORM, register
 
 TESTED = (0, 32)
 # 0.33 keeps every seam used here (backend, builder, impl, registry, selector, CPU platform: compared by source).
@@ -45,6 +45,15 @@ def refusal(version: str) -> str | None:
         f"attention backend ELSA supports vLLM {known}, and this is vLLM {version}: "
         f'install a supported one (pip install "vllm=={".".join(map(str, TESTED))}.*") or another elsa-serve'
     )
+
+
+def registered_backend() -> str:
+    """Register the backend, and import it as vLLM would: the path of its class. Raises what vLLM would run into."""
+    register()
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    backend = AttentionBackendEnum[NAME].get_class()
+    return f"{backend.__module__}.{backend.__qualname__}"
 
 
 def asks_for_elsa(argv: Sequence[str]) -> bool:
