@@ -20,6 +20,7 @@ try:
 except ImportError as error:
     _TRITON_MISSING = str(error)
 
+FORMS = ("cuda", "gluon", "triton", "torch")  # in order of preference
 GROUP = 8  # rows of tiles that share W's tiles in L2
 SKINNY = 32  # up to so many rows of x, time is that of reading the weights once
 
@@ -95,7 +96,8 @@ def linear(
 ) -> torch.Tensor:
     """x [..., K] float32 times weight [N, K] (float32, or split once), plus bias [N]: [..., N] float32.
 
-    impl: "gluon" (compute capability 9.0), "triton" (8.0 and newer), "torch" (everywhere); None chooses.
+    impl: "cuda" (up to 32 rows, compute capability 8.0 and newer), "gluon" (more rows, 9.0), "triton" (8.0 and newer),
+    "torch" (everywhere); None chooses the first that takes the problem.
     An Inf or NaN in x gives what FP32 arithmetic gives, in its own row only.
     """
     N, K = weight.shape
@@ -122,19 +124,21 @@ def matmul(a: torch.Tensor, b: torch.Tensor, *, impl: str | None = None) -> torc
 
 
 def _choose(x: torch.Tensor, K: int, impl: str | None) -> str:
-    refusals = {name: _refusal(name, x, K) for name in ("gluon", "triton", "torch")}
     if impl is None:
-        return next(name for name, reason in refusals.items() if reason is None)
-    if impl not in refusals:
-        raise ValueError(f"unknown implementation {impl!r} of linear; known: {', '.join(refusals)}")
-    if refusals[impl] is not None:
-        raise ValueError(f"implementation {impl!r} of linear does not take this problem: {refusals[impl]}")
+        return next(name for name in FORMS if _refusal(name, x, K) is None)
+    if impl not in FORMS:
+        raise ValueError(f"unknown implementation {impl!r} of linear; known: {', '.join(FORMS)}")
+    reason = _refusal(impl, x, K)
+    if reason is not None:
+        raise ValueError(f"implementation {impl!r} of linear does not take this problem: {reason}")
     return impl
 
 
 def _refusal(name: str, x: torch.Tensor, K: int) -> str | None:
     if name == "torch":
         return None
+    if name == "cuda":
+        return _refusal_of_few(x, K)
     if _TRITON_MISSING is not None:
         return f"triton is not installed ({_TRITON_MISSING})"
     if x.device.type == "cpu":
@@ -149,13 +153,27 @@ def _refusal(name: str, x: torch.Tensor, K: int) -> str | None:
         if K % 8:
             return f"K = {K} is not a multiple of 8, as the tensor memory accelerator needs"
         if x.numel() // K <= SKINNY:
-            return f"at most {SKINNY} rows: the small tiles of the Triton form read the weights faster"
+            return f"at most {SKINNY} rows: the forms with small tiles read the weights faster"
     elif capability < (8, 0):
         return f"needs compute capability 8.0, the device has {capability[0]}.{capability[1]}"
     return None
 
 
+def _refusal_of_few(x: torch.Tensor, K: int) -> str | None:
+    if x.device.type != "cuda":
+        return f"x is on the {x.device.type.upper()}"
+    if not 0 < x.numel() <= SKINNY * K:
+        return f"{x.numel() // max(K, 1)} rows: this form takes 1 to {SKINNY}"
+    from elsa_kernels.cuda import linear_few
+
+    return linear_few.refusal(x.device.index, K)
+
+
 def _run(x: torch.Tensor, w: SplitMatrix, bias: torch.Tensor | None, out: torch.Tensor, impl: str) -> None:
+    if impl == "cuda":
+        from elsa_kernels.cuda import linear_few
+
+        return linear_few.run(x, w.hi, w.lo, w.exponent, bias, out)
     from elsa_kernels.triton.linear_kernel import repair_kernel
 
     split = split_rows(x)
@@ -175,7 +193,7 @@ class SkinnyTile:
     """Tile of the form for few rows. SPAN of K goes to one program: fixed, so that no result depends on the batch."""
 
     BN: int = 32
-    BK: int = 128
+    BK: int = 64  # summed in the tensor core, which truncates: 128 misses torch's FP32 on positive data
     SPAN: int = 1280
     warps: int = 4
     stages: int = 4
