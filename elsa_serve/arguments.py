@@ -71,6 +71,13 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         help="float32 linear layers: torch's (default), or FP32-accurate ones on tensor cores, several times as fast",
     )
     group.add_argument(
+        "--fused",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="norms, rotary embedding and gated activations in one kernel each, where a layer's code computes just "
+        "them (default: on a GPU)",
+    )
+    group.add_argument(
         "--serial", action="store_true", help="copy and compute in turn: slow, same tokens, for checking"
     )
     group.add_argument("--device", help="cuda, cuda:1 or cpu (default: cuda where there is one)")
@@ -83,6 +90,6 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     """Keyword arguments of `OffloadEngine` from the flags above."""
     names = (
         "dtype", "context", "load_format", "gpu_memory", "host_memory", "max_batch",
-        "resident_layers", "slots", "chunk_tokens", "attention", "linear", "serial", "device", "seed",
+        "resident_layers", "slots", "chunk_tokens", "attention", "linear", "fused", "serial", "device", "seed",
     )  # fmt: skip
     return {name: getattr(args, name) for name in names}

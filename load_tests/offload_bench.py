@@ -42,7 +42,7 @@ from kernels.bench import results_file
 MODEL = Path(__file__).parent / "models" / "llama-13b.json"
 RUN_KEYS = (
     "gpu-memory", "host-memory", "attention", "serial", "resident-layers", "slots", "chunk-tokens", "context",
-    "decode-tokens",
+    "decode-tokens", "fused",
 )  # fmt: skip
 WARM_UP_TOKENS = 3
 
@@ -89,6 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--attention", choices=sorted(attentions.ATTEND), default="elsa")
     parser.add_argument("--linear", choices=CHOICES, default="torch", help="float32 linear layers, for all runs")
     parser.add_argument("--serial", type=int, default=0, help="1: the serial twin")
+    parser.add_argument("--fused", type=int, default=1, help="0: transformers' own elementwise work on a GPU")
     parser.add_argument("--resident-layers", type=int, help="layers on the device (default: planned)")
     parser.add_argument("--slots", type=int)
     parser.add_argument("--chunk-tokens", type=int)
@@ -214,6 +215,7 @@ def make_engine(run: argparse.Namespace, directory: Path, weights: ModelWeights,
         chunk_tokens=run.chunk_tokens,
         attention=run.attention,
         linear=run.linear,
+        fused=None if run.fused else False,
         serial=bool(run.serial),
         load_format="dummy",
         weights=weights,
@@ -242,6 +244,7 @@ def base_row(args: argparse.Namespace, run: argparse.Namespace, weights: ModelWe
         "context": run.context,
         "batch": 1,
         "serial": bool(run.serial),
+        "fused": bool(run.fused),
         "gpu_cap": run.gpu_memory,
     }
 

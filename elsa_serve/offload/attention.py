@@ -62,6 +62,19 @@ def attending(chunk: ChunkAttention) -> Iterator[None]:
         _chunk.reset(token)
 
 
+def current_attention() -> ChunkAttention:
+    """What attends in the pass that is running."""
+    chunk = _chunk.get()
+    if chunk is None:
+        raise RuntimeError(f"attn_implementation={NAME!r} works only inside the offload engine")
+    return chunk
+
+
+def refuse_mask(module: torch.nn.Module, attention_mask: torch.Tensor | None) -> None:
+    if attention_mask is not None:
+        raise UsageError(f"{type(module).__name__} builds an attention mask of its own, which offloading cannot honour")
+
+
 def offload_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -75,11 +88,8 @@ def offload_attention(
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: q [1, H, T, D], k and v [1, Hkv, T, D] of the chunk's new tokens."""
-    chunk = _chunk.get()
-    if chunk is None:
-        raise RuntimeError(f"attn_implementation={NAME!r} works only inside the offload engine")
-    if attention_mask is not None:
-        raise UsageError(f"{type(module).__name__} builds an attention mask of its own, which offloading cannot honour")
+    chunk = current_attention()
+    refuse_mask(module, attention_mask)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     options = AttentionOptions(scale, sliding_window, softcap, s_aux)
     return chunk(int(module.layer_idx), query, key, value, options), None  # type: ignore[arg-type]

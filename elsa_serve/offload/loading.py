@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from elsa_serve.offload import attention as attentions
 from elsa_serve.offload import device as devices
 from elsa_serve.offload import machine, measure
 from elsa_serve.offload.checkpoint import Checkpoint, load_config
+from elsa_serve.offload.fused import Fused, fuse
 from elsa_serve.offload.host import HostBuffer
 from elsa_serve.offload.kv import ALIGNMENT, HostKV, KVPool, KVShape
 from elsa_serve.offload.machine import Rates
@@ -26,6 +28,8 @@ from elsa_serve.offload.tokenizer import load_tokenizer
 from elsa_serve.offload.units import parse_size
 from elsa_serve.offload.weights import LoadFormat, ModelWeights, choose_dtype, load_model
 from elsa_serve.protocol import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 TRY_OUT_TOKENS = 16
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -51,6 +55,7 @@ class EngineOptions:
     chunk_tokens: int | None = None
     attention: str = "elsa"
     linear: str = "torch"
+    fused: bool | None = None  # layers' elementwise work in fewer kernels; None: on a GPU
     serial: bool = False
     load_format: LoadFormat = "auto"
     seed: int = 0
@@ -72,6 +77,7 @@ class LoadedModel:
     host_kv: HostKV
     host_buffer: HostBuffer
     runner: PassRunner
+    fused: Fused | None
     allocator_bytes: int  # what torch's allocator may reserve on the device
 
     @property
@@ -86,6 +92,8 @@ class LoadedModel:
         """Free everything, the device's budget included."""
         device = self.weights.device
         self.runner.close()
+        if self.fused is not None:
+            self.fused.restore()
         self.stream.close()
         self.streams.close()
         self.pool.close()
@@ -208,6 +216,7 @@ def _assemble(
     gpu_pool = torch.empty(plan.kv_gpu_bytes, dtype=torch.uint8, device=device)
     host_buffer = HostBuffer(_padded(plan.kv_host_bytes), pin=device.type == "cuda")
     pool = KVPool(shape, gpu_pool, host_buffer.tensor, plan.kv_gpu_layers)
+    fused = _fuse(options, weights)
     capacity = plan.context if plan.kv_host_bytes else 0
     host_kv = HostKV(shape, streams, capacity=capacity, max_batch=options.max_batch)
     runner = PassRunner(
@@ -231,8 +240,18 @@ def _assemble(
         host_kv=host_kv,
         host_buffer=host_buffer,
         runner=runner,
+        fused=fused,
         allocator_bytes=allocator_bytes,
     )
+
+
+def _fuse(options: EngineOptions, weights: ModelWeights) -> Fused | None:
+    wanted = weights.device.type == "cuda" if options.fused is None else options.fused
+    if not wanted:
+        return None
+    fused = fuse(weights.decoder_layers)
+    logger.info("fused: %s", fused)
+    return fused
 
 
 def _padded(nbytes: int) -> int:

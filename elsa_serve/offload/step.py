@@ -206,9 +206,12 @@ class PassRunner:
     ) -> None:
         total = hidden.shape[1]
         rows = slice(chunk.low, chunk.high)
+        own = hidden[:, rows]
         with attending(_ChunkAttention(self._host_kv, self.attend, chunk)):
-            output = inner(hidden[:, rows], **{name: _rows(value, rows, total) for name, value in kwargs.items()})
-        hidden[:, rows] = output[0] if isinstance(output, tuple) else output
+            output = inner(own, **{name: _rows(value, rows, total) for name, value in kwargs.items()})
+        output = output[0] if isinstance(output, tuple) else output
+        if output is not own:  # a fused layer works in place
+            own.copy_(output)
 
     def _pace(self, running: _Running, chunk: Chunk | None) -> None:
         """Note an issued chunk and wait for an early one; None waits for all."""

@@ -1,8 +1,20 @@
-"""RMS norm, rotary embedding and gated activation in one pass each (Triton: any GPU it takes, and its interpreter)."""
+"""RMS norm, rotary embedding and gated activation in one pass over memory each (Triton; on a CPU plain torch).
+
+All round where transformers' modules round: FP32 inside, the tensors' dtype between the steps.
+"""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
+
+try:
+    import triton
+    import triton.knobs
+
+    _TRITON_MISSING = None
+except ImportError as error:
+    _TRITON_MISSING = str(error)
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 
@@ -20,15 +32,15 @@ def rms_norm(
     With `residual` (of x's shape): residual += x, in place, and it is the sum that is normalised. unit_offset: Gemma's
     form, (1 + weight) multiplied in FP32.
     """
-    import triton
-
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"residual is {tuple(residual.shape)}, x is {tuple(x.shape)}: they are added")
+    if not _by_triton(x):
+        return _rms_norm_torch(x if residual is None else residual.add_(x), weight, eps, unit_offset)
     from elsa_kernels.triton.elementwise import rms_norm_kernel
 
     D = x.shape[-1]
     rows = _rows(x, "x")
     sums = rows if residual is None else _rows(residual, "residual")
-    if sums.shape != rows.shape:
-        raise ValueError(f"residual is {tuple(sums.shape)}, x is {tuple(rows.shape)}: they are added")
     out = torch.empty(rows.shape, dtype=x.dtype, device=x.device)
     if out.numel():
         block = triton.next_power_of_2(D)
@@ -39,50 +51,66 @@ def rms_norm(
     return out.view(x.shape)
 
 
-def rotary(
-    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """q [T, H, D] and k [T, Hkv, D], heads contiguous within a token, turned by cos and sin [T, D]: new tensors."""
-    import triton
+def _rms_norm_torch(x: torch.Tensor, weight: torch.Tensor, eps: float, unit_offset: bool) -> torch.Tensor:
+    full = x.float()
+    full = full * torch.rsqrt(full.pow(2).mean(-1, keepdim=True) + eps)
+    return (full * (1.0 + weight.float())).to(x.dtype) if unit_offset else weight * full.to(x.dtype)
 
-    from elsa_kernels.triton.elementwise import rotary_kernel
 
+def rotary(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """q [T, H, D] and k [T, Hkv, D], turned by cos and sin [T, D] in halves (GPT-NeoX's form): new tensors."""
     T, H, D = q.shape
-    Hkv = k.shape[1]
+    if cos.shape != (T, D) or sin.shape != (T, D):
+        raise ValueError(f"cos and sin are {tuple(cos.shape)} and {tuple(sin.shape)}: expected {(T, D)}")
     for name, x in (("q", q), ("k", k)):
         if x.stride(2) != 1 or x.stride(1) != D:
             raise ValueError(f"{name} has strides {x.stride()}: a token's heads must lie side by side")
-    if cos.shape != (T, D) or sin.shape != (T, D) or cos.stride() != sin.stride() or cos.stride(1) != 1:
-        raise ValueError(f"cos and sin are {tuple(cos.shape)} and {tuple(sin.shape)}: expected rows of {(T, D)}")
-    q_out, k_out = torch.empty(T, H, D, dtype=q.dtype, device=q.device), torch.empty_like(k, memory_format=torch.contiguous_format)
+    if not _by_triton(q):
+        return tuple(x * cos[:, None] + _rotate_half(x) * sin[:, None] for x in (q, k))  # type: ignore[return-value]
+    from elsa_kernels.triton.elementwise import rotary_kernel
+
+    cos, sin = cos.contiguous(), sin.contiguous()
+    Hkv = k.shape[1]
+    q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
     if T:
         heads = 16
         rotary_kernel[(T, triton.cdiv(H + Hkv, heads))](
-            q, k, cos, sin, q_out, k_out, H, Hkv, q.stride(0), k.stride(0), cos.stride(0),
+            q, k, cos, sin, q_out, k_out, H, Hkv, q.stride(0), k.stride(0), D,
             HALF=D // 2, BLOCK=triton.next_power_of_2(D // 2), HEADS=heads, num_warps=4,
         )  # fmt: skip
     return q_out, k_out
 
 
+def _rotate_half(x: torch.Tensor) -> torch.Tensor:
+    first, second = x.chunk(2, -1)
+    return torch.cat((-second, first), -1)
+
+
 def gated(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
     """activation(gate) · up for gate and up [..., F]: a new tensor. The activation is one of ACTIVATIONS."""
-    import triton
-
-    from elsa_kernels.triton.elementwise import gated_kernel
-
     if activation not in ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
-    gates, ups = _rows(gate, "gate"), _rows(up, "up")
-    if gates.shape != ups.shape:
+    if gate.shape != up.shape:
         raise ValueError(f"gate is {tuple(gate.shape)}, up is {tuple(up.shape)}: they are multiplied")
-    R, F = gates.shape
-    out = torch.empty(R, F, dtype=gate.dtype, device=gate.device)
+    if not _by_triton(gate):
+        return (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up
+    from elsa_kernels.triton.elementwise import gated_kernel
+
+    gates, ups = _rows(gate, "gate"), _rows(up, "up")
+    R, columns = gates.shape
+    out = torch.empty(R, columns, dtype=gate.dtype, device=gate.device)
     if out.numel():
-        block = min(triton.next_power_of_2(F), 2048)
-        gated_kernel[(R, triton.cdiv(F, block))](
-            gates, ups, out, F, gates.stride(0), ups.stride(0), BLOCK=block, ACTIVATION=activation, num_warps=4
+        block = min(triton.next_power_of_2(columns), 2048)
+        gated_kernel[(R, triton.cdiv(columns, block))](
+            gates, ups, out, columns, gates.stride(0), ups.stride(0), BLOCK=block, ACTIVATION=activation, num_warps=4
         )
-    return out.view(*gate.shape[:-1], F)
+    return out.view(gate.shape)
+
+
+def _by_triton(x: torch.Tensor) -> bool:
+    if _TRITON_MISSING is not None or x.device.type == "meta":
+        return False
+    return x.device.type != "cpu" or triton.knobs.runtime.interpret
 
 
 def _rows(x: torch.Tensor, name: str) -> torch.Tensor:

@@ -93,13 +93,18 @@ def _feature_pointers(features: dict) -> dict[str, str]:
 
 
 def resources(compiled) -> dict[str, int]:
-    """Registers, stack bytes and shared memory of a CUDA binary, from its own resource section."""
+    """Registers, stack bytes and shared memory of what Triton compiled, from its own resource section."""
+    return cubin_resources(compiled.asm["cubin"]) | {"shared": compiled.metadata.shared}
+
+
+def cubin_resources(cubin: bytes) -> dict[str, int]:
+    """Registers and stack bytes of a CUDA binary with one kernel."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(cubin)
         file.flush()
         text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
     found = re.search(r"REG:(\d+) STACK:(\d+)", text.stdout)
     if found is None:
         raise ValueError(f"cuobjdump printed no resource usage: {text.stdout!r}")
-    return {"registers": int(found[1]), "stack": int(found[2]), "shared": compiled.metadata.shared}
+    return {"registers": int(found[1]), "stack": int(found[2])}

@@ -164,10 +164,13 @@ def test_bad_input_is_named(x, impl, named):
         elsa.linear(x, torch.randn(8, 16), impl=impl)
 
 
+GPU_SHAPES = [*SHAPES, (4, 1000, 5120), (16, 72, 13824), (31, 520, 5120), (1000, 776, 4096), (4096, 1000, 13824)]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("impl", ["triton", "gluon"])
+@pytest.mark.parametrize("impl", ["cuda", "triton", "gluon"])
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("shape", [*SHAPES, (1000, 776, 4096), (4096, 1000, 13824)], ids=str)
+@pytest.mark.parametrize("shape", GPU_SHAPES, ids=str)
 def test_error_on_the_gpu(shape, family, impl):
     x, w = operands(*shape, family, device="cuda")
     reason = elsa._refusal(impl, x, shape[2])
@@ -177,9 +180,9 @@ def test_error_on_the_gpu(shape, family, impl):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("impl", ["triton", "gluon"])
-def test_results_below_fp32_are_zero_on_the_gpu(impl):
-    x, w = operands(300, 256, 512, "normal", device="cuda")
+@pytest.mark.parametrize(("impl", "rows"), [("cuda", 20), ("triton", 20), ("triton", 300), ("gluon", 300)])
+def test_results_below_fp32_are_zero_on_the_gpu(impl, rows):
+    x, w = operands(rows, 256, 512, "normal", device="cuda")
     reason = elsa._refusal(impl, x, 512)
     if reason:
         pytest.skip(reason)
@@ -187,9 +190,23 @@ def test_results_below_fp32_are_zero_on_the_gpu(impl):
 
 
 @pytest.mark.gpu
-def test_non_finite_on_the_gpu():
-    x, w = operands(300, 256, 512, "normal", device="cuda")
+@pytest.mark.parametrize("rows", [4, 20, 300])
+def test_non_finite_on_the_gpu(rows):
+    x, w = operands(rows, 250, 512, "normal", device="cuda")
     x[2, 5], x[3, 7] = float("inf"), float("nan")
     out, expected = elsa.linear(x, w), x @ w.t()
     assert torch.equal(out.isnan(), expected.isnan())
     assert torch.equal(out[expected.isinf()], expected[expected.isinf()])
+
+
+@pytest.mark.gpu
+def test_few_rows_are_one_form_whatever_their_number():
+    x, w = operands(32, 1000, 5120, "normal", device="cuda")
+    if elsa._refusal("cuda", x, 5120):
+        pytest.skip(elsa._refusal("cuda", x, 5120))
+    split, bias = elsa.split_weight(w), torch.randn(1000, device="cuda")
+    whole = elsa.linear(x, split, bias, impl="cuda")
+    for rows in (slice(0, 1), slice(3, 8), slice(5, 17), slice(9, 26)):
+        assert torch.equal(elsa.linear(x[rows], split, bias), whole[rows])
+    strided = torch.randn(32, 5122, device="cuda")[:, 1:5121]
+    assert torch.equal(elsa.linear(strided, split, bias), elsa.linear(strided.contiguous(), split, bias))

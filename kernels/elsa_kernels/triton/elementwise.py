@@ -75,10 +75,10 @@ def gated_kernel(gate, up, out, F, gate_stride, up_stride, BLOCK: tl.constexpr, 
     mask = columns < F
     raw = tl.load(gate + row * gate_stride + columns, mask=mask, other=0.0)
     g = raw.to(tl.float32)
-    if ACTIVATION == "silu":
-        g = g / (1.0 + tl.exp(-g))
-    else:
-        y = 0.7978845608028654 * (g + 0.044715 * g * g * g)
-        g = 0.5 * g * (1.0 + (1.0 - 2.0 / (1.0 + tl.exp(2.0 * y))))  # tanh, right at both infinities
+    # GELU by tanh is g·sigmoid(2y); exp that overflows gives the limit, 0.
+    y = g
+    if ACTIVATION == "gelu_tanh":
+        y = 1.5957691216057308 * (g + 0.044715 * g * g * g)
+    g = g / (1.0 + tl.exp(-y))
     u = tl.load(up + row * up_stride + columns, mask=mask, other=0.0).to(tl.float32)
     tl.store(out + row * F + columns, (g.to(raw.dtype).to(tl.float32) * u).to(raw.dtype), mask=mask)

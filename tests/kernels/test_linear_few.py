@@ -1,0 +1,36 @@
+"""The CUDA C++ form for few rows: what its machine code holds, without a GPU (only NVRTC)."""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+from elsa_kernels.cuda import linear_few, nvrtc
+
+from tests.kernels import aot
+
+needs_nvrtc = pytest.mark.skipif(nvrtc.unavailable() is not None, reason=f"{nvrtc.unavailable()}")
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(("arch", "tiles"), [(80, 1), (90, 1), (90, 2), (90, 4)])
+def test_weights_go_into_registers_without_spills(arch, tiles):
+    if arch not in nvrtc.architectures():
+        pytest.skip(f"NVRTC {nvrtc.version()} does not compile for sm_{arch}")
+    tile = linear_few.FewTile()
+    used = aot.cubin_resources(nvrtc.compile_cubin(linear_few.source(), arch, tile.defines(tiles)))
+    assert used["stack"] == 0
+    assert used["registers"] * tile.threads * tile.blocks_per_sm <= 65536
+
+
+@needs_nvrtc
+def test_parameters_have_the_size_of_the_kernels():
+    defines, size = linear_few.FewTile().defines(1), ctypes.sizeof(linear_few.Params)
+    arch = max(a for a in nvrtc.architectures() if a <= 90)
+    nvrtc.compile_cubin(linear_few.source() + f"static_assert(sizeof(Params) == {size});", arch, defines)
+    with pytest.raises(nvrtc.CompilationFailed, match="static assertion"):
+        nvrtc.compile_cubin(linear_few.source() + f"static_assert(sizeof(Params) == {size + 8});", arch, defines)
+
+
+def test_rows_are_rounded_to_what_is_compiled():
+    assert [linear_few.tiles_of(M) for M in (1, 8, 9, 16, 17, 32)] == [1, 1, 2, 2, 4, 4]

@@ -1,0 +1,111 @@
+"""Fused layers: recognised by what they compute, the same tokens, and the modules' own code where anything differs."""
+
+import logging
+
+import pytest
+import torch
+from engine_models import FAMILIES, generate, make_config, make_engine, prompt_of, save_checkpoint, tokens_of
+from torch import nn
+
+from elsa_serve.offload import attention as attentions
+from elsa_serve.offload import fused
+from elsa_serve.offload.weights import build_meta_model, find_decoder_layers
+
+
+def decoder_layers(family, **changes):
+    attentions.register()
+    model = build_meta_model(make_config(family, **changes), torch.float32, attentions.NAME)
+    return find_decoder_layers(model)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
+def test_layers_of_llamas_shape_are_fused_whole(family):
+    layers = decoder_layers(family)
+    done = fused.fuse(layers)
+    assert (done.layers, done.norms, done.activations) == (5, 0, 0)
+    assert all(isinstance(layer.forward, fused.FusedForward) for layer in layers)
+    done.restore()
+    assert not any("forward" in vars(module) for layer in layers for module in layer.modules())
+
+
+def test_other_layers_keep_their_forward_and_get_the_parts():
+    layers = decoder_layers("gemma2")
+    done = fused.fuse(layers)
+    assert (done.layers, done.norms, done.activations) == (0, 5 * 4, 5)
+    assert not any("forward" in vars(layer) for layer in layers)
+    done.restore()
+    assert not any("forward" in vars(module) for layer in layers for module in layer.modules())
+
+
+def test_forms_are_those_of_the_modules():
+    llama, gemma = decoder_layers("llama")[0], decoder_layers("gemma2")[0]
+    assert fused.norm_form(llama.input_layernorm) == fused.NormForm(1e-6, unit_offset=False)
+    assert fused.norm_form(gemma.input_layernorm) == fused.NormForm(1e-6, unit_offset=True)
+    assert fused.gated_form(llama.mlp) == "silu"
+    assert fused.gated_form(gemma.mlp) == "gelu_tanh"
+    window = fused.layer_form(decoder_layers("mistral")[0]).options.window
+    assert window == FAMILIES["mistral"]["sliding_window"]
+    assert fused.layer_form(decoder_layers("qwen3")[0]).head_norm is not None
+
+
+class RoundsOnce(nn.Module):
+    """A norm that differs from LLaMA's in one rounding."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.variance_epsilon = nn.Parameter(torch.ones(64)), 1e-6
+
+    def forward(self, x):
+        full = x.float()
+        return (self.weight * full * torch.rsqrt(full.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+def test_what_computes_otherwise_is_left_alone(monkeypatch):
+    assert fused.norm_form(RoundsOnce()) is None
+    assert fused.norm_form(nn.LayerNorm(64)) is None
+    layer = decoder_layers("llama", hidden_act="relu")[0]
+    assert fused.gated_form(layer.mlp) is None
+    assert fused.layer_form(layer) is None
+    layer = decoder_layers("llama")[0]
+    own = type(layer).forward
+    monkeypatch.setattr(type(layer), "forward", lambda self, x, **kwargs: 0.5 * own(self, x, **kwargs))
+    assert fused.layer_form(layer) is None
+
+
+def test_a_rotation_of_another_kind_is_seen(monkeypatch):
+    layer = decoder_layers("llama")[0]
+    module = __import__(type(layer).__module__, fromlist=["_"])
+    monkeypatch.setattr(module, "apply_rotary_pos_emb", lambda q, k, cos, sin: (q * cos[:, None], k * cos[:, None]))
+    assert fused.layer_form(layer) is None
+
+
+def tokens(directory, **options):
+    engine = make_engine(directory, **options)
+    try:
+        return tokens_of(generate(engine, prompt_of(70), max_tokens=12)), engine._loaded.fused
+    finally:
+        engine.shutdown()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_are_those_of_transformers_modules(family, tmp_path, caplog):
+    directory = save_checkpoint(family, tmp_path / family)
+    plain, none = tokens(directory, fused=False)
+    assert none is None
+    with caplog.at_level(logging.INFO, logger="elsa_serve.offload.loading"):
+        ours, done = tokens(directory, fused=True, resident_layers=2)
+    assert ours == plain
+    assert done.layers == (0 if family == "gemma2" else 5)
+    assert str(done) in caplog.text
+
+
+def test_neighbouring_weights_are_one_product():
+    flat = torch.randn(6, 16)
+    first, second, third = (nn.Linear(16, n, bias=False) for n in (2, 3, 1))
+    for linear, (low, high) in ((first, (0, 2)), (second, (2, 5)), (third, (5, 6))):
+        linear.weight = nn.Parameter(flat[low:high], requires_grad=False)
+    assert fused._adjacent([first.weight, second.weight, third.weight])
+    assert not fused._adjacent([first.weight, third.weight])
+    x = torch.randn(1, 4, 16)
+    for ours, linear in zip(fused.products(x, first, second, third), (first, second, third)):
+        torch.testing.assert_close(ours, linear(x))
