@@ -4,6 +4,7 @@
 |---|---|---|
 | ELSA_CACHE_DIR | $XDG_CACHE_HOME/elsa-serve or ~/.cache/elsa-serve | compiled kernels and measured bandwidths |
 | ELSA_API_KEY | unset | comma-separated keys that the server accepts; unset: no authentication |
+| ELSA_CHECKSUMS | unset | 1: compare what comes back from disk with what was there first; slower, to find bad disks |
 | ELSA_COMMIT | unset | the commit a benchmark names where the tree is no git checkout |
 | ELSA_VLLM_METRICS_DIR | made at start | where the processes of one vLLM server keep the counters of the plugin |
 """
@@ -33,3 +34,7 @@ def vllm_metrics_dir() -> Path | None:
 def set_vllm_metrics_dir(directory: Path) -> None:
     """Tell the processes that this one starts where their counters belong."""
     os.environ["ELSA_VLLM_METRICS_DIR"] = str(directory)
+
+
+def checksums() -> bool:
+    return os.environ.get("ELSA_CHECKSUMS", "") not in ("", "0")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,7 +15,8 @@ from elsa_serve.offload.units import format_size
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-READABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+READABLE = tuple(STORED.values())
 _GIT_LFS = b"version https://git-lfs"
 
 
@@ -60,6 +61,7 @@ class Checkpoint:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.files: dict[str, Path] = {}  # tensor name -> file
+        self._headers: dict[Path, tuple[int, dict[str, Any]]] = {}
         for file in _weight_files(directory):
             with _open(file) as handle:
                 self.files.update(dict.fromkeys(handle.keys(), file))
@@ -78,6 +80,18 @@ class Checkpoint:
                     tensor = handle.get_tensor(name)
                     _check_readable(tensor, name, file)
                     yield name, tensor
+
+    def place_of(self, name: str) -> tuple[Path, int, int, torch.dtype, tuple[int, ...]]:
+        """(file, first byte, bytes, dtype, shape) of a tensor, so that it can be read past safetensors."""
+        file = self.files[name]
+        if file not in self._headers:
+            self._headers[file] = _header(file)
+        base, entries = self._headers[file]
+        entry = entries[name]
+        if entry["dtype"] not in STORED:
+            _refuse_dtype(entry["dtype"], name, file)
+        first, last = entry["data_offsets"]
+        return file, base + first, last - first, STORED[entry["dtype"]], tuple(entry["shape"])
 
     def stored_dtype(self) -> torch.dtype:
         """The dtype of the checkpoint's first weight matrix."""
@@ -146,10 +160,20 @@ def _open(file: Path) -> Any:
         raise CheckpointError(f"{file} ({size}) is truncated or damaged: {error}; download it again") from error
 
 
+def _header(file: Path) -> tuple[int, dict[str, Any]]:
+    """Where a safetensors file's data begin, and its table of tensors."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        return 8 + length, json.loads(stream.read(length))
+
+
 def _check_readable(tensor: torch.Tensor, name: str, file: Path) -> None:
     if tensor.dtype not in READABLE:
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        raise CheckpointError(
-            f"{name} in {file.name} is stored as {dtype}, which the offload engine does not read (quantised?); "
-            "use a checkpoint in float32, bfloat16 or float16"
-        )
+        _refuse_dtype(str(tensor.dtype).removeprefix("torch."), name, file)
+
+
+def _refuse_dtype(dtype: str, name: str, file: Path) -> NoReturn:
+    raise CheckpointError(
+        f"{name} in {file.name} is stored as {dtype}, which the offload engine does not read (quantised?); "
+        "use a checkpoint in float32, bfloat16 or float16"
+    )

@@ -58,11 +58,9 @@ class DirectFile:
         got = 0
         while first + got < end:
             count = os.preadv(self._fd, [bounce.view[got:wanted]], first + got)
-            if count == 0:
-                raise OSError(f"{self.path} ends at byte {first + got}, before byte {end}: it is truncated")
             got += count
-            if self.direct and got % BLOCK and first + got < end:
-                raise OSError(f"{self.path}: a direct read ended inside a block, at byte {first + got}")
+            if first + got < end and (count == 0 or got % BLOCK):  # a direct read stops inside a block at the end only
+                raise OSError(f"{self.path} ends at byte {first + got}, before byte {end}: it is truncated")
         return bounce.tensor[start - first : end - first]
 
     def close(self) -> None:

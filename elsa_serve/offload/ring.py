@@ -6,7 +6,8 @@
             hidden = decoder_layer(hidden, ...)
 
 With S slots, S − 1 layers are on their way while one computes. The ring wraps around: during the last layers of a pass
-the first layers of the next are already being copied.
+the first layers of the next are already being copied. Layers on disk are read into staging buffers further ahead still;
+one whose read is not over is waited for only when its turn to compute has come.
 
 Invariant: a slot is overwritten only after an event recorded behind the last compute that reads it.
 """
@@ -20,6 +21,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from elsa_serve.offload.disk_layers import Feed
 from elsa_serve.offload.streams import Copy, Event, Streams
 from elsa_serve.offload.weights import LayerBinding, ModelWeights, flat_views
 
@@ -42,6 +44,8 @@ class WeightStream:
         count = len(self._layers)
         if not all(0 <= index < count for index in resident):
             raise ValueError(f"resident layers {sorted(resident)} are not all in 0 … {count - 1}")
+        if both := sorted(set(resident) & weights.store.on_disk):
+            raise ValueError(f"layers {both} are both resident and on disk")
         self._streamed = [index for index in range(count) if index not in set(resident)]
         if self._streamed and slots < 1:
             raise ValueError(f"{len(self._streamed)} streamed layers need at least one slot, not {slots}")
@@ -56,6 +60,7 @@ class WeightStream:
         self._max_run_ahead = max(2, slots)
         self._position = 0  # the layer that comes next
         self._used = self._submitted = 0  # streamed layers taken from, and sent into, the ring since it began
+        self._feed = Feed(weights.disk, self._streamed) if weights.disk is not None else None
         self._prefetch()
 
     def _upload(self, resident: list[int], device: torch.device) -> tuple[dict[int, Parameters], int]:
@@ -101,6 +106,9 @@ class WeightStream:
     def _arrived(self, index: int) -> Parameters:
         """Make compute wait for the layer's copy; the layer's parameters in its slot."""
         slot = self._used % len(self._slots)
+        if self._submitted == self._used:  # its read from disk was not over when the slot came free
+            self._submit()
+        self._prefetch()
         copy = self._copies[slot]
         if copy is not None:
             self._streams.wait(copy)
@@ -116,15 +124,31 @@ class WeightStream:
         self._prefetch()
 
     def _prefetch(self) -> None:
-        """Send layers into the ring until every slot is taken."""
+        """Send layers into the ring until every slot is taken, or the next one is still being read from disk."""
         while self._submitted < self._used + len(self._slots):
-            slot = self._submitted % len(self._slots)
-            host = self._store.layers[self._streamed[self._submitted % len(self._streamed)]]
-            pair = (self._slots[slot][: host.numel()], host)
-            self._copies[slot] = self._lane.submit(
-                [pair], object="weights", direction="h2d", after=[self._released[slot]]
-            )
-            self._submitted += 1
+            feed = self._feed
+            if feed is not None and self._submitted in feed and not feed.ready(self._submitted):
+                return
+            self._submit()
+
+    def _submit(self) -> None:
+        """Send the next layer into its slot; one on disk is waited for. Raises what its read raised."""
+        feed = self._feed if self._feed is not None and self._submitted in self._feed else None
+        if feed is None:
+            host, read = self._store.layers[self._streamed[self._submitted % len(self._streamed)]], None
+        else:
+            try:
+                host, read = feed.take(self._submitted)
+            except BaseException:
+                feed.restart(self._submitted)  # the next pass reads it again
+                raise
+        slot = self._submitted % len(self._slots)
+        pair = (self._slots[slot][: host.numel()], host)
+        copy = self._lane.submit([pair], object="weights", direction="h2d", after=[self._released[slot]])
+        if feed is not None and read is not None:
+            feed.lend(copy, read)
+        self._copies[slot] = copy
+        self._submitted += 1
 
     def rewind(self) -> None:
         """Begin again at layer 0 when a pass was cut short. What was prefetched for the rest of it is discarded."""
@@ -135,6 +159,8 @@ class WeightStream:
             return  # the ring stands at the first streamed layer already
         # The lane copies in order, so the discarded layers arrive before the new ones overwrite them.
         self._used = self._submitted = 0
+        if self._feed is not None:
+            self._feed.restart(0)
         self._prefetch()
 
     def close(self) -> None:
@@ -142,6 +168,8 @@ class WeightStream:
         for copy in self._copies:
             if copy is not None:
                 copy.synchronize()
+        if self._feed is not None:
+            self._feed.close()
         self._streams.synchronize()
         self._copies, self._slots, self._views, self._resident = [], [], {}, {}
         self._resident_nbytes = 0

@@ -19,7 +19,9 @@ from tqdm import tqdm
 
 from elsa_serve.errors import CheckpointError
 from elsa_serve.offload.checkpoint import Checkpoint, load_config
+from elsa_serve.offload.disk_layers import DiskLayers, Extent
 from elsa_serve.offload.host import HostBuffer
+from elsa_serve.offload.units import format_size
 
 LoadFormat = Literal["auto", "safetensors", "dummy"]
 ALIGNMENT = 256  # bytes; what CUDA's own allocator gives, and what every vector load and TMA descriptor needs
@@ -87,7 +89,8 @@ class LayerBinding:
 class LayerStore:
     """The decoder layers' weights: one flat uint8 tensor a layer, in host memory, page-locked where there is a GPU.
 
-    The `resident` layers lie on the device instead and take no host memory. `nbytes` counts both, `host_nbytes` one.
+    The `resident` layers lie on the device instead, those `on_disk` in the checkpoint's files: neither takes host
+    memory, and the latter's tensors here are meta. `nbytes` counts all, `host_nbytes` what lies in host memory.
     """
 
     def __init__(
@@ -96,10 +99,11 @@ class LayerStore:
         sizes: Sequence[int],
         device: torch.device,
         resident: Collection[int] = (),
+        on_disk: Collection[int] = (),
     ) -> None:
         self.layouts = tuple(layouts)
         self.pinned = device.type == "cuda"
-        self.resident = frozenset(resident)
+        self.resident, self.on_disk = frozenset(resident), frozenset(on_disk)
         self.nbytes = sum(sizes)
         self._buffers: list[HostBuffer] = []
         layers = []
@@ -107,6 +111,8 @@ class LayerStore:
             for index, size in enumerate(sizes):
                 if index in self.resident:
                     layers.append(torch.zeros(size, dtype=torch.uint8, device=device))
+                elif index in self.on_disk:
+                    layers.append(torch.empty(size, dtype=torch.uint8, device="meta"))
                 else:
                     self._buffers.append(HostBuffer(size, pin=self.pinned))
                     layers.append(self._buffers[-1].tensor)
@@ -141,9 +147,12 @@ class ModelWeights:
     device: torch.device
     dtype: torch.dtype
     device_nbytes: int  # embeddings, final norm, head, buffers
+    disk: DiskLayers | None = None  # the layers that are read from files
 
     def close(self) -> None:
         """Free the host buffers; the model can no longer run. Idempotent."""
+        if self.disk is not None:
+            self.disk.close()
         self.store.close()
         self.decoder_layers = ()
 
@@ -156,12 +165,13 @@ def load_model(
     load_format: LoadFormat = "auto",
     attn_implementation: str | None = None,
     resident: Collection[int] = (),
+    on_disk: Collection[int] = (),
     seed: int = 0,
     progress: bool = True,
 ) -> ModelWeights:
     """Load a Hugging Face checkpoint directory, tensor by tensor, straight into its place.
 
-    The decoder layers in `resident` go to the device and take no host memory.
+    The decoder layers in `resident` go to the device and take no host memory; those `on_disk` stay in their files.
 
     dtype "auto" keeps the checkpoint's own. load_format "dummy" draws random weights of any config.json, as
     transformers would initialise them. Raises CheckpointError naming the value and the remedy.
@@ -176,7 +186,9 @@ def load_model(
     # transformers' rule for buffers writes a module's weights too, so it runs while those are still meta tensors
     materialise_buffers(model, device)
     device_nbytes = _materialise_outside(model, layers, device)
-    store = LayerStore(layouts, sizes, device, resident)
+    if on_disk and checkpoint is None:
+        raise CheckpointError("random weights (--load-format dummy) lie in no file, so no layer can stay on disk")
+    store = LayerStore(layouts, sizes, device, resident, on_disk)
     weights = ModelWeights(model, config, layers, store, device, chosen, device_nbytes)
     try:
         if checkpoint is None:
@@ -289,6 +301,9 @@ def _destinations(weights: ModelWeights) -> dict[str, torch.Tensor]:
 def _fill_from(checkpoint: Checkpoint, weights: ModelWeights, progress: bool) -> None:
     places = _destinations(weights)
     sources = _match_names(checkpoint, places, weights)
+    if weights.store.on_disk:
+        weights.disk = _disk_layers(checkpoint, weights, {name: source for source, name in sources.items()})
+        sources = {source: name for source, name in sources.items() if not places[name].is_meta}
     total = sum(places[name].numel() * places[name].element_size() for name in sources.values())
     with tqdm(total=total, unit="B", unit_scale=True, desc="loading weights", disable=not progress) as bar:
         announced = False
@@ -302,12 +317,38 @@ def _fill_from(checkpoint: Checkpoint, weights: ModelWeights, progress: bool) ->
             bar.update(place.numel() * place.element_size())
 
 
-def _copy_checked(place: torch.Tensor, tensor: torch.Tensor, name: str) -> None:
-    if tensor.shape != place.shape:
+def _disk_layers(checkpoint: Checkpoint, weights: ModelWeights, sources: Mapping[str, str]) -> DiskLayers:
+    """Where the tensors of the layers on disk lie in the checkpoint's files. `sources`: model name -> stored name."""
+    prefixes = {id(module): name for name, module in weights.model.named_modules()}
+    extents: dict[int, list[Extent]] = {}
+    for index in sorted(weights.store.on_disk):
+        prefix = prefixes[id(weights.decoder_layers[index])]
+        for name, spec in weights.store.layouts[index].items():
+            source = sources[f"{prefix}.{name}"]
+            file, start, nbytes, stored, shape = checkpoint.place_of(source)
+            _check_shape(source, shape, spec.shape)
+            extent = Extent(source, file, start, nbytes, stored, spec.offset, spec.dtype)
+            extents.setdefault(index, []).append(extent)
+    sizes = {index: weights.store.layers[index].numel() for index in extents}
+    logger.warning(
+        "%d of %d layers stay on disk and are read again every pass (%s)",
+        len(extents),
+        len(weights.decoder_layers),
+        format_size(sum(extent.nbytes for parts in extents.values() for extent in parts)),
+    )
+    return DiskLayers(extents, sizes, pinned=weights.store.pinned)
+
+
+def _check_shape(name: str, shape: Sequence[int], expected: Sequence[int]) -> None:
+    if list(shape) != list(expected):
         raise CheckpointError(
-            f"{name} has shape {list(tensor.shape)}, but config.json makes it {list(place.shape)}; "
+            f"{name} has shape {list(shape)}, but config.json makes it {list(expected)}; "
             "the weights belong to another model or revision: download both again"
         )
+
+
+def _copy_checked(place: torch.Tensor, tensor: torch.Tensor, name: str) -> None:
+    _check_shape(name, tensor.shape, place.shape)
     place.copy_(tensor)
     narrower = place.dtype == torch.float16 and tensor.dtype != torch.float16
     if narrower and not bool(place.isfinite().all()) and bool(tensor.isfinite().all()):
@@ -323,11 +364,11 @@ def _match_names(checkpoint: Checkpoint, places: Mapping[str, torch.Tensor], wei
     sources: dict[str, str] = {}
     filled: set[int] = set()
     for name, place in places.items():
-        if stored(name) in checkpoint and place.data_ptr() not in filled:
+        if stored(name) in checkpoint and _identity(place) not in filled:
             sources[stored(name)] = name
-            filled.add(place.data_ptr())
+            filled.add(_identity(place))
     persistent = {name for name, _ in weights.model.named_buffers()}
-    missing = [n for n, p in places.items() if p.data_ptr() not in filled and p.numel() and n not in persistent]
+    missing = [n for n, p in places.items() if _identity(p) not in filled and p.numel() and n not in persistent]
     if missing:
         raise CheckpointError(
             f"the checkpoint in {checkpoint.directory} lacks {len(missing)} of {len(places)} tensors of "
@@ -340,6 +381,11 @@ def _match_names(checkpoint: Checkpoint, places: Mapping[str, torch.Tensor], wei
     if extra:
         logger.warning("%d tensors of the checkpoint are not used by this model, such as %s", len(extra), extra[0])
     return sources
+
+
+def _identity(place: torch.Tensor) -> int:
+    """Equal for tied tensors. A layer on disk has no memory, and shares none."""
+    return id(place) if place.is_meta else place.data_ptr()
 
 
 class _StoredNames:
