@@ -78,6 +78,26 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         "them (default: on a GPU)",
     )
     group.add_argument(
+        "--max-num-batched-tokens",
+        type=int,
+        metavar="N",
+        help="prompt tokens in a pass beside running decodes, which wait for its end (default: planned)",
+    )
+    group.add_argument(
+        "--prefill-round-tokens",
+        type=int,
+        metavar="N",
+        help="prompt tokens in a pass while nothing decodes; what a round has finished survives a timeout "
+        "(default: planned, so that rounds cost nothing)",
+    )
+    group.add_argument(
+        "--num-speculative-tokens",
+        type=int,
+        metavar="N",
+        help="tokens guessed from the prompt and verified in one pass, exactly; 0 is off "
+        "(default: 15 where weights or KV are read from host memory, else 0)",
+    )
+    group.add_argument(
         "--serial", action="store_true", help="copy and compute in turn: slow, same tokens, for checking"
     )
     group.add_argument("--device", help="cuda, cuda:1 or cpu (default: cuda where there is one)")
@@ -91,5 +111,6 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     names = (
         "dtype", "context", "load_format", "gpu_memory", "host_memory", "max_batch",
         "resident_layers", "slots", "chunk_tokens", "attention", "linear", "fused", "serial", "device", "seed",
+        "max_num_batched_tokens", "prefill_round_tokens", "num_speculative_tokens",
     )  # fmt: skip
     return {name: getattr(args, name) for name in names}

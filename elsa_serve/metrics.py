@@ -171,6 +171,8 @@ class Metrics:
         counter = self._counter
         self.prompt_tokens = counter("elsa_prompt_tokens_total", "Prompt tokens computed.")
         self.generation_tokens = counter("elsa_generation_tokens_total", "Tokens generated.")
+        self.drafted_tokens = counter("elsa_spec_decode_draft_tokens_total", "Tokens guessed and verified.")
+        self.accepted_tokens = counter("elsa_spec_decode_accepted_tokens_total", "Guessed tokens that came out.")
         self.step_duration = self._histogram(
             "elsa_step_duration_seconds", "One pass over the layers.", STEP_S, phase=get_args(Phase)
         )
@@ -239,6 +241,8 @@ class Metrics:
         self.step_duration.labels(record.phase).observe(record.duration_s)
         self.prompt_tokens.inc(record.prompt_tokens)
         self.generation_tokens.inc(record.generated_tokens)
+        self.drafted_tokens.inc(record.drafted_tokens)
+        self.accepted_tokens.inc(record.accepted_tokens)
         self.backend_steps.labels(known(record.attention_backend.partition(".")[0], BACKENDS)).inc()
         self.last_step.set(time.time())
         for transfer in record.transfers:

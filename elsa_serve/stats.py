@@ -67,6 +67,8 @@ class StepStats:
     generated_tokens: int
     attention_backend: str
     transfers: tuple[Transfer, ...] = ()
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,12 @@ from elsa_serve.offload import attention as attentions
 from elsa_serve.offload import device as devices
 from elsa_serve.offload.loading import EngineOptions, LoadedModel, load
 from elsa_serve.offload.output import OutputText
-from elsa_serve.offload.sampling import BadLogits, Draw, Sampler
-from elsa_serve.offload.scheduler import Scheduler, Sequence
-from elsa_serve.offload.step import Part, PassAbandoned, Throttle
+from elsa_serve.offload.plan import Plan
+from elsa_serve.offload.rounds import pass_tokens
+from elsa_serve.offload.sampling import Draw, Sampler
+from elsa_serve.offload.scheduler import Scheduler, Sequence, Work
+from elsa_serve.offload.speculation import PromptLookup
+from elsa_serve.offload.step import SHORT_TOKENS, Part, PassAbandoned, Throttle
 from elsa_serve.protocol import (
     EngineState,
     EngineStats,
@@ -50,12 +53,22 @@ SWEEP_S = 0.05  # between two looks at the waiting requests while a pass runs
 STALL_S = 60.0  # without a sign of life from a pass: the engine calls itself stalled
 MAX_FAILURES = 3  # passes in a row that fail for another reason than memory: the engine gives up
 JOIN_S = 60.0  # for the engine's thread to end
+DRAFT_TOKENS = 15  # guessed at once at most: 16 rows, a tile of the tensor cores
 
 OUTCOMES: dict[FinishReason, Outcome] = {
     "stop": "ok", "length": "length", "cancelled": "cancelled", "timeout": "timeout", "error": "server_error",
 }  # fmt: skip
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Result:
+    """What a pass gave a sequence: its new tokens, the last perhaps with a finish reason, or an error."""
+
+    share: Work
+    tokens: list[TokenEvent]
+    error: str | None = None
 
 
 class OffloadEngine:
@@ -87,8 +100,12 @@ class OffloadEngine:
             dtype=str(self._loaded.weights.dtype).removeprefix("torch."),
             attention=self._options.attention,
         )
+        self._draft_tokens = draft_tokens(plan, self._options.num_speculative_tokens)
         self._scheduler = Scheduler(
-            self._loaded.pool, max_batch=self._options.max_batch, max_queue=max_queue, pass_tokens=plan.context
+            self._loaded.pool,
+            max_batch=self._options.max_batch,
+            max_queue=max_queue,
+            pass_tokens=pass_tokens(plan, self._options.prefill_round_tokens, self._options.max_num_batched_tokens),
         )
         # Guards state changes together with the records that tell of them, so that at every moment
         # received = finished + running + waiting in what the sink has seen.
@@ -116,7 +133,8 @@ class OffloadEngine:
             prompt, sampling = request.prompt_token_ids, request.sampling
             output = OutputText(self.tokenizer, prompt, sampling.stop, sampling.min_tokens)
             sampler = Sampler(sampling, self._loaded.eos_ids, self._options.seed + self._arrivals)
-            sequence = Sequence(request, on_event, sampler, output, time.monotonic())
+            lookup = PromptLookup(prompt, sampling.max_tokens, self._draft_tokens) if self._draft_tokens else None
+            sequence = Sequence(request, on_event, sampler, output, time.monotonic(), lookup)
             try:
                 self._scheduler.add(sequence)
             except QueueFull:
@@ -252,93 +270,100 @@ class OffloadEngine:
 
     def _pass(self) -> None:
         with self._lock:
-            admitted = self._scheduler.admit()
-            if admitted:
+            waiting = self._scheduler.counts()[2]
+            work = self._scheduler.next_pass()
+            if self._scheduler.counts()[2] != waiting:
                 self._sink.record(self._gauges())
-        sequences = self._scheduler.running()
-        if not sequences:
+        if not work:
             return
-        parts = {id(sequence): self._part(sequence) for sequence in sequences}
+        parts = [self._part(share) for share in work]
         start = time.monotonic()
         try:
-            rows = self._loaded.runner.run(list(parts.values()))
+            rows = self._loaded.runner.run(parts)
         except PassAbandoned:
             rows = {}
         except Exception as error:
-            self._pass_failed(error, sequences)
+            self._pass_failed(error, work)
             return
         self._failures = 0
-        prefilling = [s for s in sequences if s.prefilling]
-        done = [(s, rows[id(parts[id(s)])]) for s in sequences if id(parts[id(s)]) in rows]
-        self._record_step(start, len(sequences), [s for s in prefilling if id(parts[id(s)]) in rows], prefilling, done)
-        for sequence, row in done:
-            self._deliver(sequence, row[-1])
+        self._last_step = self._alive = time.monotonic()
+        done = [(share, rows[id(part)]) for share, part in zip(work, parts) if id(part) in rows]
+        results = [self._draw(share, logits) for share, logits in done if share.rows]
+        self._record_step(self._last_step - start, work, [share for share, _ in done], results)
+        for result in results:
+            self._deliver(result)
         with self._lock:
             self._sink.record(self._gauges())
 
-    def _part(self, sequence: Sequence) -> Part:
+    def _part(self, share: Work) -> Part:
+        sequence = share.sequence
         if sequence.kv is None:
             raise RuntimeError(f"request {sequence.request.request_id!r} runs without KV memory")
-        progress = self._progress(sequence) if sequence.prefilling else None
-        return Part(sequence.kv, sequence.next_tokens(), given_up=sequence.given_up, on_progress=progress)
+        progress = self._progress(sequence, sequence.kv.length) if share.prefilling else None
+        return Part(sequence.kv, share.tokens, share.rows, sequence.given_up, progress)
 
-    def _progress(self, sequence: Sequence) -> Callable[[int], None]:
+    def _progress(self, sequence: Sequence, before: int) -> Callable[[int], None]:
         throttle = Throttle(PROGRESS_S)
-        total = len(sequence.request.prompt_token_ids)
+        total = sequence.prompt_tokens
         layers = self._loaded.layers
 
         def report(layer_tokens: int) -> None:
             if throttle.ready():
-                self._send(sequence, PrefillProgress(sequence.request.request_id, layer_tokens // layers, total))
+                processed = min(total, before + layer_tokens // layers)
+                self._send(sequence, PrefillProgress(sequence.request.request_id, processed, total))
 
         return report
 
-    def _record_step(
-        self,
-        start: float,
-        batch: int,
-        finished_prompts: list[Sequence],
-        prefilling: list[Sequence],
-        done: list[tuple[Sequence, torch.Tensor]],
-    ) -> None:
-        phase: Phase = "decode" if not prefilling else "prefill" if len(prefilling) == batch else "mixed"
-        self._last_step = self._alive = time.monotonic()
+    def _record_step(self, seconds: float, work: list[Work], done: list[Work], results: list[_Result]) -> None:
+        prefilling = sum(share.prefilling for share in work)
+        phase: Phase = "decode" if not prefilling else "prefill" if prefilling == len(work) else "mixed"
         self._peak_device_used = self.memory().device_used
+        drafts = [result for result in results if result.share.draft]
         self._sink.record(
             StepStats(
                 phase=phase,
-                duration_s=self._last_step - start,
-                prompt_tokens=sum(len(s.request.prompt_token_ids) for s in finished_prompts),
-                generated_tokens=len(done),
+                duration_s=seconds,
+                prompt_tokens=sum(len(share.tokens) for share in done if share.prefilling),
+                generated_tokens=sum(len(result.tokens) for result in results),
                 attention_backend=self._options.attention,
                 transfers=self._loaded.streams.drain_transfers(),
+                drafted_tokens=sum(len(result.share.draft) for result in drafts),
+                accepted_tokens=sum(max(0, len(result.tokens) - 1) for result in drafts),
             )
         )
 
     # --- results --------------------------------------------------------------------------------------------------
 
-    def _deliver(self, sequence: Sequence, row: torch.Tensor) -> None:
+    def _draw(self, share: Work, logits: torch.Tensor) -> _Result:
+        """A sequence's new tokens as events. What raises here, sampling or text, fails this request alone."""
+        sequence = share.sequence
+        before = len(sequence.tokens)
         try:
-            draw = sequence.sampler.draw(row)
-        except BadLogits as error:
-            self._end(sequence, "error", error=str(error))
-            return
+            taken = sequence.take(logits, share.draft, self._loaded.eos_ids)
+            events = [self._event(sequence, one.draw, one.text, one.reason) for one in taken]
+        except Exception as error:
+            logger.exception("drawing a token of request %s failed", sequence.request.request_id)
+            del sequence.tokens[before:]
+            return _Result(share, [], f"{type(error).__name__}: {error}")
+        return _Result(share, events)
+
+    def _deliver(self, result: _Result) -> None:
+        sequence, events = result.share.sequence, result.tokens
         now = time.monotonic()
-        if sequence.last_token is not None:
-            self._sink.record(InterTokenLatency(now - sequence.last_token))
-        sequence.first_token = sequence.first_token or now
-        sequence.last_token = now
-        sequence.generated.append(draw.token_id)
-        sampling = sequence.request.sampling
-        if draw.token_id in self._loaded.eos_ids and not sampling.ignore_eos:
-            self._end(sequence, "stop", draw, sequence.output.flush())
-            return
-        last = len(sequence.generated) >= sampling.max_tokens
-        text, stopped = sequence.output.push(draw.token_id, last)
-        if stopped or last:
-            self._end(sequence, "stop" if stopped else "length", draw, text)
-        else:
-            self._send(sequence, self._event(sequence, draw, text))
+        if events:
+            if sequence.last_token is not None:
+                # Tokens of one pass arrive together; each took its share of the time since the last ones.
+                each = InterTokenLatency((now - sequence.last_token) / len(events))
+                self._sink.record(*[each] * len(events))
+            sequence.first_token = sequence.first_token or now
+            sequence.last_token = now
+        for event in events:
+            if event.finish_reason is None:
+                self._send(sequence, event)
+            else:
+                self._end(sequence, event.finish_reason, event)
+        if result.error is not None:
+            self._end(sequence, "error", error=result.error)
 
     def _event(self, sequence: Sequence, draw: Draw, text: str, reason: FinishReason | None = None) -> TokenEvent:
         request_id = sequence.request.request_id
@@ -359,30 +384,28 @@ class OffloadEngine:
             sequence.cancelled = True
 
     def _end(
-        self,
-        sequence: Sequence,
-        reason: FinishReason,
-        draw: Draw | None = None,
-        text: str = "",
-        error: str | None = None,
+        self, sequence: Sequence, reason: FinishReason, event: TokenEvent | None = None, error: str | None = None
     ) -> None:
         """Take a sequence out, record it, then tell its listener: metrics are complete when the answer is."""
         with self._lock:
             self._scheduler.finish(sequence)
             self._sink.record(_finished(sequence, OUTCOMES[reason]), self._gauges())
             self._work.notify_all()
-        if draw is not None:
-            self._send(sequence, self._event(sequence, draw, text, reason))
-        else:
-            text = sequence.output.flush() if error is None else ""
-            self._send(
-                sequence,
-                TokenEvent(sequence.request.request_id, None, text, finish_reason=reason, error=error),
-            )
+        if event is None:
+            text = self._held_text(sequence) if error is None else ""
+            event = TokenEvent(sequence.request.request_id, None, text, finish_reason=reason, error=error)
+        self._send(sequence, event)
+
+    def _held_text(self, sequence: Sequence) -> str:
+        try:
+            return sequence.output.flush()
+        except Exception:
+            logger.exception("the last text of request %s cannot be decoded", sequence.request.request_id)
+            return ""
 
     # --- failures -------------------------------------------------------------------------------------------------
 
-    def _pass_failed(self, error: Exception, sequences: list[Sequence]) -> None:
+    def _pass_failed(self, error: Exception, work: list[Work]) -> None:
         """Fail the requests that the pass was probably run for: new ones if there are any, else all of them."""
         logger.error("a pass over the layers failed", exc_info=error)
         reason = f"{type(error).__name__}: {error}"
@@ -392,9 +415,9 @@ class OffloadEngine:
             reason = f"out of memory during the pass ({error}); use a smaller --chunk-tokens or a larger --gpu-memory"
         else:
             self._failures += 1
-        fresh = [sequence for sequence in sequences if sequence.prefilling]
-        for sequence in fresh or sequences:
-            self._end(sequence, "error", error=reason)
+        fresh = [share for share in work if share.prefilling]
+        for share in fresh or work:
+            self._end(share.sequence, "error", error=reason)
         if self._failures >= MAX_FAILURES:
             raise EngineFailed(f"{self._failures} passes failed in a row, the last with {reason}") from error
 
@@ -419,14 +442,25 @@ class OffloadEngine:
         )
 
 
+def draft_tokens(plan: Plan, asked: int | None) -> int:
+    """Tokens of a draft at most, 0 for none. Unasked, they are drafted where weights or KV are read from host memory:
+    there a pass takes as long for several tokens as for one. Raises UsageError for numbers under 0.
+    """
+    if asked is not None:
+        if not 0 <= asked < SHORT_TOKENS:
+            raise UsageError(f"--num-speculative-tokens is {asked}: choose 0 (none) to {SHORT_TOKENS - 1}")
+        return asked
+    return DRAFT_TOKENS if plan.streamed_layers or plan.kv_host_bytes else 0
+
+
 def _finished(sequence: Sequence, outcome: Outcome) -> RequestFinished:
     now = time.monotonic()
     admitted, first = sequence.admitted, sequence.first_token
     return RequestFinished(
         endpoint=sequence.request.endpoint,
         outcome=outcome,
-        prompt_tokens=len(sequence.request.prompt_token_ids),
-        output_tokens=len(sequence.generated),
+        prompt_tokens=sequence.prompt_tokens,
+        output_tokens=sequence.generated,
         queue_s=(admitted if admitted is not None else now) - sequence.received,
         prefill_s=first - admitted if admitted is not None and first is not None else None,
         decode_s=now - first if first is not None else None,

@@ -56,6 +56,9 @@ class EngineOptions:
     attention: str = "elsa"
     linear: str = "torch"
     fused: bool | None = None  # layers' elementwise work in fewer kernels; None: on a GPU
+    prefill_round_tokens: int | None = None
+    max_num_batched_tokens: int | None = None
+    num_speculative_tokens: int | None = None
     serial: bool = False
     load_format: LoadFormat = "auto"
     seed: int = 0

@@ -1,4 +1,8 @@
-"""Who is in the next pass: first come, first served; requests join and leave between passes."""
+"""Who is in the next pass, and with how many tokens: first come, first served; requests join and leave between passes.
+
+A prompt alone passes the layers whole, or in a few rounds where it is very long; beside running decodes it comes in
+smaller pieces, because every decode waits for the end of the pass. What a pass has finished of a prompt is kept.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +13,25 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
+
 from elsa_serve.errors import QueueFull
 from elsa_serve.offload.kv import KVPool, RequestKV
 from elsa_serve.offload.output import OutputText
-from elsa_serve.offload.sampling import Sampler
-from elsa_serve.protocol import Event, GenerationRequest
+from elsa_serve.offload.sampling import Draw, Sampler
+from elsa_serve.offload.speculation import PromptLookup
+from elsa_serve.protocol import Event, FinishReason, GenerationRequest
 
 Ending = Literal["cancelled", "timeout"]
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """One generated token, the text that became certain with it, and why it is the last, if it is."""
+
+    draw: Draw
+    text: str
+    reason: FinishReason | None
 
 
 @dataclass(eq=False, slots=True)
@@ -27,25 +43,71 @@ class Sequence:
     sampler: Sampler
     output: OutputText
     received: float
+    lookup: PromptLookup | None = None  # guesses of coming tokens, where the engine makes any
     cancelled: bool = False  # set from any thread
     kv: RequestKV | None = None  # None while waiting
-    generated: list[int] = field(default_factory=list)
+    tokens: list[int] = field(init=False)  # of prompt and output
     admitted: float | None = None
     first_token: float | None = None
     last_token: float | None = None
 
+    def __post_init__(self) -> None:
+        self.tokens = list(self.request.prompt_token_ids)
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def generated(self) -> int:
+        return len(self.tokens) - self.prompt_tokens
+
+    @property
+    def remaining(self) -> int:
+        """Tokens it may still generate."""
+        return self.request.sampling.max_tokens - self.generated
+
     @property
     def capacity(self) -> int:
         """Tokens its KV must hold: the last token that it generates is never fed back."""
-        return len(self.request.prompt_token_ids) + self.request.sampling.max_tokens - 1
+        return self.prompt_tokens + self.request.sampling.max_tokens - 1
+
+    @property
+    def pending(self) -> int:
+        """Tokens whose KV is still to be computed."""
+        return len(self.tokens) - (self.kv.length if self.kv is not None else 0)
 
     @property
     def prefilling(self) -> bool:
-        return not self.generated
+        return self.generated == 0 or self.pending > 1
 
-    def next_tokens(self) -> list[int]:
-        """What the next pass feeds: the prompt, then the last token."""
-        return [self.generated[-1]] if self.generated else list(self.request.prompt_token_ids)
+    def take(self, rows: torch.Tensor, draft: list[int], eos_ids: frozenset[int]) -> list[Taken]:
+        """Draw tokens from logits [1 + len(draft), V], as long as the drafted ones come out.
+
+        A row counts only where the tokens before it are the drawn ones, so each token is drawn from the logits, and
+        with the random number, that it would have had without a draft.
+        """
+        taken: list[Taken] = []
+        for row, expected in zip(rows, [*draft, None]):
+            draw = self.sampler.draw(row)
+            taken.append(self._append(draw, eos_ids))
+            if taken[-1].reason is not None or draw.token_id != expected:
+                break
+        if self.kv is not None:
+            self.kv.length = len(self.tokens) - 1  # what was drafted beyond is forgotten
+        if self.lookup is not None and draft:
+            self.lookup.verified(len(draft), len(taken) - 1)
+        return taken
+
+    def _append(self, draw: Draw, eos_ids: frozenset[int]) -> Taken:
+        self.tokens.append(draw.token_id)
+        if self.lookup is not None:
+            self.lookup.append(draw.token_id)
+        if draw.token_id in eos_ids and not self.request.sampling.ignore_eos:
+            return Taken(draw, self.output.flush(), "stop")
+        last = self.remaining <= 0
+        text, stopped = self.output.push(draw.token_id, last)
+        return Taken(draw, text, "stop" if stopped else "length" if last else None)
 
     def ending(self) -> Ending | None:
         """Why the request should stop now, if it should."""
@@ -58,11 +120,29 @@ class Sequence:
         return self.ending() is not None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Work:
+    """A sequence's share of the next pass: tokens after those its KV holds, the last of them perhaps drafted."""
+
+    sequence: Sequence
+    tokens: list[int]
+    draft: list[int]
+    prefilling: bool
+    rows: int  # of logits: none while tokens of the prompt remain
+
+
+@dataclass(frozen=True, slots=True)
+class PassTokens:
+    """Prompt tokens of one pass at most: while nothing decodes, and beside running decodes."""
+
+    alone: int
+    beside_decode: int
+
+
 class Scheduler:
     """The waiting queue and the running set. Thread-safe; only the engine's thread moves sequences on."""
 
-    def __init__(self, pool: KVPool, *, max_batch: int, max_queue: int, pass_tokens: int) -> None:
-        """`pass_tokens` bounds the prompt tokens that share a pass; a longer prompt has a pass of its own."""
+    def __init__(self, pool: KVPool, *, max_batch: int, max_queue: int, pass_tokens: PassTokens) -> None:
         self._pool = pool
         self._max_batch, self._max_queue, self._pass_tokens = max_batch, max_queue, pass_tokens
         self._lock = threading.RLock()
@@ -94,27 +174,46 @@ class Scheduler:
                 sequence.cancelled = True
             return sequence is not None
 
-    def admit(self) -> list[Sequence]:
-        """Move waiting sequences into the running set, in order, as far as batch, pass and KV memory allow.
-
-        The head of the queue blocks those behind it, so a long prompt is never overtaken for ever.
-        """
-        admitted: list[Sequence] = []
+    def next_pass(self) -> list[Work]:
+        """Each running sequence's share, after waiting ones have joined as far as the limits allow."""
         with self._lock:
-            tokens = 0
-            while self._waiting and len(self._running) < self._max_batch:
-                head = self._waiting[0]
-                size = len(head.request.prompt_token_ids)
-                if admitted and tokens + size > self._pass_tokens:
-                    break
-                kv = self._pool.allocate(head.capacity)
-                if kv is None:
-                    break
-                head.kv, head.admitted = kv, time.monotonic()
-                tokens += size
-                self._running.append(self._waiting.popleft())
-                admitted.append(head)
-        return admitted
+            work = [self._decode(s) for s in self._running if not s.prefilling]
+            left = self._pass_tokens.beside_decode if work else self._pass_tokens.alone
+            for sequence in [s for s in self._running if s.prefilling]:
+                if left > 0:
+                    work.append(self._prompt(sequence, left))
+                    left -= len(work[-1].tokens)
+            while left > 0 and (admitted := self._admit()) is not None:
+                work.append(self._prompt(admitted, left))
+                left -= len(work[-1].tokens)
+        return work
+
+    def _decode(self, sequence: Sequence) -> Work:
+        draft = sequence.lookup.draft(sequence.remaining - 1) if sequence.lookup is not None else []
+        return Work(sequence, [sequence.tokens[-1], *draft], draft, False, 1 + len(draft))
+
+    def _prompt(self, sequence: Sequence, most: int) -> Work:
+        """As much as a pass takes of what is pending; of several rounds, none is a small rest."""
+        pending = sequence.pending
+        rounds = -(-pending // most)
+        size = -(-pending // rounds)
+        start = len(sequence.tokens) - pending
+        return Work(sequence, sequence.tokens[start : start + size], [], True, int(size == pending))
+
+    def _admit(self) -> Sequence | None:
+        """Move the head of the queue into the running set, if batch and KV memory allow.
+
+        It blocks those behind it, so a long prompt is never overtaken for ever.
+        """
+        if not self._waiting or len(self._running) >= self._max_batch:
+            return None
+        head = self._waiting[0]
+        kv = self._pool.allocate(head.capacity)
+        if kv is None:
+            return None
+        head.kv, head.admitted = kv, time.monotonic()
+        self._running.append(self._waiting.popleft())
+        return head
 
     def finish(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is, and give its KV back."""
@@ -163,5 +262,4 @@ class Scheduler:
     def pending_prefill_tokens(self) -> int:
         """Prompt tokens of waiting and prefilling sequences."""
         with self._lock:
-            pending = [*self._waiting, *(s for s in self._running if s.prefilling)]
-            return sum(len(s.request.prompt_token_ids) for s in pending)
+            return sum(s.pending for s in (*self._waiting, *self._running) if s.prefilling)

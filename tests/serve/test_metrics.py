@@ -38,7 +38,7 @@ ONE_OF_EACH: tuple[Record, ...] = (
     RequestRejected("chat_completions", "queue_full"),
     RequestFinished("completions", "ok", 40_000, 11, 1.0, 20.0, 2.0, 21.0, 23.0),
     StepStats("prefill", 20.0, 40_000, 1, "elsa.cpu", TRANSFERS),
-    StepStats("decode", 0.2, 0, 1, "sdpa"),
+    StepStats("decode", 0.2, 0, 1, "sdpa", drafted_tokens=8, accepted_tokens=5),
     InterTokenLatency(0.2),
     Gauges(1, 2, 3, 500, {"gpu": 10, "host": 0}, {"gpu": 20, "host": 0}, {"weights": 5}, {"weights of all layers": 7}),
     ClientDisconnected("prefill"),

@@ -1,0 +1,41 @@
+"""How many prompt tokens a pass takes, from the plan's rates.
+
+Alone, a prompt passes the layers in as few rounds as copying stays hidden in: each round copies the streamed weights
+and the KV that lies in host memory once more, so it must compute for longer than that takes. What a finished round has
+computed survives a cancellation or a timeout. Beside running decodes, a round is what the device can compute while the
+decode pass waits for its copies, so that decodes hardly feel it.
+"""
+
+from __future__ import annotations
+
+from elsa_serve.errors import UsageError
+from elsa_serve.offload.plan import Plan
+from elsa_serve.offload.scheduler import PassTokens
+
+HIDDEN = 2.0  # a round computes for this many times its copies' duration
+LEAST = 256  # tokens: fewer would not keep a GPU busy
+CPU_BESIDE = 512  # tokens beside decodes on a CPU, whose rates are not measured
+
+
+def pass_tokens(plan: Plan, alone: int | None = None, beside_decode: int | None = None) -> PassTokens:
+    """The limits asked for, or those that the plan's rates suggest. Raises UsageError for limits under 1."""
+    for flag, value in (("--prefill-round-tokens", alone), ("--max-num-batched-tokens", beside_decode)):
+        if value is not None and value < 1:
+            raise UsageError(f"{flag} is {value}: at least 1 is needed")
+    if alone is None:
+        alone = plan.context if plan.device_type == "cpu" else max(plan.chunk_tokens, _computed_in(plan, _copies(plan)))
+    if beside_decode is None:
+        computed = CPU_BESIDE if plan.device_type == "cpu" else _computed_in(plan, plan.s_per_token)
+        beside_decode = min(alone, computed)
+    return PassTokens(alone, beside_decode)
+
+
+def _copies(plan: Plan) -> float:
+    """Seconds that a round's copies need, with some to spare."""
+    host_kv = plan.geometry.kv_bytes(plan.context) - min(plan.kv_gpu_bytes, plan.geometry.kv_bytes(plan.context))
+    return HIDDEN * (plan.geometry.streamed_bytes(len(plan.resident_layers)) + host_kv) / plan.rates.h2d
+
+
+def _computed_in(plan: Plan, seconds: float) -> int:
+    """Prompt tokens, in the middle of the context, that the device computes in so long."""
+    return max(LEAST, int(seconds * plan.rates.flops * plan.context / plan.geometry.prefill_flops(plan.context)))
