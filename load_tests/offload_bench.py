@@ -251,7 +251,7 @@ def base_row(args: argparse.Namespace, run: argparse.Namespace, weights: ModelWe
 
 
 def timings(passes: list[StepStats]) -> dict[str, Any]:
-    """Seconds of the prefill's rounds together and of the median decode pass, and what their copies took, stalled and hid."""
+    """Seconds of the prefill's rounds together, of the median decode pass, and of their copies: stalled and hidden."""
     prefills = [one for one in passes if one.phase == "prefill"]
     decodes = [one for one in passes if one.phase == "decode"]
     transfers = [transfer for one in passes for transfer in one.transfers]

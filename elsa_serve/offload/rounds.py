@@ -38,4 +38,6 @@ def _copies(plan: Plan) -> float:
 
 def _computed_in(plan: Plan, seconds: float) -> int:
     """Prompt tokens, in the middle of the context, that the device computes in so long."""
-    return max(LEAST, int(seconds * plan.rates.flops * plan.context / plan.geometry.prefill_flops(plan.context)))
+    products, attention = plan.geometry.prefill_parts(plan.context)
+    whole = products / plan.rates.flops + attention / plan.rates.attention_flops
+    return max(LEAST, int(plan.context * seconds / whole))
