@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from elsa_kernels.paged import kernels
 from elsa_kernels.paged.problem import FP8, check_caches, check_scale
 
 FP8_MAX = 448.0
@@ -48,6 +49,11 @@ def _cache_op(
     k_scale: torch.Tensor | None,
     v_scale: torch.Tensor | None,
 ) -> None:
+    if slot_mapping.shape[0] == 0:
+        return
+    if k.device.type == "cuda" or kernels.interpreted(k):
+        kernels.write_cache(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale)
+        return
     write_indexed(k, k_cache, slot_mapping, k_scale)
     write_indexed(v, v_cache, slot_mapping, v_scale)
 
@@ -58,7 +64,7 @@ def _(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale):
 
 
 def write_indexed(x: torch.Tensor, cache: torch.Tensor, slot_mapping: torch.Tensor, scale: torch.Tensor | None) -> None:
-    """The form in torch operations. Counts the rows that are kept, which is a synchronisation on a GPU."""
+    """The form in torch operations, for CPU tensors."""
     kept = (slot_mapping >= 0).nonzero().squeeze(1)
     slots, rows = slot_mapping[kept], x[: slot_mapping.shape[0]][kept]
     page = cache.shape[1]

@@ -186,7 +186,7 @@ def describe(
         scale=scale,
         window=window,
         softcap=softcap,
-        max_seqlen_q=min(max_seqlen_q, T),
+        max_seqlen_q=max_seqlen_q,
         # A bound beyond what the table can address is harmless.
         max_seqlen_k=min(max_seqlen_k, o.block_table.shape[1] * page),
         has_alibi=o.alibi_slopes is not None,

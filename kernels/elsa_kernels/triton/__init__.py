@@ -40,20 +40,21 @@ def supports(problem: Problem) -> str | None:
         return "float64 is for CPU tensors"
     if problem.D > MAX_HEAD_DIM:
         return f"head dimension {problem.D} is larger than {MAX_HEAD_DIM}"
-    return _refuse_device(problem)
+    return refuse_device(problem.device, problem.dtype, problem.precision)
 
 
-def _refuse_device(problem: Problem) -> str | None:
-    if problem.device.type == "cpu":
+def refuse_device(device: torch.device, dtype: torch.dtype, precision: str) -> str | None:
+    """Why Triton's products of that dtype and precision are not to be had on the device, or None."""
+    if device.type == "cpu":
         # create_dot of the interpreter multiplies the bits of bfloat16 numbers as integers (Triton 3.6).
-        return "Triton's interpreter cannot multiply bfloat16" if problem.dtype == torch.bfloat16 else None
+        return "Triton's interpreter cannot multiply bfloat16" if dtype == torch.bfloat16 else None
     if torch.version.hip:
         return None
-    index = problem.device.index
+    index = device.index
     capability = _capability(torch.cuda.current_device() if index is None else index)
     if capability < (7, 5):
         return f"compute capability {capability[0]}.{capability[1]} is older than 7.5"
-    if capability < (8, 0) and (problem.dtype == torch.bfloat16 or problem.precision == "tf32"):
+    if capability < (8, 0) and (dtype == torch.bfloat16 or precision == "tf32"):
         return f"compute capability {capability[0]}.{capability[1]} has neither bfloat16 nor TF32"
     return None
 

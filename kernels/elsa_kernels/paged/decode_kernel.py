@@ -1,0 +1,202 @@
+"""Few queries over a long paged KV, in one launch: fixed splits over all SMs, merged in a fixed tree by who comes last.
+
+The keys of a sequence are cut into chunks of CHUNK keys, counted from key 0. A unit of work is one chunk for one key
+head and all queries under it. Its state (m, l, W) goes to memory; the program that completes a node of FAN chunks, as
+an integer counter tells it, merges the node's states in their order, and the one that completes the last node merges
+the nodes. Who that is changes from run to run, what is computed does not: bits depend on the sequence alone.
+
+FORM "lanes": FP32 products without tensor cores, for single queries (`lanes_walk`). FORM "dot": tensor-core tiles of
+BM rows. Sequences whose packed rows lie outside (MIN_ROWS, MAX_ROWS] are left to other launches.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from elsa_kernels.paged.tiles_kernel import LN2, LOG2E, dot_walk, is_broken, lanes_walk, merge_lanes, row_by_row
+
+
+@triton.jit
+def join_sink(m, l, acc, SINKS, head):
+    """The monoid's product of a row's state and its sink (sink, 1, 0)."""
+    sink = tl.load(SINKS + head).to(tl.float32) * LOG2E
+    top = tl.maximum(m, sink)
+    anchor = tl.where(top == float("-inf"), 0.0, top)
+    decay = tl.exp2(m - anchor)
+    return top, l * decay + tl.exp2(sink - anchor), acc * decay
+
+
+@triton.jit
+def finish_row(m, l, acc, OUT, LSE, SINKS, v_factor, i_q, head, H, sot, soh, D: tl.constexpr, BD: tl.constexpr,
+               HAS_LSE: tl.constexpr, HAS_SINKS: tl.constexpr):  # fmt: skip
+    """Write one row's output and logsumexp."""
+    cols = tl.arange(0, BD)
+    if HAS_SINKS:
+        m, l, acc = join_sink(m, l, acc, SINKS, head)
+    out = acc / tl.where(l == 0.0, 1.0, l) * v_factor
+    o_out = i_q.to(tl.int64) * sot + head * soh
+    tl.store(OUT + o_out + cols, out.to(OUT.dtype.element_ty), mask=cols < D)
+    if HAS_LSE:
+        tl.store(LSE + i_q.to(tl.int64) * H + head, (m + tl.log2(l)) * LN2)
+
+
+@triton.jit
+def merge_row(PM, PL, PW, slot0, Hkv, first, n0, n1, r, STEP: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr,
+              FAN: tl.constexpr):  # fmt: skip
+    """Row r's state over the nodes n0 … n1 (of STEP chunks each) of a sequence whose chunk `first` lies at slot0."""
+    cols, fan = tl.arange(0, BD), tl.arange(0, FAN)
+    m = float("-inf")
+    l = 0.0
+    acc = tl.zeros([BD], tl.float32)
+    for c0 in range(n0, n1, FAN):
+        c = c0 + fan
+        there = c < n1
+        slot = slot0 + (tl.maximum(c * STEP, first) - first).to(tl.int64) * Hkv
+        m_c = tl.load(PM + slot * ROWS + r, mask=there, other=float("-inf"), cache_modifier=".cg")
+        l_c = tl.load(PL + slot * ROWS + r, mask=there, other=0.0, cache_modifier=".cg")
+        o_w = (slot * ROWS + r)[:, None] * BD + cols[None, :]
+        w_c = tl.load(PW + o_w, mask=there[:, None], other=0.0, cache_modifier=".cg")
+        top = tl.maximum(m, tl.max(m_c, 0))
+        anchor = tl.where(top == float("-inf"), 0.0, top)
+        weight, decay = tl.exp2(m_c - anchor), tl.exp2(m - anchor)
+        l = l * decay + tl.sum(weight * l_c, 0)
+        acc = acc * decay + tl.sum(weight[:, None] * w_c, 0)
+        m = top
+    return m, l, acc
+
+
+@triton.jit
+def sequence_units(CU, USED, s, inside, T, window, GROUP: tl.constexpr, CHUNK: tl.constexpr, MIN_ROWS: tl.constexpr,
+                   MAX_ROWS: tl.constexpr, WINDOW: tl.constexpr):  # fmt: skip
+    """First row of q, queries, keys, first chunk and chunks of sequences s; no chunks where they are not ours."""
+    q0 = tl.load(CU + s, mask=inside, other=0)
+    n_q = tl.load(CU + s + 1, mask=inside, other=0) - q0
+    n_k = tl.load(USED + s, mask=inside, other=0)
+    ours = inside & (n_q * GROUP > MIN_ROWS) & (n_q * GROUP <= MAX_ROWS) & (q0 < T)
+    first = tl.zeros_like(n_k)
+    if WINDOW:
+        first = tl.maximum(n_k - n_q - window + 1, 0) // CHUNK
+        first = tl.minimum(first, tl.maximum(n_k - 1, 0) // CHUNK)
+    chunks = tl.maximum(tl.cdiv(n_k, CHUNK) - first, 1)
+    return q0, n_q, n_k, first, tl.where(ours, chunks, 0)
+
+
+@triton.jit(do_not_specialize=["B", "T", "Hkv", "window", "top0"])
+def decode_kernel(
+    Q, K, V, CU, USED, TABLE, OUT, LSE, PM, PL, PW, COUNT, SLOPES, SINKS, K_SCALE, V_SCALE,
+    sqt, sqh, skb, skp, skh, svb, svp, svh, stb, sot, soh, B, T, Hkv, window, top0, scale, softcap,
+    GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BB: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr,
+    PAGE: tl.constexpr, CHUNK: tl.constexpr, FAN: tl.constexpr, STAGES: tl.constexpr, FORM: tl.constexpr,
+    MODE: tl.constexpr, FP8: tl.constexpr, MIN_ROWS: tl.constexpr, MAX_ROWS: tl.constexpr, HEAD_SCALES: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, HAS_SINKS: tl.constexpr,
+    HAS_LSE: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    """All units in turn, unit i for program i % programs. States PM, PL [slots, ROWS], PW [slots, ROWS, BD]."""
+    H = Hkv * GROUP
+    sequences = tl.arange(0, BB)
+    _, _, _, _, counts = sequence_units(
+        CU, USED, sequences, sequences < B, T, window, GROUP, CHUNK, MIN_ROWS, MAX_ROWS, WINDOW
+    )
+    ends = tl.cumsum(counts, 0)
+    total = tl.sum(counts, 0) * Hkv
+    rows, cols = tl.arange(0, ROWS), tl.arange(0, BD)
+    for item in range(tl.program_id(0), total, tl.num_programs(0)):
+        i_hk, unit = item % Hkv, item // Hkv
+        s = tl.sum((ends <= unit).to(tl.int32), 0)
+        unit0 = tl.sum(tl.where(sequences < s, counts, 0), 0)
+        q0, n_q, n_k, first, chunks = sequence_units(
+            CU, USED, s, s < B, T, window, GROUP, CHUNK, MIN_ROWS, MAX_ROWS, WINDOW
+        )
+        chunk = first + unit - unit0
+        lo, end = chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, n_k)
+        start = n_k - n_q  # position of the first query
+        n_rows = tl.minimum(n_q, T - q0) * GROUP
+        i_q, i_h = q0 + rows // GROUP, i_hk * GROUP + rows % GROUP
+        o_q = i_q.to(tl.int64) * sqt + i_h * sqh
+        valid = rows < n_rows
+        q = tl.load(Q + o_q[:, None] + cols[None, :], mask=valid[:, None] & (cols[None, :] < D), other=0.0)
+        unit_scale = scale if SOFTCAP or ALIBI else scale * LOG2E
+        v_factor = 1.0
+        if SCALED:
+            at = i_hk if HEAD_SCALES else 0
+            unit_scale *= tl.load(K_SCALE + at)
+            v_factor = tl.load(V_SCALE + at)
+        slopes = tl.zeros([ROWS], tl.float32)
+        if ALIBI:
+            slopes = tl.load(SLOPES + i_h, mask=valid, other=0.0).to(tl.float32)
+        o_table = s.to(tl.int64) * stb
+        o_k, o_v = i_hk.to(tl.int64) * skh, i_hk.to(tl.int64) * svh
+        if FORM == "lanes":
+            m, l, acc = lanes_walk(
+                q.to(tl.float32), unit_scale, slopes[:, None], start, lo, end, K, V, TABLE, o_table, o_k, o_v, skb, skp,
+                svb, svp, window, softcap, ROWS, D, BD, BN, PAGE, STAGES, FP8, CAUSAL, WINDOW, SOFTCAP, ALIBI,
+            )  # fmt: skip
+            m, l, acc = merge_lanes(m, l, acc)
+        else:
+            factor = tl.zeros([ROWS], tl.float32) + unit_scale
+            if MODE != "half":
+                q = q.to(tl.float32)
+            m = tl.full([ROWS], float("-inf"), tl.float32)
+            l = tl.zeros([ROWS], tl.float32)
+            acc = tl.zeros([ROWS, BD], tl.float32)
+            m, l, acc = dot_walk(
+                m, l, acc, q, factor, slopes, start + rows // GROUP, lo, end, K, V, TABLE, o_table, o_k, o_v, skb, skp,
+                svb, svp, window, softcap, ROWS, D, BD, BN, PAGE, STAGES, MODE, True, FP8, CAUSAL, WINDOW, SOFTCAP,
+                ALIBI,
+            )  # fmt: skip
+            if is_broken(l, acc) > 0:
+                m, l, acc = row_by_row(
+                    m, l, acc, q, factor, slopes, start, 0, n_rows, lo, end, K, V, TABLE, o_table, o_k, o_v, skb, skp,
+                    svb, svp, window, softcap, GROUP, ROWS, D, BD, PAGE, FP8, CAUSAL, WINDOW, SOFTCAP, ALIBI,
+                )  # fmt: skip
+        if chunks == 1:
+            if HAS_SINKS:
+                sink = tl.load(SINKS + i_h, mask=valid, other=float("-inf")).to(tl.float32) * LOG2E
+                top = tl.maximum(m, sink)
+                anchor = tl.where(top == float("-inf"), 0.0, top)
+                decay = tl.exp2(m - anchor)
+                l = l * decay + tl.exp2(sink - anchor)
+                acc *= decay[:, None]
+                m = top
+            out = acc / tl.where(l == 0.0, 1.0, l)[:, None] * v_factor
+            o_out = i_q.to(tl.int64) * sot + i_h * soh
+            m_out = valid[:, None] & (cols[None, :] < D)
+            tl.store(OUT + o_out[:, None] + cols[None, :], out.to(OUT.dtype.element_ty), mask=m_out)
+            if HAS_LSE:
+                tl.store(LSE + i_q.to(tl.int64) * H + i_h, (m + tl.log2(l)) * LN2, mask=valid)
+        else:
+            slot0 = unit0.to(tl.int64) * Hkv + i_hk  # of the sequence's first chunk
+            slot = slot0 + (chunk - first).to(tl.int64) * Hkv
+            tl.store(PM + slot * ROWS + rows, m)
+            tl.store(PL + slot * ROWS + rows, l)
+            tl.store(PW + (slot * ROWS + rows)[:, None] * BD + cols[None, :], acc)
+            node = chunk // FAN
+            n0, n1 = tl.maximum(node * FAN, first), tl.minimum(node * FAN + FAN, first + chunks)
+            node_slot = slot0 + (n0 - first).to(tl.int64) * Hkv
+            nodes0, nodes1 = first // FAN, (first + chunks - 1) // FAN + 1
+            tl.debug_barrier()  # all of the program's stores before its count
+            if tl.atomic_add(COUNT + node_slot, 1, sem="acq_rel") == n1 - n0 - 1:
+                tl.store(COUNT + node_slot, 0)
+                if nodes1 - nodes0 == 1:
+                    for r in range(n_rows):
+                        m_r, l_r, w_r = merge_row(PM, PL, PW, slot0, Hkv, first, n0, n1, r, 1, ROWS, BD, FAN)
+                        finish_row(m_r, l_r, w_r, OUT, LSE, SINKS, v_factor, q0 + r // GROUP, i_hk * GROUP + r % GROUP,
+                                   H, sot, soh, D, BD, HAS_LSE, HAS_SINKS)  # fmt: skip
+                else:
+                    for r in range(n_rows):
+                        m_r, l_r, w_r = merge_row(PM, PL, PW, slot0, Hkv, first, n0, n1, r, 1, ROWS, BD, FAN)
+                        tl.debug_barrier()  # everyone has read the slot that is written next
+                        tl.store(PM + node_slot * ROWS + r, m_r)
+                        tl.store(PL + node_slot * ROWS + r, l_r)
+                        tl.store(PW + (node_slot * ROWS + r) * BD + cols, w_r)
+                    tl.debug_barrier()
+                    top_slot = top0.to(tl.int64) + s * Hkv + i_hk
+                    if tl.atomic_add(COUNT + top_slot, 1, sem="acq_rel") == nodes1 - nodes0 - 1:
+                        tl.store(COUNT + top_slot, 0)
+                        for r in range(n_rows):
+                            m_r, l_r, w_r = merge_row(
+                                PM, PL, PW, slot0, Hkv, first, nodes0, nodes1, r, FAN, ROWS, BD, FAN
+                            )
+                            finish_row(m_r, l_r, w_r, OUT, LSE, SINKS, v_factor, q0 + r // GROUP,
+                                       i_hk * GROUP + r % GROUP, H, sot, soh, D, BD, HAS_LSE, HAS_SINKS)  # fmt: skip

@@ -1,0 +1,188 @@
+"""From a paged problem to launches. Nothing here reads a tensor: grids follow from shapes and bounds.
+
+Each class of sequences has a kernel of its own, chosen by the packed rows (queries × heads of a group) of the sequence
+alone: single queries, up to 16 rows, up to 64 rows, more. A batch gets the launches that its bounds allow, and each
+passes over the sequences of the other classes: so the bits of a sequence do not depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from elsa_kernels.paged import gather, tuning
+from elsa_kernels.paged.cache_kernel import cache_kernel
+from elsa_kernels.paged.decode_kernel import decode_kernel
+from elsa_kernels.paged.prefill_kernel import prefill_kernel
+from elsa_kernels.paged.problem import FP8, PagedOperands, PagedProblem
+
+DECODE_ROWS = (16, 64)  # packed rows of the two tensor-core decode classes
+# With at least this many queries a sequence is worth gathering for the dense kernels, where lengths are known.
+DENSE_QUERIES = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One decode launch: sequences of more than `above` and at most `rows_max` packed rows."""
+
+    form: str
+    above: int
+    rows_max: int
+    tile: tuning.DecodeTile
+
+
+def run(problem: PagedProblem, operands: PagedOperands) -> None:
+    if problem.device.type != "cuda":  # the interpreter
+        _run(problem, operands, "interpreter")
+        return
+    with torch.cuda.device(problem.device):
+        _run(problem, operands, tuning.architecture(operands.q.get_device()))
+
+
+def _run(problem: PagedProblem, operands: PagedOperands, arch: str) -> None:
+    dense: frozenset[int] = frozenset()
+    longest = problem.max_seqlen_q
+    if problem.lengths is not None:
+        dense = _run_dense(problem, operands)
+        longest = max((n for s, (n, _) in enumerate(problem.lengths) if s not in dense), default=0)
+    if longest == 0:
+        return
+    arguments = _shared_arguments(problem, operands, arch)
+    mode = tuning.choose_mode(problem.dtype, problem.precision, arch)
+    for cut in decode_launches(problem, mode, arch):
+        if longest * problem.group > cut.above:
+            _launch_decode(problem, operands, cut, mode, arguments)
+    if longest * problem.group > DECODE_ROWS[-1]:
+        _launch_prefill(problem, mode, arch, arguments, longest)
+
+
+def _run_dense(problem: PagedProblem, operands: PagedOperands) -> frozenset[int]:
+    """Run the long sequences on the dense kernels and say which they were."""
+    done, start = [], 0
+    for s, (queries, keys) in enumerate(problem.lengths or ()):
+        rows = slice(start, min(start + queries, problem.T))
+        if queries >= DENSE_QUERIES and rows.stop > rows.start:
+            gather.attend_sequence(problem, operands, s, rows, keys, keys - queries, None)
+            done.append(s)
+        start += queries
+    return frozenset(done)
+
+
+def decode_launches(problem: PagedProblem, mode: str, arch: str) -> list[Launch]:
+    """The classes of few rows, of which a sequence belongs to one at most."""
+    launches, above = [], 0
+    if problem.group <= tuning.lanes_up_to(mode, arch):
+        rows = triton.next_power_of_2(problem.group)
+        launches.append(Launch("lanes", 0, problem.group, tuning.decode_tile("lanes", mode, rows, problem, arch)))
+        above = problem.group
+    for rows in DECODE_ROWS:
+        if rows > above:
+            launches.append(Launch("dot", above, rows, tuning.decode_tile("dot", mode, rows, problem, arch)))
+            above = rows
+    return launches
+
+
+def decode_slots(B: int, Hkv: int, max_seqlen_k: int, chunk: int) -> int:
+    """Partial states that a decode launch may have to hold: one a chunk and key head."""
+    return B * Hkv * max(1, -(-max_seqlen_k // chunk))
+
+
+def counters_needed(B: int, Hkv: int, max_seqlen_k: int) -> int:
+    """Counters that any decode launch of such a call may use."""
+    return decode_slots(B, Hkv, max_seqlen_k, tuning.SMALLEST_CHUNK) + B * Hkv
+
+
+def _shared_arguments(problem: PagedProblem, operands: PagedOperands, arch: str) -> dict[str, object]:
+    """What all kernels take alike."""
+    o = operands
+    fp8 = "none"
+    k_cache, v_cache = o.k_cache, o.v_cache
+    if problem.kv_dtype == FP8:
+        fp8 = "native" if tuning.converts_fp8(arch) else "bits"
+        if fp8 == "bits":
+            k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
+    k_scale, v_scale = o.k_scale, o.v_scale
+    if (k_scale is None) != (v_scale is None):
+        one = torch.ones_like(k_scale if k_scale is not None else v_scale)  # type: ignore[arg-type]
+        k_scale, v_scale = (one if x is None else x for x in (k_scale, v_scale))
+    if k_scale is not None and v_scale is not None and k_scale.numel() != v_scale.numel():
+        k_scale, v_scale = (x.expand(problem.Hkv).contiguous() for x in (k_scale, v_scale))
+    return {
+        "Q": o.q, "K": k_cache, "V": v_cache, "CU": o.cu_seqlens_q, "USED": o.seqused_k, "TABLE": o.block_table,
+        "OUT": o.out, "LSE": o.lse, "SLOPES": o.alibi_slopes, "SINKS": o.sinks, "K_SCALE": k_scale,
+        "V_SCALE": v_scale,
+        **dict(zip(("sqt", "sqh"), o.q.stride())), **dict(zip(("skb", "skp", "skh"), k_cache.stride())),
+        **dict(zip(("svb", "svp", "svh"), v_cache.stride())), "stb": o.block_table.stride(0),
+        **dict(zip(("sot", "soh"), o.out.stride())),
+        "B": problem.B, "T": problem.T, "Hkv": problem.Hkv, "window": problem.window or 0, "scale": problem.scale,
+        "softcap": problem.softcap or 0.0, "GROUP": problem.group, "D": problem.D,
+        "BD": max(16, triton.next_power_of_2(problem.D)), "BB": max(16, triton.next_power_of_2(problem.B)),
+        "PAGE": problem.page, "FP8": fp8, "HEAD_SCALES": k_scale is not None and k_scale.numel() > 1,
+        "SCALED": k_scale is not None, "CAUSAL": problem.causal, "WINDOW": problem.window is not None,
+        "SOFTCAP": problem.softcap is not None, "ALIBI": problem.has_alibi, "HAS_SINKS": problem.has_sinks,
+        "HAS_LSE": o.lse is not None,
+    }  # fmt: skip
+
+
+def _launch_decode(
+    problem: PagedProblem, operands: PagedOperands, cut: Launch, mode: str, arguments: dict[str, object]
+) -> None:
+    tile = cut.tile
+    rows = triton.next_power_of_2(cut.rows_max) if cut.form == "lanes" else cut.rows_max
+    slots = decode_slots(problem.B, problem.Hkv, problem.max_seqlen_k, tile.CHUNK)
+    device = problem.device
+    m, l = (torch.empty((slots, rows), dtype=torch.float32, device=device) for _ in range(2))
+    W = torch.empty((slots, rows, arguments["BD"]), dtype=torch.float32, device=device)  # type: ignore[arg-type]
+    counters = operands.counters
+    needed = slots + problem.B * problem.Hkv
+    if counters is None:
+        counters = torch.zeros(needed, dtype=torch.int32, device=device)
+    elif counters.numel() < needed or counters.dtype != torch.int32 or counters.device != device:
+        raise ValueError(
+            f"counters is {counters.dtype} with {counters.numel()} elements on {counters.device}; this call needs "
+            f"{needed} int32 on {device}: see decode_counters"
+        )
+    decode_kernel[(min(slots, tile.programs),)](
+        **arguments, PM=m, PL=l, PW=W, COUNT=counters, top0=slots,
+        ROWS=rows, BN=tile.BN, CHUNK=tile.CHUNK, FAN=tile.FAN, STAGES=tile.num_stages, FORM=cut.form, MODE=mode,
+        MIN_ROWS=cut.above, MAX_ROWS=cut.rows_max, num_warps=tile.num_warps,
+    )  # fmt: skip
+
+
+def _launch_prefill(problem: PagedProblem, mode: str, arch: str, arguments: dict[str, object], longest: int) -> None:
+    tile = tuning.prefill_tile(mode, problem.D, arch)
+    blocks = min(
+        triton.cdiv(problem.T * problem.group, tile.BM) + problem.B,
+        problem.B * triton.cdiv(longest * problem.group, tile.BM),
+    )
+    prefill_kernel[(blocks, problem.Hkv)](
+        **arguments, BM=tile.BM, BN=tile.BN, STAGES=tile.num_stages, MODE=mode, MIN_ROWS=DECODE_ROWS[-1],
+        num_warps=tile.num_warps,
+    )  # fmt: skip
+
+
+def write_cache(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+) -> None:
+    """k, v [T, Hkv, D] to their slots: see `elsa_kernels.reshape_and_cache`."""
+    fp8 = k_cache.dtype == FP8
+    if fp8:
+        k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
+    if k.stride(-1) != 1 or v.stride(-1) != 1:
+        k, v = k.contiguous(), v.contiguous()
+    BD = triton.next_power_of_2(k.shape[2])
+    cache_kernel[(slot_mapping.shape[0],)](
+        k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale, *k.stride()[:2], *v.stride()[:2],
+        *k_cache.stride()[:3], *v_cache.stride()[:3], Hkv=k.shape[1], D=k.shape[2], BD=BD, BH=max(1, 1024 // BD),
+        PAGE=k_cache.shape[1], FP8=fp8, K_HEADS=k_scale is not None and k_scale.numel() > 1,
+        V_HEADS=v_scale is not None and v_scale.numel() > 1, K_SCALED=k_scale is not None,
+        V_SCALED=v_scale is not None, num_warps=4,
+    )  # fmt: skip
