@@ -75,7 +75,8 @@ def prefill_kernel(
     if WINDOW:
         m, l, acc = dot_walk(
             m, l, acc, q, factor, slopes, positions, lo, tl.minimum(full_lo, hi), K, V, TABLE, o_table, o_k, o_v, skb,
-            skp, svb, svp, window, softcap, BM, D, BD, BN, PAGE, STAGES, MODE, True, FP8, CAUSAL, WINDOW, SOFTCAP, ALIBI,
+            skp, svb, svp, window, softcap, BM, D, BD, BN, PAGE, STAGES, MODE, True, FP8, CAUSAL, WINDOW, SOFTCAP,
+            ALIBI,
         )  # fmt: skip
     m, l, acc = dot_walk(
         m, l, acc, q, factor, slopes, positions, full_lo, full_hi, K, V, TABLE, o_table, o_k, o_v, skb, skp, svb,
