@@ -87,13 +87,17 @@ def tokens(directory, **options):
         engine.shutdown()
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_tokens_are_those_of_transformers_modules(family, tmp_path, caplog):
+def test_tokens_are_those_of_transformers_modules(family, device, tmp_path, caplog):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
     directory = save_checkpoint(family, tmp_path / family)
-    plain, none = tokens(directory, fused=False)
+    where = {"device": device, "gpu_memory": "2GiB" if device == "cuda" else "64MiB"}
+    plain, none = tokens(directory, fused=False, **where)
     assert none is None
     with caplog.at_level(logging.INFO, logger="elsa_serve.offload.loading"):
-        ours, done = tokens(directory, fused=True, resident_layers=2)
+        ours, done = tokens(directory, fused=True, resident_layers=2, **where)
     assert ours == plain
     assert done.layers == (0 if family == "gemma2" else 5)
     assert str(done) in caplog.text
