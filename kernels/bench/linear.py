@@ -1,13 +1,18 @@
 """Benchmark FP32 linear layers: ours beside torch's FP32, TF32 and three FP16 products, with error against FP64.
 
 usage: python -m kernels.bench.linear --out kernels/bench/results/linear-h200.json
+
+Rows with `ms` are timed. Up to 32 rows of x, where reading the weight is the work, weights rotate past the L2 cache and
+every implementation runs as replays of a CUDA graph, which leaves the host out; beyond, call by call. `tbps` counts the
+weight's FP32 bytes. Rows without are the proof: every input family at K up to 32768.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,22 +20,30 @@ import torch
 import torch.nn.functional as F
 from elsa_kernels import linear as elsa
 
+from kernels.bench import measure, results_file
+
 # (M, N, K): the shapes of LLaMA-13B's layers at 8K and 32K tokens, and in decoding.
 TALL = ((8192, 13824, 5120), (32768, 15360, 5120), (32768, 5120, 13824), (8192, 5120, 5120))
-SKINNY = tuple((m, n, k) for m in (1, 4, 16) for n, k in ((15360, 5120), (13824, 5120), (5120, 13824)))
+FEW = tuple(
+    (m, n, k) for n, k in ((15360, 5120), (5120, 5120), (13824, 5120), (5120, 13824)) for m in (1, 2, 4, 8, 16, 32)
+)
+PROOF = tuple((m, 1024, k) for m in (1, 4, 16, 1024) for k in (1024, 5120, 13824, 32768))
 FAMILIES = ("normal", "positive", "outliers", "tiny", "huge")
+WARM_MS = 200.0  # of each tall problem before its samples: clocks fall under this load
+
+Operands = tuple[torch.Tensor, torch.Tensor, elsa.SplitMatrix]  # x, weight, the weight split
 
 
-def operands(M: int, N: int, K: int, family: str) -> tuple[torch.Tensor, torch.Tensor]:
+def operands(M: int, N: int, K: int, family: str) -> Operands:
     x = torch.randn(M, K, device="cuda")
     w = torch.randn(N, K, device="cuda")
     if family == "positive":
-        return x.abs_(), w.abs_()
-    if family == "outliers":
+        x, w = x.abs_(), w.abs_()
+    elif family == "outliers":
         x[:, 5::997] *= 1e4
     elif family in ("tiny", "huge"):
-        x *= 1e-4 if family == "tiny" else 1e4
-    return x, w
+        x *= 1e-30 if family == "tiny" else 1e30
+    return x, w, elsa.split_weight(w)
 
 
 @contextmanager
@@ -43,7 +56,12 @@ def tf32(enabled: bool) -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def three_products(x: torch.Tensor, split: elsa.SplitMatrix) -> torch.Tensor:
+def torch_tf32(x: torch.Tensor, w: torch.Tensor, split: elsa.SplitMatrix) -> torch.Tensor:
+    with tf32(True):
+        return F.linear(x, w)
+
+
+def three_products(x: torch.Tensor, w: torch.Tensor, split: elsa.SplitMatrix) -> torch.Tensor:
     """What anybody can build of cuBLAS: the same split, summed inside the tensor core over all of K."""
     xs = elsa.split_rows(x)
     out = torch.mm(xs.lo, split.hi.t(), out_dtype=torch.float32)
@@ -52,22 +70,23 @@ def three_products(x: torch.Tensor, split: elsa.SplitMatrix) -> torch.Tensor:
     return torch.ldexp(out, xs.exponent[:, None] + split.exponent[None, :])
 
 
-def implementations(x: torch.Tensor, w: torch.Tensor) -> dict[str, Callable[[], torch.Tensor]]:
-    split = elsa.split_weight(w)
+def ours(impl: str) -> Callable[..., torch.Tensor]:
+    return lambda x, w, split: elsa.linear(x, split, impl=impl)
 
-    def torch_tf32() -> torch.Tensor:
-        with tf32(True):
-            return F.linear(x, w)
 
-    calls: dict[str, Callable[[], torch.Tensor]] = {
-        "torch.fp32": lambda: F.linear(x, w),
-        "torch.tf32": torch_tf32,
-        "elsa.triton": lambda: elsa.linear(x, split, impl="triton"),
-    }
-    if x.shape[0] > 32:
-        calls["three_fp16_products"] = lambda: three_products(x, split)
-        calls["elsa.gluon"] = lambda: elsa.linear(x, split, impl="gluon")
-    return calls
+CALLS: dict[str, Callable[..., torch.Tensor]] = {
+    "torch.fp32": lambda x, w, split: F.linear(x, w),
+    "torch.tf32": torch_tf32,
+    "three_fp16_products": three_products,
+    "elsa.triton": ours("triton"),
+    "elsa.gluon": ours("gluon"),
+    "elsa.cuda": ours("cuda"),
+}
+
+
+def names(M: int) -> list[str]:
+    left_out = {"elsa.gluon", "three_fp16_products"} if M <= elsa.SKINNY else {"elsa.cuda"}
+    return [name for name in CALLS if name not in left_out]
 
 
 def relative_error(out: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> float:
@@ -77,50 +96,55 @@ def relative_error(out: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> float
     return ((out[rows].double() - reference).norm() / reference.norm()).item()
 
 
-def median_ms(call: Callable[[], object], runs: int) -> float:
-    flush = torch.empty(128 << 20, dtype=torch.uint8, device="cuda")  # twice the L2: every run reads from memory
-    times = []
-    for _ in range(runs + 2):
-        flush.zero_()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return sorted(times[2:])[runs // 2]
+def row(name: str, shape: Sequence[int], family: str, error: float) -> dict:
+    M, N, K = shape
+    found = {"op": "linear", "impl": name, "ours": name.startswith("elsa."), "dtype": "float32"}
+    found |= {"precision": "tf32" if name == "torch.tf32" else "fp32", "M": M, "N": N, "K": K}
+    return found | {"family": family, "relerr": error}
 
 
-def measure(M: int, N: int, K: int, family: str, timed: bool) -> Iterator[dict]:
-    x, w = operands(M, N, K, family)
-    for name, call in implementations(x, w).items():
-        error = relative_error(call(), x, w)
-        row = {"op": "linear", "impl": name, "ours": name.startswith("elsa."), "dtype": "float32"}
-        row |= {"precision": "tf32" if name == "torch.tf32" else "fp32", "M": M, "N": N, "K": K}
-        row |= {"family": family, "relerr": error}
-        if timed:
-            ms = median_ms(call, 10 if M > 32 else 30)
-            row |= {"ms": ms, "tflops": 2.0 * M * N * K / ms / 1e9, "tbps": 4.0 * N * K / ms / 1e9}
-        yield row
+def timed_rows(shape: tuple[int, int, int]) -> Iterator[dict]:
+    M, N, K = shape
+    few = M <= elsa.SKINNY
+    l2 = torch.cuda.get_device_properties("cuda").L2_cache_size
+    sets = [operands(*shape, "normal") for _ in range(measure.sets_needed(4 * N * K, l2) if few else 1)]
+    for name in names(M):
+        calls = [lambda inputs=inputs, call=CALLS[name]: call(*inputs) for inputs in sets]
+        error = relative_error(calls[0](), *sets[0][:2])
+        timed = measure.Timed(calls, graph=few, budget_ms=40.0 if few else WARM_MS)
+        if not few:
+            timed.round()
+            timed.samples.clear()
+        timed.round()
+        ms = timed.median_ms()
+        speed = {"ms": ms, "tflops": 2.0 * M * N * K / ms / 1e9, "tbps": 4.0 * N * K / ms / 1e9, "graph": few}
+        yield row(name, shape, "normal", error) | speed
+
+
+def proof_rows(shape: tuple[int, int, int], family: str) -> Iterator[dict]:
+    inputs = operands(*shape, family)
+    for name in names(shape[0]):
+        yield row(name, shape, family, relative_error(CALLS[name](*inputs), *inputs[:2]))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="results file to write")
+    parser.add_argument("--only", choices=("tall", "few", "proof"), action="append", help="parts (default: all)")
     args = parser.parse_args()
-    from kernels.bench import results_file
-
+    parts: dict[str, Iterator[dict]] = {
+        "tall": itertools.chain.from_iterable(map(timed_rows, TALL)),
+        "few": itertools.chain.from_iterable(map(timed_rows, FEW)),
+        "proof": itertools.chain.from_iterable(itertools.starmap(proof_rows, itertools.product(PROOF, FAMILIES))),
+    }
     rows: list[dict] = []
-    for shape in TALL + SKINNY:
-        for family in FAMILIES if shape == TALL[0] else FAMILIES[:1]:
-            for row in measure(*shape, family, timed=family == "normal"):
-                rows.append(row)
-                speed = f"{row['tflops']:7.1f} TFLOP/s {row['tbps']:5.2f} TB/s" if "ms" in row else ""
-                print(f"{shape} {family:9} {row['impl']:20} relerr {row['relerr']:.1e} {speed}", flush=True)
-    K = 32768
-    for family in FAMILIES[:2]:
-        rows += measure(1024, 1024, K, family, timed=False)
-    results_file.write(args.out, rows)
+    for part in args.only or parts:
+        for found in parts[part]:
+            rows.append(found)
+            speed = f"{found['tflops']:7.1f} TFLOP/s {found['tbps']:5.2f} TB/s" if "ms" in found else ""
+            shape = f"{found['M']} × {found['N']} × {found['K']}"
+            print(f"{shape:22} {found['family']:9} {found['impl']:20} relerr {found['relerr']:.1e} {speed}", flush=True)
+        results_file.write(args.out, rows)
     return 0
 
 

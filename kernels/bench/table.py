@@ -72,14 +72,24 @@ def accuracy_table(rows: list[Row]) -> str:
 
 
 def linear_table(rows: list[Row]) -> str:
-    """One line a shape of FP32 linear layers on N(0, 1) data: TFLOP/s (relerr) of each implementation."""
-    rows = [row for row in rows if row["family"] == "normal" and row.get("tflops") and row["M"] > 32]
+    """FP32 linear layers on N(0, 1) data, one line a shape: TFLOP/s of many rows, TB/s of few, and the relerr."""
+    rows = [row for row in rows if row["family"] == "normal" and row.get("tflops")]
+    many = _linear_lines([row for row in rows if row["M"] > FEW], lambda row: f"{row['tflops']:.0f}")
+    few = _linear_lines([row for row in rows if row["M"] <= FEW], lambda row: f"{row['tbps']:.2f}")
+    return (
+        f"TFLOP/s (relative error against float64), rows × outputs × inputs:\n\n{many}\n"
+        f"Few rows: TB/s of the weight read:\n\n{few}"
+    )
+
+
+def _linear_lines(rows: list[Row], speed: Callable[[Row], str]) -> str:
     impls = list(dict.fromkeys(row["impl"] for row in rows))
     lines = []
     for shape in dict.fromkeys((row["M"], row["N"], row["K"]) for row in rows):
         found = {row["impl"]: row for row in rows if (row["M"], row["N"], row["K"]) == shape}
-        lines.append([" × ".join(map(str, shape)), *(_speed(found[i], False) if i in found else "–" for i in impls)])
-    return f"TFLOP/s (relative error against float64), rows × outputs × inputs:\n\n{markdown(['shape', *impls], lines)}"
+        cells = [f"{speed(found[i])} ({found[i]['relerr']:.0e})" if i in found else "–" for i in impls]
+        lines.append([" × ".join(map(str, shape)), *cells])
+    return markdown(["shape", *impls], lines)
 
 
 def headline_tables(rows: list[Row]) -> str:
@@ -93,6 +103,7 @@ def _rows(name: str) -> list[Row]:
     return results_file.read(RESULTS / name)["rows"]
 
 
+FEW = 32  # rows of x up to which a linear layer's time is that of reading its weight
 LONG = 4096  # query rows of what the headline tables show
 TABLES: dict[str, Callable[[], str]] = {
     "attention": lambda: headline_tables(_rows("attention-h200.json")),

@@ -100,6 +100,9 @@ def linear(
     "torch" (everywhere); None chooses the first that takes the problem.
     An Inf or NaN in x gives what FP32 arithmetic gives, in its own row only.
     """
+    if torch.compiler.is_compiling():
+        split = weight if isinstance(weight, SplitMatrix) else split_weight(weight)
+        return _linear_op(x, split.hi, split.lo, split.exponent, bias, impl)
     N, K = weight.shape
     if x.dtype != torch.float32:
         raise ValueError(f"x is {x.dtype}: linear takes float32; use torch.nn.functional.linear for other dtypes")
@@ -116,6 +119,24 @@ def linear(
     if out.numel():
         _run(rows, split, bias, out, impl)
     return out.view(*x.shape[:-1], N)
+
+
+@torch.library.custom_op("elsa::linear", mutates_args=())
+def _linear_op(
+    x: torch.Tensor,
+    hi: torch.Tensor,
+    lo: torch.Tensor,
+    exponent: torch.Tensor,
+    bias: torch.Tensor | None,
+    impl: str | None,
+) -> torch.Tensor:
+    # Nothing reads a split weight's `nonfinite`: `split_weight` has refused what would set it.
+    return linear(x, SplitMatrix(hi, lo, exponent, exponent), bias, impl=impl)
+
+
+@_linear_op.register_fake
+def _(x, hi, lo, exponent, bias, impl):
+    return x.new_empty((*x.shape[:-1], hi.shape[0]))
 
 
 def matmul(a: torch.Tensor, b: torch.Tensor, *, impl: str | None = None) -> torch.Tensor:

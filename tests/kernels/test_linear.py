@@ -150,6 +150,16 @@ def test_torch_runs_where_no_kernel_does():
     assert row_errors(elsa.linear(x, elsa.split_weight(w)), x, w) < BOUND
 
 
+def test_compilers_see_one_op():
+    x, w = operands(4, 8, 16, "normal")
+    split, bias = elsa.split_weight(w), torch.randn(8)
+    arguments = (x.view(2, 2, 16), split.hi, split.lo, split.exponent, bias, "torch")
+    torch.library.opcheck(elsa._linear_op, arguments)
+    if not triton.knobs.runtime.interpret:
+        compiled = torch.compile(lambda x: elsa.linear(x, split, bias), backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), elsa.linear(x, split, bias))
+
+
 @pytest.mark.parametrize(
     ("x", "impl", "named"),
     [
