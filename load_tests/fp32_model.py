@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from elsa_serve import hf
 from elsa_serve.fp32_linear import use_fp32_linear
@@ -115,7 +114,7 @@ def configured(model: Any, attention: str, linear: str, allow_tf32: bool) -> Ite
 
 
 def measure(
-    model: nn.Module,
+    model: Any,
     ids: torch.Tensor,
     truth: torch.Tensor,
     tokens: list[int],

@@ -39,9 +39,16 @@ def register() -> None:
     if NAME not in AttentionBackendEnum.__members__:
         register_backend(NAME, BACKEND)
     if refusal is None:
+        from elsa_serve.vllm_plugin import fp32_linear  # registers --quantization elsa_fp32
+
         metrics.expose()
         compat.check_cpu_platform()
-        logger.info("elsa-serve %s: attention backend ELSA is registered (--attention-backend elsa)", __version__)
+        logger.info(
+            "elsa-serve %s: attention backend ELSA (--attention-backend elsa) and FP32-accurate linear layers "
+            "(--quantization %s) are registered",
+            __version__,
+            fp32_linear.NAME,
+        )
 
 
 def cpu_platform() -> str | None:
