@@ -58,6 +58,19 @@ class Transfer:
 
 
 @dataclass(frozen=True, slots=True)
+class HostAttention:
+    """Attention over KV in host memory over one step: bytes read, the host's seconds, and for how long compute waited.
+
+    `calls` counts requests times layers.
+    """
+
+    bytes: int
+    seconds: float
+    stall_s: float
+    calls: int
+
+
+@dataclass(frozen=True, slots=True)
 class StepStats:
     """One pass over the layers."""
 
@@ -69,6 +82,7 @@ class StepStats:
     transfers: tuple[Transfer, ...] = ()
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    host_attention: HostAttention | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -178,13 +178,15 @@ def measure(
     same = first_tokens.setdefault(f"{run.attention} {run.context}", tokens)
     compared = min(len(same), len(tokens))
     streamed = weights.store.nbytes * plan.streamed_layers // plan.geometry.layers
-    kv_layers = plan.geometry.layers - len(plan.kv_gpu_layers)
-    on_host = streamed + kv_layers * plan.geometry.kv_layer_bytes(run.context)
+    kv_on_host = max(0, run.context - plan.kv_gpu_tokens) * plan.geometry.layers * plan.geometry.kv_token_bytes()
+    on_host = streamed + kv_on_host
     return row | {
         "resident_layers": len(plan.resident_layers),
         "slots": plan.slots,
         "chunk_tokens": plan.chunk_tokens,
-        "kv_gpu_layers": len(plan.kv_gpu_layers),
+        "kv_gpu_tokens": plan.kv_gpu_tokens,
+        "kv_host_bytes": kv_on_host,
+        "weights_host_bytes": streamed,
         "gpu_cap_bytes": plan.gpu_budget,
         **timings(steps.passes),
         "predicted_prefill_s": plan.ttft_s,

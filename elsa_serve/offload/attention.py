@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
+from elsa_kernels import State
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface
@@ -40,6 +41,9 @@ class AttentionOptions:
 
 # q [1, H, n, D], k and v [1, Hkv, p + n, D], causal and aligned to the bottom right -> [1, H, n, D]
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, AttentionOptions], torch.Tensor]
+
+# q [1, H, n, D], query i at position `q_start` + i of k and v [1, Hkv, N, D], causal -> the state over those keys
+AttendState = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, AttentionOptions, int], State]
 
 
 class ChunkAttention(Protocol):
@@ -109,6 +113,17 @@ def elsa_attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Atte
     )
 
 
+def elsa_attend_state(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: AttentionOptions, q_start: int
+) -> State:
+    import elsa_kernels
+
+    return elsa_kernels.attention(
+        q, k, v, causal=True, scale=options.scale, window=options.window, softcap=options.softcap,
+        sinks=options.sinks.float() if options.sinks is not None else None, q_start=q_start, return_state=True,
+    )  # fmt: skip
+
+
 def sdpa_attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: AttentionOptions) -> torch.Tensor:
     """torch's SDPA. On CUDA its flash kernel or, in FP32, the memory-efficient one, never one that writes scores out.
 
@@ -157,6 +172,8 @@ def _sdpa_window(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
 
 
 ATTEND: dict[str, Attend] = {"elsa": elsa_attend, "sdpa": sdpa_attend}
+# torch's SDPA returns no state to merge: with it, KV on the host is brought to the device.
+ATTEND_STATE: dict[str, AttendState] = {"elsa": elsa_attend_state}
 
 
 def check_model(config: Any, attention: str) -> None:

@@ -189,7 +189,7 @@ class OffloadEngine:
             if not self._scheduler.idle():
                 raise UsageError("attention cannot change while requests are under way: wait until they have ended")
             attentions.check_model(self._loaded.weights.config, name)
-            self._loaded.runner.attend = attentions.ATTEND[name]
+            self._loaded.tiers.use(attentions.ATTEND[name], attentions.ATTEND_STATE.get(name))
             self._options = replace(self._options, attention=name)
             self.info = replace(self.info, attention=name)
 
@@ -329,6 +329,7 @@ class OffloadEngine:
                 transfers=self._loaded.streams.drain_transfers(),
                 drafted_tokens=sum(len(result.share.draft) for result in drafts),
                 accepted_tokens=sum(max(0, len(result.tokens) - 1) for result in drafts),
+                host_attention=self._loaded.tiers.drain(),
             )
         )
 

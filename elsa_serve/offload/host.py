@@ -34,6 +34,13 @@ class HostBuffer:
     def pinned(self) -> bool:
         return self._pinned
 
+    def mapped(self) -> torch.Tensor:
+        """The buffer as kernels on the device read and write it, through PCIe: the same memory, as a tensor of the
+        device that was current when it was page-locked. The tensor itself where it is not page-locked."""
+        if not self._pinned:
+            return self.tensor
+        return torch.as_tensor(_DeviceView(self.tensor), device=torch.device("cuda", torch.cuda.current_device()))
+
     def close(self) -> None:
         """Unlock, and give the memory back once no view of the tensor is left. Idempotent."""
         if self._pinned:
@@ -44,6 +51,15 @@ class HostBuffer:
     def __del__(self) -> None:
         if getattr(self, "_pinned", False):
             self.close()
+
+
+class _DeviceView:
+    """Page-locked memory offered as CUDA memory, which it is under unified addressing: both sides use one address."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": tuple(tensor.shape), "typestr": "|u1", "data": (tensor.data_ptr(), False), "version": 3,
+        }  # fmt: skip
 
 
 def _advise(memory: mmap.mmap, advice: int) -> None:

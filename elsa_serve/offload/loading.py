@@ -16,7 +16,8 @@ from elsa_serve.offload import machine, measure
 from elsa_serve.offload.checkpoint import Checkpoint, load_config
 from elsa_serve.offload.fused import Fused, fuse
 from elsa_serve.offload.host import HostBuffer
-from elsa_serve.offload.kv import ALIGNMENT, HostKV, KVPool, KVShape
+from elsa_serve.offload.in_place import InPlace
+from elsa_serve.offload.kv import ALIGNMENT, KVPool, KVShape, RequestKV
 from elsa_serve.offload.machine import Rates
 from elsa_serve.offload.output import eos_token_ids
 from elsa_serve.offload.plan import Geometry, Plan, make_plan
@@ -24,9 +25,11 @@ from elsa_serve.offload.ring import WeightStream
 from elsa_serve.offload.split import check_linear, split_linears
 from elsa_serve.offload.step import Part, PassRunner
 from elsa_serve.offload.streams import Streams, make_streams
+from elsa_serve.offload.tiers import Tiers, in_place_limit
 from elsa_serve.offload.tokenizer import load_tokenizer
 from elsa_serve.offload.units import parse_size
 from elsa_serve.offload.weights import LoadFormat, ModelWeights, choose_dtype, load_model
+from elsa_serve.offload.working import WorkingKV
 from elsa_serve.protocol import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -60,6 +63,7 @@ class EngineOptions:
     max_num_batched_tokens: int | None = None
     num_speculative_tokens: int | None = None
     serial: bool = False
+    host_threads: int | None = None  # for attention over KV in host memory; None: all cores but one
     load_format: LoadFormat = "auto"
     seed: int = 0
     progress: bool = True
@@ -77,7 +81,7 @@ class LoadedModel:
     streams: Streams
     stream: WeightStream
     pool: KVPool
-    host_kv: HostKV
+    tiers: Tiers
     host_buffer: HostBuffer
     runner: PassRunner
     fused: Fused | None
@@ -100,7 +104,7 @@ class LoadedModel:
         self.stream.close()
         self.streams.close()
         self.pool.close()
-        self.host_kv.close()
+        self.tiers.close()
         self.host_buffer.close()
         if self.owns_weights:
             self.weights.close()
@@ -218,17 +222,15 @@ def _assemble(
     shape = KVShape(geometry.layers, geometry.kv_heads, geometry.head_dim, weights.dtype)
     gpu_pool = torch.empty(plan.kv_gpu_bytes, dtype=torch.uint8, device=device)
     host_buffer = HostBuffer(_padded(plan.kv_host_bytes), pin=device.type == "cuda")
-    pool = KVPool(shape, gpu_pool, host_buffer.tensor, plan.kv_gpu_layers)
+    pool = KVPool(shape, gpu_pool, host_buffer.tensor, host_buffer.mapped())
+    tiers = _tiers(options, plan, shape, streams)
     fused = _fuse(options, weights)
-    capacity = plan.context if plan.kv_host_bytes else 0
-    host_kv = HostKV(shape, streams, capacity=capacity, max_batch=options.max_batch)
     runner = PassRunner(
         weights.model,
         weights.decoder_layers,
         stream,
-        host_kv,
+        tiers,
         streams,
-        attentions.ATTEND[options.attention],
         chunk_tokens=plan.chunk_tokens,
     )
     return LoadedModel(
@@ -240,7 +242,7 @@ def _assemble(
         streams=streams,
         stream=stream,
         pool=pool,
-        host_kv=host_kv,
+        tiers=tiers,
         host_buffer=host_buffer,
         runner=runner,
         fused=fused,
@@ -255,6 +257,28 @@ def _fuse(options: EngineOptions, weights: ModelWeights) -> Fused | None:
     fused = fuse(weights.decoder_layers)
     logger.info("fused: %s", fused)
     return fused
+
+
+def _tiers(options: EngineOptions, plan: Plan, shape: KVShape, streams: Streams) -> Tiers:
+    on_host = bool(plan.kv_host_bytes)
+    attend_state = attentions.ATTEND_STATE.get(options.attention)
+    geometry = plan.geometry
+    weights = geometry.streamed_bytes(len(plan.resident_layers))
+
+    def limit(kv: RequestKV) -> int:
+        tokens = max(0, kv.length - kv.split)
+        flops = 4.0 * geometry.layers * geometry.heads * geometry.head_dim * tokens
+        kv_bytes = geometry.kv_bytes(tokens)
+        return in_place_limit(plan.rates, weights_bytes=weights, kv_bytes=kv_bytes, flops_per_token=flops)
+
+    return Tiers(
+        WorkingKV(shape, streams, capacity=plan.context if on_host else 0),
+        InPlace(streams, options.host_threads) if on_host else None,
+        streams,
+        attentions.ATTEND[options.attention],
+        attend_state,
+        limit,
+    )
 
 
 def _padded(nbytes: int) -> int:

@@ -23,7 +23,6 @@ CHUNK_SHARE = 8  # a chunk's activations may take one part in so many of the dev
 THIRD_SLOT_SHARE = 10  # a third slot evens out the copying where three take no more than one part in so many
 CUDA_CONTEXT = int(0.85 * 2**30)  # the context and kernels' code, outside torch's allocator: 0.81 GiB seen on an H200
 CUBLAS_WORKSPACE = 32 << 20  # what torch gives cuBLAS on Hopper; less elsewhere
-KV_WORKING_BUFFERS = 2  # a layer's KV on its way to the device, and the one computed on
 ALLOCATOR_SLACK = 10  # the caching allocator's fragmentation: one part in so many of the activations
 
 
@@ -82,6 +81,10 @@ class Geometry:
     def kv_bytes(self, tokens: int) -> int:
         return self.layers * self.kv_layer_bytes(tokens)
 
+    def kv_tokens(self, nbytes: int) -> int:
+        """The most tokens whose keys and values, in all layers, take no more than so many bytes."""
+        return nbytes // self.layers // ALIGNMENT * ALIGNMENT // self.kv_token_bytes()
+
     def streamed_bytes(self, resident: int) -> int:
         """Weights of the layers that are not resident."""
         return self.weights_bytes - self.weights_bytes * resident // self.layers
@@ -115,9 +118,7 @@ class Plan:
     """Placement and prediction. Bytes, tokens, seconds.
 
     The two KV pools together hold `kv_tokens` tokens in all layers; at least one request of `context` tokens fits.
-    `kv_gpu_layers` are the layers whose KV the device pool holds for a request of full length where blocks are whole
-    layers; `kv_gpu_tokens` are the tokens whose KV it holds in every layer where a layer's KV is split along the
-    sequence. Times are those of one request: a prompt of `context` tokens, and a token at its end.
+    `kv_gpu_tokens` are the tokens of a request of full length whose KV it keeps on the device, in every layer. Times are those of one request: a prompt of `context` tokens, and a token at its end.
     """
 
     geometry: Geometry
@@ -129,7 +130,6 @@ class Plan:
     prefetch_depth: int
     chunk_tokens: int
     kv_tokens: int
-    kv_gpu_layers: tuple[int, ...]
     kv_gpu_bytes: int
     kv_host_bytes: int
     gpu_budget: int
@@ -148,9 +148,8 @@ class Plan:
 
     @property
     def kv_gpu_tokens(self) -> int:
-        """Tokens of a request of full length that every layer keeps on the device, when split along the sequence."""
-        token = self.geometry.kv_token_bytes()
-        return min(self.context, self.kv_gpu_bytes // (self.geometry.layers * token))
+        """Tokens of a request of full length that every layer keeps on the device."""
+        return min(self.context, self.geometry.kv_tokens(self.kv_gpu_bytes))
 
     @property
     def kv_host_tokens(self) -> int:
@@ -268,16 +267,16 @@ def _place_chunked(request: _Request, context: int, chunk: int) -> Plan:
     free = request.gpu_budget - sum(items.values()) - (ring + resident) * geometry.layer_bytes
     kv_gpu = wanted = geometry.kv_bytes(context) * request.batch
     if free < wanted:
-        layer = geometry.kv_layer_bytes(context)
-        working = KV_WORKING_BUFFERS * layer
+        working = geometry.kv_layer_bytes(context)
         free -= working
         if free < 0:
             raise BudgetError(_device_message(request, items, ring, resident, working))
-        kv_gpu = free // layer * layer
+        kv_gpu = geometry.kv_bytes(geometry.kv_tokens(free))
         room = request.host_budget - geometry.streamed_bytes(resident)
         kv_host = max(0, min(wanted - kv_gpu, room // ALIGNMENT * ALIGNMENT))
-        if kv_gpu // layer + kv_host // layer < geometry.layers:  # one request of full length, whole layers in a pool
-            raise BudgetError(_host_message(request, resident, geometry.kv_bytes(context) - kv_gpu))
+        rest = geometry.kv_bytes(context - min(context, geometry.kv_tokens(kv_gpu)))  # of one request of full length
+        if kv_host < rest:
+            raise BudgetError(_host_message(request, resident, rest))
     free -= kv_gpu
     if request.resident is None:
         resident, free = _fill_with_layers(geometry, free, slots)
@@ -293,7 +292,6 @@ def _place_chunked(request: _Request, context: int, chunk: int) -> Plan:
         "KV": kv_gpu,
         "resident layers": resident * geometry.layer_bytes,
     }
-    on_gpu = min(geometry.layers, kv_gpu // geometry.kv_layer_bytes(context))
     return Plan(
         geometry=geometry,
         device_type=request.device_type,
@@ -304,7 +302,6 @@ def _place_chunked(request: _Request, context: int, chunk: int) -> Plan:
         prefetch_depth=max(0, slots - 1),
         chunk_tokens=chunk,
         kv_tokens=(kv_gpu + kv_host) * context // geometry.kv_bytes(context),
-        kv_gpu_layers=_spread(on_gpu, geometry.layers),
         kv_gpu_bytes=kv_gpu,
         kv_host_bytes=kv_host,
         gpu_budget=request.gpu_budget,
@@ -422,14 +419,15 @@ def _predict(plan: Plan) -> Plan:
     geometry, rates = plan.geometry, plan.rates
     weights = geometry.streamed_bytes(len(plan.resident_layers))
     kv = geometry.kv_bytes(plan.context)
-    kv_host = kv * (geometry.layers - len(plan.kv_gpu_layers)) // geometry.layers
+    kv_host = geometry.kv_bytes(plan.kv_host_tokens)
     prefill = {
         "copies to the device": weights / rates.h2d,
         "compute": prefill_compute_s(geometry, plan.context, rates),
         "copies to the host": kv_host / rates.d2h,
     }
     decode = {
-        "copies to the device": (weights + kv_host) / rates.h2d,
+        "copies to the device": weights / rates.h2d,
+        "attention on the host": kv_host / (rates.cpu_attention_beside_h2d if weights else rates.cpu_attention),
         "device memory": (geometry.weights_bytes + geometry.outside_bytes + kv) / rates.device_memory,
         "host memory": (weights + kv_host) / rates.host_memory,
     }
@@ -442,7 +440,6 @@ def _predict(plan: Plan) -> Plan:
         step_bytes={
             "weights to the device": weights,
             "prefill: KV to the host": kv_host,
-            "decode: KV to the device": kv_host,
         },
     )
 
@@ -479,14 +476,15 @@ def _table(title: str, items: dict[str, int], budget: int) -> list[str]:
 
 
 def _picture(plan: Plan, device: str) -> list[str]:
-    """One character a layer (at most 64 columns): where its weights and its KV lie."""
-    layers = plan.geometry.layers
-    columns = [i * layers // min(layers, 64) for i in range(min(layers, 64))]
-    rows = (("weights", set(plan.resident_layers)), ("KV", set(plan.kv_gpu_layers)))
-    marks = ["".join("#" if layer in here else "." for layer in columns) for _, here in rows]
+    """One character a layer for the weights, and as many for the tokens of every layer's KV (at most 64)."""
+    layers, here = plan.geometry.layers, set(plan.resident_layers)
+    width = min(layers, 64)
+    weights = "".join("#" if i * layers // width in here else "." for i in range(width))
+    tokens = "".join("#" if i * plan.context < plan.kv_gpu_tokens * width else "." for i in range(width))
     return [
-        f"layers 0 to {layers - 1}: # stays on the {device}, . comes from host memory every pass",
-        *(f"  {name:<8}{mark}  {len(here)} of {layers}" for (name, here), mark in zip(rows, marks)),
+        f"# stays on the {device}, . is read from host memory every pass",
+        f"  weights {weights}  {len(here)} of {layers} layers",
+        f"  KV      {tokens}  {plan.kv_gpu_tokens} of {plan.context} tokens, in every layer",
     ]
 
 

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from elsa_serve.offload.attention import Attend, AttentionOptions, attending
-from elsa_serve.offload.kv import HostKV, RequestKV, Visit
+from elsa_serve.offload.attention import AttentionOptions, attending
+from elsa_serve.offload.kv import RequestKV
 from elsa_serve.offload.ring import WeightStream
 from elsa_serve.offload.streams import Event, Streams
+from elsa_serve.offload.tiers import Piece, Tiers
 
 # Chunks that the host may issue ahead of the device: enough to keep it busy, few enough that a cancelled request stops
 # soon and that reported progress is real.
@@ -102,15 +103,6 @@ class StepPlan:
             chunks.append(Chunk(low, row, tuple(shared)))
         return StepPlan(tuple(ordered), tuple(chunks), token_ids, positions, wanted)
 
-    def visits(self, layers: int) -> list[Visit]:
-        """The layers on the host in the order in which the pass computes them."""
-        return [
-            Visit(part.kv, layer, len(part.tokens))
-            for layer in range(layers)
-            for part in self.parts
-            if part.kv.layers[layer].tier == "host"
-        ]
-
 
 @dataclass(slots=True)
 class _Running:
@@ -127,15 +119,14 @@ class PassRunner:
         model: nn.Module,
         layers: Sequence[nn.Module],
         weights: WeightStream,
-        host_kv: HostKV,
+        tiers: Tiers,
         streams: Streams,
-        attend: Attend,
         *,
         chunk_tokens: int,
     ) -> None:
         self._model, self._layers = model, list(layers)
-        self._weights, self._host_kv, self._streams = weights, host_kv, streams
-        self.attend, self._chunk_tokens = attend, chunk_tokens  # `attend` may be another between two passes
+        self._weights, self._tiers, self._streams = weights, tiers, streams
+        self._chunk_tokens = chunk_tokens
         # Called before each chunk of each layer: the engine's heartbeat, and its look at cancellations.
         self.poll: Callable[[], None] = lambda: None
         self._running: _Running | None = None
@@ -152,9 +143,9 @@ class PassRunner:
         self._running = _Running(plan)
         try:
             with torch.inference_mode():
-                self._host_kv.begin(plan.visits(len(self._layers)))
+                self._tiers.begin(plan.parts, len(self._layers))
                 rows = self._forward(plan).float().cpu()
-                self._host_kv.end()
+                self._tiers.end()
         except BaseException:
             self._recover()
             raise
@@ -169,7 +160,7 @@ class PassRunner:
 
     def _recover(self) -> None:
         self._weights.rewind()
-        self._host_kv.abandon()
+        self._tiers.abandon()
 
     def _forward(self, plan: StepPlan) -> torch.Tensor:
         """Logits [wanted rows, V] on the device."""
@@ -207,7 +198,7 @@ class PassRunner:
         total = hidden.shape[1]
         rows = slice(chunk.low, chunk.high)
         own = hidden[:, rows]
-        with attending(_ChunkAttention(self._host_kv, self.attend, chunk)):
+        with attending(_ChunkAttention(self._tiers, chunk)):
             output = inner(own, **{name: _rows(value, rows, total) for name, value in kwargs.items()})
         output = output[0] if isinstance(output, tuple) else output
         if output is not own:  # a fused layer works in place
@@ -247,46 +238,28 @@ class _LayerForward:
 class _ChunkAttention:
     """Stores a chunk's KV and attends request by request. Rows of requests given up are left as they come."""
 
-    def __init__(self, host_kv: HostKV, attend: Attend, chunk: Chunk) -> None:
-        self._host_kv, self._attend, self._chunk_of = host_kv, attend, chunk
+    def __init__(self, tiers: Tiers, chunk: Chunk) -> None:
+        self._tiers, self._chunk_of = tiers, chunk
 
     def __call__(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: AttentionOptions
     ) -> torch.Tensor:
-        segments = self._chunk_of.segments
-        if len(segments) == 1:
-            return self._segment(layer, segments[0], q, k, v, options).transpose(1, 2)
-        parts = [
-            self._segment(
-                layer, s, q[:, :, s.low : s.high], k[:, :, s.low : s.high], v[:, :, s.low : s.high], options
-            ).transpose(1, 2)
-            for s in segments
-        ]
-        return torch.cat(parts, 1)
+        """[1, H, T, D] in, [1, T, H, D] out."""
+        segments = [segment for segment in self._chunk_of.segments if not segment.part.given_up()]
+        pieces = [_piece(segment, q, k, v) for segment in segments]
+        outs = [out.transpose(1, 2) for out in self._tiers.attend(layer, pieces, options)]
+        if len(self._chunk_of.segments) == len(outs) == 1:
+            return outs[0]
+        result = q.new_zeros(1, q.shape[2], q.shape[1], q.shape[3])
+        for segment, out in zip(segments, outs):
+            result[:, segment.low : segment.high] = out
+        return result
 
-    def _segment(
-        self,
-        layer: int,
-        segment: Segment,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        options: AttentionOptions,
-    ) -> torch.Tensor:
-        """q [1, H, n, D], k and v [1, Hkv, n, D] -> [1, H, n, D]."""
-        kv = segment.part.kv
-        if segment.part.given_up():
-            return torch.zeros_like(q)
-        on_host = kv.layers[layer].tier == "host"
-        block = self._host_kv.take(kv, layer) if on_host else kv.layers[layer].data
-        first = kv.length + segment.start
-        last = first + q.shape[2]
-        block[0, :, first:last] = k[0]
-        block[1, :, first:last] = v[0]
-        out = self._attend(q, block[None, 0, :, :last], block[None, 1, :, :last], options)
-        if on_host and segment.final:
-            self._host_kv.give(kv, layer)
-        return out
+
+def _piece(segment: Segment, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Piece:
+    kv = segment.part.kv
+    rows = slice(segment.low, segment.high)
+    return Piece(kv, kv.length + segment.start, segment.final, q[:, :, rows], k[:, :, rows], v[:, :, rows])
 
 
 def _rows(value: Any, rows: slice, total: int) -> Any:

@@ -12,14 +12,17 @@ so that no allocator reuses their memory while a lane still reads or writes it.
 
 from __future__ import annotations
 
+import ctypes
 import queue
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
+from elsa_kernels.cuda import driver
 
 from elsa_serve.stats import Direction, Transfer, TransferObject
 
@@ -48,6 +51,17 @@ class Copy(Event):
     @abstractmethod
     def seconds(self) -> float:
         """How long the copying itself took, without queueing. Only after completion."""
+
+
+@dataclass(frozen=True, slots=True)
+class HostFunctions:
+    """Addresses of two C functions void (*)(void *) and of their argument: `start` returns at once, `join` waits for
+    what it began. Neither calls CUDA. `keep` is what must exist until `join` has returned."""
+
+    start: int
+    join: int
+    argument: int
+    keep: object
 
 
 class Lane(ABC):
@@ -88,6 +102,18 @@ class Streams(ABC):
     @abstractmethod
     def wait(self, event: Event) -> None:
         """Compute goes on after `event` only. For a Copy, the time compute was held by it is logged as its stall."""
+
+    @abstractmethod
+    def call_host(self, functions: HostFunctions, after: Event) -> Event:
+        """Run two functions on the host once `after` has been reached; the event is reached when `join` returns.
+
+        Calls run one after the other, beside compute and lanes (the serial twin: in the compute stream). Compute that
+        waits for the event has its wait logged.
+        """
+
+    @abstractmethod
+    def drain_host_stall(self) -> float:
+        """Seconds for which compute was held by `call_host`s since the last call."""
 
     @abstractmethod
     def synchronize(self) -> None:
@@ -210,6 +236,14 @@ class _CudaCopy(Copy):
         return self._seconds or 0.0
 
 
+class _CudaHostCall(_CudaEvent):
+    """Behind a `join`. Holds what the functions use until it is reached."""
+
+    def __init__(self, pool: _EventPool, stream: torch.cuda.Stream, functions: HostFunctions) -> None:
+        super().__init__(pool, stream)
+        self.functions = functions
+
+
 class _CudaLane(Lane):
     def __init__(self, owner: _CudaStreams, stream: torch.cuda.Stream | None) -> None:
         self._owner = owner
@@ -247,9 +281,29 @@ class _CudaStreams(Streams):
         self._copies: deque[_CudaCopy] = deque()
         self._stalls: deque[tuple[_CudaCopy, _CudaEvent, _CudaEvent]] = deque()
         self._tally = _Tally()
+        self._host_stream = None if serial else torch.cuda.Stream(device)
+        self._host_calls: deque[_CudaHostCall] = deque()
+        self._host_stalls: list[tuple[_CudaEvent, _CudaEvent]] = []
 
     def _make_lane(self, name: str) -> Lane:
         return _CudaLane(self, None if self.serial else torch.cuda.Stream(self.device))
+
+    def call_host(self, functions: HostFunctions, after: Event) -> Event:
+        stream = self._host_stream or torch.cuda.current_stream(self.device)
+        _wait_on(stream, after)
+        for function in (functions.start, functions.join):
+            driver.launch_host_function(stream.cuda_stream, function, functions.argument)
+        call = _CudaHostCall(self.pool, stream, functions)
+        while self._host_calls and self._host_calls[0].query():
+            self._host_calls.popleft()
+        self._host_calls.append(call)
+        return call
+
+    def drain_host_stall(self) -> float:
+        stalls, self._host_stalls = self._host_stalls, []
+        for _, after in stalls:
+            after.synchronize()
+        return sum(before.event.elapsed_time(after.event) for before, after in stalls) / 1e3
 
     def submitted(self, copy: _CudaCopy) -> None:
         self._copies.append(copy)
@@ -276,14 +330,18 @@ class _CudaStreams(Streams):
 
     def wait(self, event: Event) -> None:
         stream = torch.cuda.current_stream(self.device)
-        if not isinstance(event, _CudaCopy) or self.serial:
+        if not isinstance(event, _CudaCopy | _CudaHostCall) or self.serial:
             _wait_on(stream, event)
             return
         if event.query():
             return
         before = _CudaEvent(self.pool, stream)
         _wait_on(stream, event)
-        self._stalls.append((event, before, _CudaEvent(self.pool, stream)))
+        after = _CudaEvent(self.pool, stream)
+        if isinstance(event, _CudaCopy):
+            self._stalls.append((event, before, after))
+        else:
+            self._host_stalls.append((before, after))
 
     def synchronize(self) -> None:
         torch.cuda.current_stream(self.device).synchronize()
@@ -293,10 +351,12 @@ class _CudaStreams(Streams):
         return self._tally.take()
 
     def close(self) -> None:
-        for copy in self._copies:
-            copy.synchronize()
+        for event in (*self._copies, *self._host_calls):
+            event.synchronize()
         self._copies.clear()
         self._stalls.clear()
+        self._host_calls.clear()
+        self._host_stalls.clear()
         super().close()
 
 
@@ -349,6 +409,24 @@ class _CpuCopy(Copy):
         return self._seconds
 
 
+class _CpuHostCall(Event):
+    def __init__(self, functions: HostFunctions) -> None:
+        self._functions: HostFunctions | None = functions
+        ctypes.CFUNCTYPE(None, ctypes.c_void_p)(functions.start)(functions.argument)
+
+    def query(self) -> bool:
+        return self._functions is None
+
+    def synchronize(self) -> None:
+        functions, self._functions = self._functions, None
+        if functions is not None:
+            ctypes.CFUNCTYPE(None, ctypes.c_void_p)(functions.join)(functions.argument)
+
+    def __del__(self) -> None:
+        # The functions may be at work on what goes with this object.
+        self.synchronize()
+
+
 class _CpuLane(Lane):
     def __init__(self, name: str, owner: _CpuStreams) -> None:
         self._owner = owner
@@ -387,9 +465,21 @@ class _CpuStreams(Streams):
         super().__init__(device, serial)
         self._copies: list[_CpuCopy] = []
         self._tally = _Tally()
+        self._host_stall = 0.0
 
     def _make_lane(self, name: str) -> Lane:
         return _CpuLane(name, self)
+
+    def call_host(self, functions: HostFunctions, after: Event) -> Event:
+        after.synchronize()
+        call = _CpuHostCall(functions)
+        if self.serial:
+            self.wait(call)
+        return call
+
+    def drain_host_stall(self) -> float:
+        seconds, self._host_stall = self._host_stall, 0.0
+        return seconds
 
     def submitted(self, copy: _CpuCopy) -> None:
         self._copies.append(copy)
@@ -402,7 +492,9 @@ class _CpuStreams(Streams):
     def wait(self, event: Event) -> None:
         start = time.perf_counter()
         event.synchronize()
-        if isinstance(event, _CpuCopy) and not self.serial:
+        if isinstance(event, _CpuHostCall):
+            self._host_stall += time.perf_counter() - start
+        elif isinstance(event, _CpuCopy) and not self.serial:
             self._tally.stalled(event, time.perf_counter() - start)
 
     def synchronize(self) -> None:

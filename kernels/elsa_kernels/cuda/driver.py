@@ -1,4 +1,5 @@
-"""The few calls of the CUDA driver that launching a compiled kernel takes, on torch's context and stream."""
+"""The few calls of the CUDA driver that torch does not offer: launching a compiled kernel, or a C function of the host,
+on torch's context and streams."""
 
 from __future__ import annotations
 
@@ -51,3 +52,12 @@ def launch(function: ctypes.c_void_p, blocks: int, threads: int, shared_bytes: i
     arguments = (ctypes.c_void_p * 1)(ctypes.addressof(params))
     status = _library().cuLaunchKernel(function, blocks, 1, 1, threads, 1, 1, shared_bytes, stream, arguments, None)
     _check(status, "launching a kernel")
+
+
+def launch_host_function(stream: int, function: int, argument: int) -> None:
+    """Have a stream call the C function void (*)(void *) at address `function` when its work so far is done.
+
+    The function must not call CUDA, and it and what `argument` points at must exist until it has run.
+    """
+    pointers = (ctypes.c_void_p(stream), ctypes.c_void_p(function), ctypes.c_void_p(argument))
+    _check(_library().cuLaunchHostFunc(*pointers), "launching a host function")

@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <limits>
+#include <stdexcept>
 
 namespace elsa {
 namespace {
@@ -322,8 +323,10 @@ void attend(const Problem &p, const Block &block, int64_t chunk, States out, Scr
         attend_as<float>(p, block, chunk, out, s);
     else if (p.dtype == BFLOAT16)
         attend_as<bfloat16>(p, block, chunk, out, s);
-    else
+    else if (p.dtype == FLOAT16)
         attend_as<float16>(p, block, chunk, out, s);
+    else
+        throw std::invalid_argument("dtype");
 }
 
 // Rescaled, but a weight that underflows does not turn ∞ into NaN.

@@ -41,9 +41,42 @@ class NativeProblem(ctypes.Structure):
 
 
 class Launch(ctypes.Structure):
-    """The argument of `elsa_launch` and `elsa_join`. status: 0 once launched, else as `Job.submit` would raise."""
+    """One job of `Launches`. status: that of `STATUS`, valid after the join; seconds: from submission to end."""
 
-    _fields_ = (("job", ctypes.c_void_p), ("problem", ctypes.POINTER(NativeProblem)), ("status", ctypes.c_int32))
+    _fields_ = (
+        ("job", ctypes.c_void_p),
+        ("problem", ctypes.POINTER(NativeProblem)),
+        ("status", ctypes.c_int32),
+        ("seconds", ctypes.c_double),
+    )
+
+
+class Launches(ctypes.Structure):
+    """The argument of `elsa_launch` and `elsa_join`: jobs that are started and waited for together."""
+
+    _fields_ = (("items", ctypes.POINTER(Launch)), ("count", ctypes.c_int64))
+
+
+STATUS = {
+    1: (RuntimeError, "this job is under way; wait for it, or prepare another"),
+    2: (MemoryError, "no memory for the states of the chunks of a native CPU attention call"),
+    3: (RuntimeError, "a native CPU attention job failed in one of its threads"),
+}
+
+
+def check_status(status: int) -> None:
+    """Raise for a job's status; 0 is none."""
+    if status:
+        kind, message = STATUS.get(status, (RuntimeError, f"unknown status {status} of a native CPU attention job"))
+        raise kind(message)
+
+
+def host_functions() -> tuple[int, int]:
+    """Addresses of two C functions void (*)(void *) that start and await jobs, the argument being a `Launches`."""
+    start, join = (ctypes.cast(f, ctypes.c_void_p).value for f in (library().elsa_launch, library().elsa_join))
+    if start is None or join is None:
+        raise RuntimeError("the native library lacks elsa_launch or elsa_join")
+    return start, join
 
 
 @functools.cache
@@ -63,7 +96,9 @@ def library() -> ctypes.CDLL:
         "elsa_job_new": (pointer, [pointer]),
         "elsa_job_free": (None, [pointer]),
         "elsa_job_submit": (integer, [pointer, ctypes.POINTER(NativeProblem)]),
-        "elsa_job_wait": (None, [pointer]),
+        "elsa_job_wait": (integer, [pointer]),
+        "elsa_launch": (None, [pointer]),
+        "elsa_join": (None, [pointer]),
         "elsa_job_done": (integer, [pointer]),
         "elsa_read": (ctypes.c_double, [pointer, pointer, ctypes.c_int64]),
     }
@@ -93,33 +128,27 @@ class Job:
         self.state = State(torch.empty(shape), torch.empty(shape), torch.empty((*shape, problem.D)))
         self.problem, self._kept = _describe(problem, operands, self.state)
         self.handle = pool._take()
-        self.launch = Launch(self.handle, ctypes.pointer(self.problem), 0)
+        self.launch = Launch(self.handle, ctypes.pointer(self.problem), 0, 0.0)
+        self._launches = Launches(ctypes.pointer(self.launch), 1)
 
     def submit(self) -> Job:
         """Start it on the native threads and return at once. Raises MemoryError, or RuntimeError if it is under way."""
-        status = library().elsa_job_submit(self.handle, ctypes.byref(self.problem))
-        if status == 1:
-            raise RuntimeError("this job is under way; wait for it, or prepare another")
-        if status:
-            raise MemoryError("no memory for the states of the chunks of a native CPU attention call")
+        check_status(library().elsa_job_submit(self.handle, ctypes.byref(self.problem)))
         return self
 
     def host_functions(self) -> tuple[int, int, int]:
         """Addresses of two C functions void (*)(void *), which start this job and wait for it, and of their argument.
 
-        The job must be kept until they have run. After the first, `launch.status` is 0 unless it failed.
+        The job must be kept until they have run. After the second, `launch.status` is 0 unless it failed.
         """
-        start, join = (ctypes.cast(f, ctypes.c_void_p).value for f in (library().elsa_launch, library().elsa_join))
-        if start is None or join is None:
-            raise RuntimeError("the native library lacks elsa_launch or elsa_join")
-        return start, join, ctypes.addressof(self.launch)
+        return *host_functions(), ctypes.addressof(self._launches)
 
     def done(self) -> bool:
         return bool(library().elsa_job_done(self.handle))
 
     def wait(self) -> State:
         """Block, without the GIL, until the state is written, and return it."""
-        library().elsa_job_wait(self.handle)
+        check_status(library().elsa_job_wait(self.handle))
         return self.state
 
     def __del__(self) -> None:

@@ -20,7 +20,10 @@ struct Work {
     virtual ~Work() = default;
     virtual void run(int64_t task, Scratch &scratch) = 0;
     int64_t tasks = 0, handed_out = 0, finished = 0;  // under the pool's lock
+    bool failed = false;                              // a task threw; the others ran
+    std::chrono::steady_clock::time_point started, ended;
     bool idle() const { return finished == tasks; }
+    double seconds() const { return std::chrono::duration<double>(ended - started).count(); }
 };
 
 constexpr int64_t MOST_AT_ONCE = 8;
@@ -41,6 +44,9 @@ class Pool {
     void submit(Work &work) {
         std::lock_guard<std::mutex> guard(lock);
         work.handed_out = work.finished = 0;
+        work.failed = false;
+        work.started = work.ended = std::chrono::steady_clock::now();
+        if (work.tasks == 0) return;
         queue.push_back(&work);
         wake.notify_all();
     }
@@ -69,9 +75,22 @@ class Pool {
             job.handed_out += n;
             if (job.handed_out == job.tasks) queue.pop_front();
             guard.unlock();
-            for (int64_t i = 0; i < n; ++i) job.run(first + i, own);
+            const bool good = run(job, first, n, own);
             guard.lock();
-            if ((job.finished += n) == job.tasks) done.notify_all();
+            if (!good) job.failed = true;
+            if ((job.finished += n) == job.tasks) {
+                job.ended = std::chrono::steady_clock::now();
+                done.notify_all();
+            }
+        }
+    }
+    // A task that throws ends neither its thread nor the process: its job is marked as failed.
+    static bool run(Work &job, int64_t first, int64_t n, Scratch &own) {
+        try {
+            for (int64_t i = 0; i < n; ++i) job.run(first + i, own);
+            return true;
+        } catch (...) {
+            return false;
         }
     }
     void stop() {
@@ -119,6 +138,9 @@ class Attention : public Work {
         handed_out = 0;
         finished = tasks;  // idle until it is submitted
     }
+
+    // A call that could not be prepared has nothing to wait for.
+    void clear_tasks() { tasks = handed_out = finished = 0; }
 
     void run(int64_t task, Scratch &scratch) override {
         const size_t index = find(task);
@@ -247,7 +269,7 @@ const Kernels *kernels_of(int level) {
     return nullptr;
 }
 
-enum Status { DONE = 0, BUSY = 1, NO_MEMORY = 2 };
+enum Status { DONE = 0, BUSY = 1, NO_MEMORY = 2, FAILED = 3 };
 
 }  // namespace
 }  // namespace elsa
@@ -284,15 +306,18 @@ int elsa_job_submit(void *job, const Problem *problem) {
     try {
         work.prepare(*problem);
     } catch (...) {
+        work.clear_tasks();
         return NO_MEMORY;
     }
     work.pool.submit(work);
     return DONE;
 }
 
-void elsa_job_wait(void *job) {
+// DONE, or FAILED where a task threw.
+int elsa_job_wait(void *job) {
     Attention &work = *static_cast<Attention *>(job);
     work.pool.wait(work);
+    return work.failed ? FAILED : DONE;
 }
 
 int elsa_job_done(void *job) {
@@ -300,19 +325,33 @@ int elsa_job_done(void *job) {
     return work.pool.idle(work);
 }
 
-// What a stream of a GPU runs: the two forms below have the signature of cudaLaunchHostFunc. `status` is the submission's.
+// One call as a GPU's stream starts it and waits for it. `status` and `seconds` are written by the join.
 struct Launch {
     void *job;
     const Problem *problem;
     int32_t status;
+    double seconds;  // from the submission to the end of the last task
 };
 
-void elsa_launch(void *launch) {
-    Launch &l = *static_cast<Launch *>(launch);
-    l.status = elsa_job_submit(l.job, l.problem);
+struct Launches {
+    Launch *items;
+    int64_t count;
+};
+
+// These two have the signature that cudaLaunchHostFunc takes.
+void elsa_launch(void *launches) {
+    Launches &all = *static_cast<Launches *>(launches);
+    for (Launch *l = all.items; l != all.items + all.count; ++l) l->status = elsa_job_submit(l->job, l->problem);
 }
 
-void elsa_join(void *launch) { elsa_job_wait(static_cast<Launch *>(launch)->job); }
+void elsa_join(void *launches) {
+    Launches &all = *static_cast<Launches *>(launches);
+    for (Launch *l = all.items; l != all.items + all.count; ++l) {
+        if (l->status != DONE) continue;
+        l->status = elsa_job_wait(l->job);
+        l->seconds = static_cast<Attention *>(l->job)->seconds();
+    }
+}
 
 // Reads a buffer once with all threads of the pool; the seconds that took.
 double elsa_read(void *pool, const void *data, int64_t bytes) {

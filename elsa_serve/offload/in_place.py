@@ -1,0 +1,222 @@
+"""Attention over KV in host memory, where it lies: the host's cores read it and only queries and states cross PCIe.
+
+The native CPU attention (elsa_kernels.cpu.native) is started and awaited by functions that a stream of the device calls,
+so no Python waits: queries are written to page-locked memory by a kernel, the host computes (m, S, W), and a kernel
+reads that state from there. Small copies would queue behind the weights in the copy engine; kernels do not.
+
+Where the library cannot be built, which is announced, torch's CPU operations compute the same states while Python waits.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from elsa_kernels import State, attention
+from elsa_kernels.checks import build_problem
+from elsa_kernels.cpu import native
+from elsa_kernels.registry import Operands
+
+from elsa_serve.offload.attention import AttentionOptions
+from elsa_serve.offload.host import HostBuffer
+from elsa_serve.offload.streams import Event, HostFunctions, Streams
+from elsa_serve.offload.working import write_mapped
+from elsa_serve.stats import HostAttention
+
+logger = logging.getLogger(__name__)
+
+ALIGNMENT = 256
+FIRST_STAGING = 1 << 20  # bytes
+SPARE_CORES = 1  # beside a GPU: what its driver's threads and Python need of the host
+
+
+@dataclass(frozen=True, slots=True)
+class HostShare:
+    """Rows of one request in one layer over the keys it holds on the host. `state` is of the device, written by the
+    host; `kept` are the tensors that the host reads and writes."""
+
+    state: State
+    host_state: State
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    q_start: int
+    options: AttentionOptions
+    sinks: torch.Tensor | None
+
+
+class Staging:
+    """Page-locked memory for queries and states, handed out piece by piece and all at once taken back."""
+
+    def __init__(self, pin: bool) -> None:
+        self._pin = pin
+        self._buffers: list[HostBuffer] = []  # the last one is handed out, the others hold older pieces
+        self._mapped = torch.empty(0, dtype=torch.uint8)
+        self._used = 0
+        self._grow(FIRST_STAGING)
+
+    def _grow(self, nbytes: int) -> None:
+        self._buffers.append(HostBuffer(nbytes, pin=self._pin))
+        self._mapped, self._used = self._buffers[-1].mapped(), 0
+
+    def take(self, shape: Sequence[int], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same new tensor twice: as the host and as the device address it."""
+        nbytes = dtype.itemsize
+        for size in shape:
+            nbytes *= size
+        if self._used + nbytes > self._buffers[-1].nbytes:
+            self._grow(max(nbytes, 2 * self._buffers[-1].nbytes))
+        piece = slice(self._used, self._used + nbytes)
+        self._used += -(-nbytes // ALIGNMENT) * ALIGNMENT
+        host, mapped = self._buffers[-1].tensor[piece], self._mapped[piece]
+        return host.view(dtype).view(*shape), mapped.view(dtype).view(*shape)
+
+    def reset(self) -> None:
+        """Take back everything handed out. Work that the device has not yet done on it must come before what follows."""
+        self._used = 0
+
+    def trim(self) -> None:
+        """Free what was outgrown. Nothing may be under way."""
+        for buffer in self._buffers[:-1]:
+            buffer.close()
+        del self._buffers[:-1]
+
+    def close(self) -> None:
+        self._mapped = torch.empty(0, dtype=torch.uint8)
+        for buffer in self._buffers:
+            buffer.close()
+
+
+class InPlace:
+    """Computes host shares. One at a time, on the engine's thread; `threads` of the host work on them.
+
+    A layer calls `stage` for each request, `launch` for all of them, and makes compute wait for the returned event
+    before it reads their states. `end` raises what went wrong on the host, at the end of a pass.
+    """
+
+    def __init__(self, streams: Streams, threads: int | None = None) -> None:
+        self._streams = streams
+        self._staging = Staging(pin=streams.device.type == "cuda")
+        self._calls: deque[tuple[Event, list]] = deque()
+        self._bytes = self._count = 0
+        self._seconds = 0.0
+        self.refusal = native.unavailable()
+        self.threads = threads or worker_threads(streams.device)
+        self._pool = None
+        if self.refusal is None:
+            from elsa_kernels.cpu.native.library import Pool
+
+            self._pool = Pool(self.threads)
+        else:
+            logger.warning(
+                "KV in host memory is attended by torch's CPU operations, several times slower, and without overlap: "
+                "no native CPU attention (%s)",
+                self.refusal,
+            )
+
+    def stage(
+        self, q: torch.Tensor, keys: torch.Tensor, q_start: int, options: AttentionOptions, sinks: torch.Tensor | None
+    ) -> HostShare:
+        """q [1, H, n, D] on the device, query i at position `q_start` + i of keys [2, Hkv, N, D] on the host."""
+        here, mapped = self._staging.take(q.shape, q.dtype)
+        write_mapped(mapped, q)
+        rows = q.shape[:3]
+        pairs = [self._staging.take(shape, torch.float32) for shape in (rows, rows, q.shape)]
+        host_state, state = (State(*side) for side in zip(*pairs))
+        if sinks is not None:
+            sinks = sinks.float().cpu()
+        return HostShare(state, host_state, here, keys[None, 0], keys[None, 1], q_start, options, sinks)
+
+    def launch(self, shares: Sequence[HostShare]) -> Event:
+        """Compute the shares once compute's work so far is done. Compute must wait for the event."""
+        self._staging.reset()  # the next layer's rows come behind this layer's merge
+        self._bytes += sum(share.k.nbytes + share.v.nbytes for share in shares)
+        self._count += len(shares)
+        after = self._streams.record()
+        if self._pool is None:
+            after.synchronize()
+            for share in shares:
+                _attend_in_torch(share)
+            return after
+        self._reap()
+        jobs, functions = self._prepare(shares)
+        event = self._streams.call_host(functions, after)
+        self._calls.append((event, jobs))
+        return event
+
+    def _prepare(self, shares: Sequence[HostShare]) -> tuple[list, HostFunctions]:
+        from elsa_kernels.cpu.native import library
+
+        jobs = []
+        for share in shares:
+            operands = Operands(share.q, share.k, share.v, sinks=share.sinks)
+            o = share.options
+            problem = build_problem(
+                operands, causal=True, scale=o.scale, q_start=share.q_start, window=o.window, softcap=o.softcap,
+                precision=None, return_state=True,
+            )  # fmt: skip
+            jobs.append(library.Job(self._pool, problem, operands, share.host_state))
+        items = (library.Launch * len(jobs))(*(job.launch for job in jobs))
+        launches = library.Launches(items, len(jobs))
+        start, join = library.host_functions()
+        keep = (jobs, items, launches)
+        return [jobs, items], HostFunctions(start, join, ctypes.addressof(launches), keep)
+
+    def _reap(self, wait: bool = False) -> None:
+        """Account for calls that are over and let go of them."""
+        from elsa_kernels.cpu.native import library
+
+        failed = 0
+        while self._calls and (wait or self._calls[0][0].query()):
+            event, (_, items) = self._calls.popleft()
+            event.synchronize()
+            self._seconds += sum(item.seconds for item in items)
+            failed = failed or next((item.status for item in items if item.status), 0)
+        library.check_status(failed)
+
+    def end(self) -> None:
+        """Block until nothing is under way. Raises MemoryError or RuntimeError for a job that failed in this pass."""
+        if self._pool is not None:
+            self._reap(wait=True)
+        self._staging.trim()
+
+    def abandon(self) -> None:
+        """The same, for a pass that is lost anyway."""
+        for event, _ in self._calls:
+            event.synchronize()
+        self._calls.clear()
+
+    def drain(self) -> HostAttention | None:
+        """What the host did since the last call; None for nothing."""
+        count, nbytes, seconds = self._count, self._bytes, self._seconds
+        self._count = self._bytes = 0
+        self._seconds = 0.0
+        stall = self._streams.drain_host_stall()
+        return HostAttention(nbytes, seconds, stall, count) if count else None
+
+    def close(self) -> None:
+        self.abandon()
+        self._pool = None
+        self._staging.close()
+
+
+def worker_threads(device: torch.device) -> int:
+    """Threads for the host's attention: with a GPU, all cores that this process may use but one."""
+    if device.type != "cuda":
+        return torch.get_num_threads()
+    return max(1, len(os.sched_getaffinity(0)) - SPARE_CORES)
+
+
+def _attend_in_torch(share: HostShare) -> None:
+    options = share.options
+    result = attention(
+        share.q, share.k, share.v, causal=True, scale=options.scale, q_start=share.q_start, window=options.window,
+        softcap=options.softcap, sinks=share.sinks, return_state=True, impl="cpu",
+    )  # fmt: skip
+    for name in ("m", "S", "W"):
+        getattr(share.host_state, name).copy_(getattr(result, name))

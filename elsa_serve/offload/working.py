@@ -1,0 +1,161 @@
+"""The road over the device for layers whose KV lies in part on the host: prompts, and many new tokens over a prefix.
+
+A layer's keys and values are put together in one working buffer on the device, `[2, Hkv, capacity, D]`: what the
+device holds of them, and what the host holds, copied once ahead of the attention. What a pass adds is computed into the
+buffer and from there carried home; nothing is copied back that did not change.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from elsa_serve.offload.kv import KVShape, RequestKV
+from elsa_serve.offload.streams import Copy, Event, Pairs, Streams
+
+# So few tokens go home by a kernel that writes host memory; more by the copy engines, in runs of a head.
+SMALL_TOKENS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Visit:
+    """One layer of one request, computed over the working buffer: new tokens after `kv.length` old ones."""
+
+    kv: RequestKV
+    layer: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Leaving:
+    """Tokens [first, last) of the buffer on their way to the host."""
+
+    kv: RequestKV
+    first: int
+    last: int
+    copy: Copy
+
+
+@dataclass(slots=True)
+class _Pass:
+    waiting: deque[Visit] = field(default_factory=deque)
+    current: Visit | None = None  # the one that the buffer is for
+    filled: Copy | None = None
+    taken: bool = False
+    leaving: list[_Leaving] = field(default_factory=list)
+
+
+class WorkingKV:
+    """The working buffer. A pass announces its visits in the order in which it will compute them (`begin`), and for each
+    calls `take`, then `write` for every chunk, then `give`; it ends with `end`, after which the host holds everything.
+    """
+
+    def __init__(self, shape: KVShape, streams: Streams, *, capacity: int) -> None:
+        """`capacity`: tokens of the largest request; 0 when no KV will ever lie on the host."""
+        self._shape, self._streams = shape, streams
+        self._up, self._down = streams.lane("kv-h2d"), streams.lane("kv-d2h")
+        nbytes = shape.block_nbytes(capacity) if capacity else 0
+        self._storage = torch.empty(nbytes, dtype=torch.uint8, device=streams.device)
+        self._pass = _Pass()
+
+    @property
+    def device_nbytes(self) -> int:
+        return self._storage.numel()
+
+    def begin(self, visits: Sequence[Visit]) -> None:
+        self._pass = _Pass(deque(visits))
+        self._next([])
+
+    def take(self, kv: RequestKV, layer: int) -> torch.Tensor:
+        """The layer on the device, [2, Hkv, capacity, D], its first `kv.length` tokens in place. Again for each chunk."""
+        run = self._pass
+        while run.current is None or run.current.kv is not kv or run.current.layer != layer:
+            # Its request was given up, perhaps between two chunks, with kernels on the buffer still under way.
+            if run.current is None:
+                raise RuntimeError(f"layer {layer} asked for, which the pass did not announce")
+            self._next([self._streams.record(), *([run.filled] if run.filled else [])])
+        buffer = self._view(kv)
+        if not run.taken and kv.length:
+            for left in run.leaving:  # what the fill overwrites, it waited for; the device's share overwrites too
+                self._streams.wait(left.copy)
+            if run.filled is not None:
+                self._streams.wait(run.filled)
+            here = min(kv.length, kv.split)
+            buffer[:, :, :here].copy_(kv.layers[layer].gpu[:, :, :here])
+        run.taken = True
+        return buffer
+
+    def write(self, kv: RequestKV, layer: int, first: int, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Put k and v [1, Hkv, n, D] of tokens from `first` on into the buffer and their homes. Returns the buffer."""
+        buffer, last = self.take(kv, layer), first + k.shape[2]
+        for left in self._pass.leaving:
+            if left.kv is not kv or (left.first < last and first < left.last):
+                self._streams.wait(left.copy)
+        buffer[0, :, first:last] = k[0]
+        buffer[1, :, first:last] = v[0]
+        home = kv.layers[layer]
+        here = min(last, kv.split)
+        if first < here:
+            home.gpu[:, :, first:here] = buffer[:, :, first:here]
+        low = max(first, kv.split)
+        if low >= last:
+            return buffer
+        places = slice(low - kv.split, last - kv.split)
+        if last - low <= SMALL_TOKENS:
+            write_mapped(home.mapped[:, :, places], buffer[:, :, low:last])
+            return buffer
+        pairs = _runs(home.host[:, :, places], buffer[:, :, low:last])
+        copy = self._down.submit(pairs, object="kv", direction="d2h", after=(self._streams.record(),))
+        self._pass.leaving.append(_Leaving(kv, low, last, copy))
+        return buffer
+
+    def give(self) -> None:
+        """The attention over the buffer has been issued: it may be filled for the next visit."""
+        self._next([self._streams.record()])
+
+    def end(self) -> None:
+        """Block until the host holds everything the pass computed."""
+        self._streams.synchronize()
+        for left in self._pass.leaving:
+            left.copy.synchronize()
+        if self._pass.filled is not None:  # for a visit of a request given up
+            self._pass.filled.synchronize()
+        self._pass = _Pass()
+
+    def close(self) -> None:
+        """Let go of the buffer. Idempotent."""
+        self.end()
+        self._storage = torch.empty(0, dtype=torch.uint8)
+
+    def _view(self, kv: RequestKV) -> torch.Tensor:
+        return self._shape.view(self._storage, kv.capacity)
+
+    def _next(self, busy: list[Event]) -> None:
+        """Go on to the next visit; copies into the buffer begin when `busy` is over."""
+        run = self._pass
+        run.current, run.filled, run.taken = (run.waiting.popleft() if run.waiting else None), None, False
+        run.leaving = [left for left in run.leaving if not left.copy.query()]
+        if run.current is None:
+            return
+        kv = run.current.kv
+        old = slice(kv.split, kv.length)
+        if kv.length > kv.split:
+            host = kv.layers[run.current.layer].host[:, :, : kv.length - kv.split]
+            after = [*busy, *(left.copy for left in run.leaving)]
+            run.filled = self._up.submit(
+                _runs(self._view(kv)[:, :, old], host), object="kv", direction="h2d", after=after
+            )
+
+
+def write_mapped(mapped: torch.Tensor, values: torch.Tensor) -> None:
+    """Write host memory from the device by a kernel, which a `copy_` might hand to a copy engine's queue instead."""
+    torch.mul(values, 1, out=mapped)
+
+
+def _runs(dst: torch.Tensor, src: torch.Tensor) -> Pairs:
+    """Copies of two tensors [2, Hkv, n, D], each contiguous on both sides."""
+    if dst.is_contiguous() and src.is_contiguous():
+        return [(dst, src)]
+    return [(dst[part, head], src[part, head]) for part in range(2) for head in range(dst.shape[1])]
