@@ -42,8 +42,14 @@ from kernels.bench import results_file
 MODEL = Path(__file__).parent / "models" / "llama-13b.json"
 RUN_KEYS = (
     "gpu-memory", "host-memory", "attention", "serial", "resident-layers", "slots", "chunk-tokens", "context",
-    "decode-tokens", "fused",
+    "decode-tokens", "fused", "host-threads",
 )  # fmt: skip
+# What tells one configuration from another in the results file; the rest of a row is what it gave.
+CONFIGURATION = (
+    "system", "model", "layers", "dtype", "attention", "linear", "context", "batch", "serial", "fused", "gpu_cap",
+    "asked",
+)  # fmt: skip
+PLANNED = ("host_memory", "resident_layers", "slots", "chunk_tokens", "host_threads")  # recorded where set by hand
 WARM_UP_TOKENS = 3
 
 
@@ -69,9 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             row["load_s"] = load_s
             rows.append(row)
             print(json.dumps({key: value for key, value in row.items() if value is not None}), flush=True)
+            if args.output:
+                record(args.output, row)
             gc.collect()
-    if args.output:
-        append_rows(args.output, rows)
     table(rows)
     return 0
 
@@ -93,6 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--resident-layers", type=int, help="layers on the device (default: planned)")
     parser.add_argument("--slots", type=int)
     parser.add_argument("--chunk-tokens", type=int)
+    parser.add_argument("--host-threads", type=int, help="for attention over KV in host memory (default: planned)")
     parser.add_argument(
         "--run", action="append", metavar="KEY=VALUE,…", help=f"one configuration; {', '.join(RUN_KEYS)}"
     )
@@ -215,6 +222,7 @@ def make_engine(run: argparse.Namespace, directory: Path, weights: ModelWeights,
         resident_layers=run.resident_layers,
         slots=run.slots,
         chunk_tokens=run.chunk_tokens,
+        host_threads=run.host_threads,
         attention=run.attention,
         linear=run.linear,
         fused=None if run.fused else False,
@@ -249,6 +257,7 @@ def base_row(args: argparse.Namespace, run: argparse.Namespace, weights: ModelWe
         "serial": bool(run.serial),
         "fused": bool(run.fused),
         "gpu_cap": run.gpu_memory,
+        "asked": {name: value for name in PLANNED if (value := getattr(run, name)) is not None},
     }
 
 
@@ -271,6 +280,21 @@ def timings(passes: list[StepStats]) -> dict[str, Any]:
         "h2d_bytes": _bytes(transfers, "h2d"),
         "d2h_bytes": _bytes(transfers, "d2h"),
         "decode_h2d_bytes_per_s": _rate(decode_transfers, "h2d"),
+        **host_attention(decodes),
+    }
+
+
+def host_attention(decodes: list[StepStats]) -> dict[str, Any]:
+    """What the host's cores attended in place, per decode pass, and for how long the device waited for them."""
+    parts = [one.host_attention for one in decodes if one.host_attention is not None]
+    if not parts:
+        return {"host_attention_bytes": 0}
+    nbytes, seconds = sum(part.bytes for part in parts), sum(part.seconds for part in parts)
+    return {
+        "host_attention_bytes": nbytes // len(decodes),
+        "host_attention_s": seconds / len(decodes),
+        "host_attention_bytes_per_s": nbytes / seconds if seconds else None,
+        "host_attention_stall_s": sum(part.stall_s for part in parts) / len(decodes),
     }
 
 
@@ -302,10 +326,13 @@ def host_peak() -> int | None:
 # --- the results file ---------------------------------------------------------------------------------------------
 
 
-def append_rows(file: Path, rows: list[dict[str, Any]]) -> None:
-    """Add rows to the file; machine, versions, commit and command are those of the latest run."""
+def record(file: Path, row: dict[str, Any]) -> None:
+    """Put a row into the file, in place of the one of the same configuration; a row names its own commit, the file's
+    machine, versions, commit and command are those of the latest run."""
     known = results_file.read(file)["rows"] if file.exists() else []
-    results_file.write(file, [*known, *rows])
+    configuration = {key: row.get(key) for key in CONFIGURATION}
+    kept = [old for old in known if {key: old.get(key) for key in CONFIGURATION} != configuration]
+    results_file.write(file, [*kept, row | {"commit": results_file.commit()}])
 
 
 def table(rows: list[dict[str, Any]]) -> None:

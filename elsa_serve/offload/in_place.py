@@ -20,6 +20,8 @@ import torch
 from elsa_kernels import State, attention
 from elsa_kernels.checks import build_problem
 from elsa_kernels.cpu import native
+from elsa_kernels.cpu.native import library
+from elsa_kernels.cpu.native.library import Pool
 from elsa_kernels.registry import Operands
 
 from elsa_serve.offload.attention import AttentionOptions
@@ -107,11 +109,9 @@ class InPlace:
         self._seconds = 0.0
         self.refusal = native.unavailable()
         self.threads = threads or worker_threads(streams.device)
-        self._pool = None
+        self._pool: Pool | None = None
         if self.refusal is None:
-            from elsa_kernels.cpu.native.library import Pool
-
-            self._pool = Pool(self.threads)
+            self._pool = library.Pool(self.threads)
         else:
             logger.warning(
                 "KV in host memory is attended by torch's CPU operations, several times slower, and without overlap: "
@@ -144,14 +144,12 @@ class InPlace:
                 _attend_in_torch(share)
             return after
         self._reap()
-        jobs, functions = self._prepare(shares)
+        jobs, functions = self._prepare(self._pool, shares)
         event = self._streams.call_host(functions, after)
         self._calls.append((event, jobs))
         return event
 
-    def _prepare(self, shares: Sequence[HostShare]) -> tuple[list, HostFunctions]:
-        from elsa_kernels.cpu.native import library
-
+    def _prepare(self, pool: Pool, shares: Sequence[HostShare]) -> tuple[list, HostFunctions]:
         jobs = []
         for share in shares:
             operands = Operands(share.q, share.k, share.v, sinks=share.sinks)
@@ -160,7 +158,7 @@ class InPlace:
                 operands, causal=True, scale=o.scale, q_start=share.q_start, window=o.window, softcap=o.softcap,
                 precision=None, return_state=True,
             )  # fmt: skip
-            jobs.append(library.Job(self._pool, problem, operands, share.host_state))
+            jobs.append(library.Job(pool, problem, operands, share.host_state))
         items = (library.Launch * len(jobs))(*(job.launch for job in jobs))
         launches = library.Launches(items, len(jobs))
         start, join = library.host_functions()
@@ -169,8 +167,6 @@ class InPlace:
 
     def _reap(self, wait: bool = False) -> None:
         """Account for calls that are over and let go of them."""
-        from elsa_kernels.cpu.native import library
-
         failed = 0
         while self._calls and (wait or self._calls[0][0].query()):
             event, (_, items) = self._calls.popleft()

@@ -9,7 +9,7 @@ Each request takes one of three roads through a pass:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -144,19 +144,23 @@ class Tiers:
         low = max(piece.first, kv.split) - kv.split
         for part, new in enumerate((piece.k, piece.v)):
             write_mapped(home.mapped[part, :, low : last - kv.split], new[0, :, cut:])
-        sinks = options.sinks if kv.split == 0 else None
-        return self._in_place.stage(
-            piece.q, home.host[:, :, : last - kv.split], piece.first - kv.split, options, sinks
-        )
+        sinks = None if self._sees_device(piece, options) else options.sinks
+        return self._in_place.stage(piece.q, home.host[:, :, : last - kv.split], piece.first - kv.split, options, sinks)
 
     def _device_state(self, layer: int, piece: Piece, options: AttentionOptions) -> State | None:
-        """The piece's state over the tokens on the device; None where it holds none."""
+        """The piece's state over the tokens on the device; None where none of them is seen."""
         assert self._attend_state is not None
-        here = min(piece.kv.split, piece.last)
-        if not here:
+        if not self._sees_device(piece, options):
             return None
+        here = min(piece.kv.split, piece.last)
         block = piece.kv.layers[layer].gpu
         return self._attend_state(piece.q, block[None, 0, :, :here], block[None, 1, :, :here], options, piece.first)
+
+    @staticmethod
+    def _sees_device(piece: Piece, options: AttentionOptions) -> bool:
+        """Whether some row sees a token on the device. Sinks then join there, else on the host: once in all."""
+        oldest = 0 if options.window is None else piece.first - options.window + 1
+        return min(piece.kv.split, piece.last) > max(0, oldest)
 
     def _finish(self, result: torch.Tensor | State | None, share: HostShare | None, piece: Piece) -> torch.Tensor:
         """Merge in the order of the keys: the device's tokens, then the host's."""

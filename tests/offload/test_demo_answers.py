@@ -34,7 +34,7 @@ def test_every_placement_finds_the_fact(placement):
     engine = OffloadEngine(MODEL, **options | {"gpu_memory": "200MiB"} | PLACEMENTS[placement])
     try:
         if placement == "KV on the host":
-            assert len(engine.plan.kv_gpu_layers) < engine.plan.geometry.layers
+            assert engine.plan.kv_gpu_tokens < engine.plan.context
         for seed in (3, 4):
             document = make_document(3000, seed, depth=seed / 10, measure=lambda line: len(line) // 4)
             assert document.answer in ask(engine, document)

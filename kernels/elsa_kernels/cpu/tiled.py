@@ -110,7 +110,7 @@ def _attend_tile(
 
 
 def _reach(problem: Problem, tile: Tile, key_range: tuple[int, int]) -> tuple[int, int]:
-    """The half-open range of keys that any query of the tile sees; empty ranges have end ≤ first."""
+    """The half-open range of keys that any query of the tile sees; empty ranges are (0, 0)."""
     first, end = key_range
     lowest, highest = problem.q_start + tile.i0, problem.q_start + tile.i1 - 1
     if problem.causal:
@@ -118,7 +118,7 @@ def _reach(problem: Problem, tile: Tile, key_range: tuple[int, int]) -> tuple[in
     if problem.window is not None:
         first = max(first, lowest - problem.window + 1)
         end = min(end, highest + problem.window)
-    return first, end
+    return (first, end) if first < end else (0, 0)
 
 
 def _modify(problem: Problem, operands: Operands, tile: Tile, logits: torch.Tensor, j0: int, j1: int) -> torch.Tensor:

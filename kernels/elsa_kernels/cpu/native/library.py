@@ -122,10 +122,13 @@ class Job:
     result after `wait`. Holds its tensors.
     """
 
-    def __init__(self, pool: Pool, problem: Problem, operands: Operands) -> None:
+    def __init__(self, pool: Pool, problem: Problem, operands: Operands, state: State | None = None) -> None:
+        """`state`: where to write the result, contiguous float32 tensors; new ones by default."""
         self.pool = pool
         shape = (problem.B, problem.H, problem.Nq)
-        self.state = State(torch.empty(shape), torch.empty(shape), torch.empty((*shape, problem.D)))
+        if state is None:
+            state = State(torch.empty(shape), torch.empty(shape), torch.empty((*shape, problem.D)))
+        self.state = state
         self.problem, self._kept = _describe(problem, operands, self.state)
         self.handle = pool._take()
         self.launch = Launch(self.handle, ctypes.pointer(self.problem), 0, 0.0)
