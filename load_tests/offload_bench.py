@@ -168,8 +168,8 @@ def measure(
     reset_host_peak()
     try:
         engine = make_engine(run, directory, weights, steps)
-    except (ElsaError, torch.cuda.OutOfMemoryError) as error:
-        return row | {"error": f"{type(error).__name__}: {error}"}
+    except (ElsaError, torch.cuda.OutOfMemoryError) as refusal:
+        return row | {"error": f"{type(refusal).__name__}: {refusal}"}
     try:
         plan = engine.plan
         vocabulary = engine.info.vocab_size

@@ -1,10 +1,10 @@
 """Attention over KV in host memory, where it lies: the host's cores read it and only queries and states cross PCIe.
 
-The native CPU attention (elsa_kernels.cpu.native) is started and awaited by functions that a stream of the device calls,
-so no Python waits: queries are written to page-locked memory by a kernel, the host computes (m, S, W), and a kernel
-reads that state from there. Small copies would queue behind the weights in the copy engine; kernels do not.
+The native CPU attention (elsa_kernels.cpu.native) is started and awaited by functions that a stream of the device
+calls, so no Python waits: queries are written to page-locked memory by a kernel, the host computes (m, S, W), and a
+kernel reads that state from there. Small copies would queue behind the weights in the copy engine; kernels do not.
 
-Where the library cannot be built, which is announced, torch's CPU operations compute the same states while Python waits.
+Where the library cannot be built, which is announced, torch's CPU operations compute the states while Python waits.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Staging:
         return host.view(dtype).view(*shape), mapped.view(dtype).view(*shape)
 
     def reset(self) -> None:
-        """Take back everything handed out. Work that the device has not yet done on it must come before what follows."""
+        """Take back everything handed out. What the device still does with it must come before what follows."""
         self._used = 0
 
     def trim(self) -> None:

@@ -118,7 +118,8 @@ class Plan:
     """Placement and prediction. Bytes, tokens, seconds.
 
     The two KV pools together hold `kv_tokens` tokens in all layers; at least one request of `context` tokens fits.
-    `kv_gpu_tokens` are the tokens of a request of full length whose KV it keeps on the device, in every layer. Times are those of one request: a prompt of `context` tokens, and a token at its end.
+    `kv_gpu_tokens` are the tokens of a request of full length whose KV it keeps on the device, in every layer. Times
+    are those of one request: a prompt of `context` tokens, and a token at its end.
     """
 
     geometry: Geometry

@@ -48,8 +48,8 @@ class _Pass:
 
 
 class WorkingKV:
-    """The working buffer. A pass announces its visits in the order in which it will compute them (`begin`), and for each
-    calls `take`, then `write` for every chunk, then `give`; it ends with `end`, after which the host holds everything.
+    """The working buffer. A pass announces its visits in the order in which it will compute them (`begin`), for each
+    calls `write` for every chunk, then `give`, and ends with `end`, after which the host holds everything.
     """
 
     def __init__(self, shape: KVShape, streams: Streams, *, capacity: int) -> None:
@@ -68,8 +68,8 @@ class WorkingKV:
         self._pass = _Pass(deque(visits))
         self._next([])
 
-    def take(self, kv: RequestKV, layer: int) -> torch.Tensor:
-        """The layer on the device, [2, Hkv, capacity, D], its first `kv.length` tokens in place. Again for each chunk."""
+    def _take(self, kv: RequestKV, layer: int) -> torch.Tensor:
+        """The layer on the device, [2, Hkv, capacity, D], its first `kv.length` tokens in place."""
         run = self._pass
         while run.current is None or run.current.kv is not kv or run.current.layer != layer:
             # Its request was given up, perhaps between two chunks, with kernels on the buffer still under way.
@@ -89,7 +89,7 @@ class WorkingKV:
 
     def write(self, kv: RequestKV, layer: int, first: int, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Put k and v [1, Hkv, n, D] of tokens from `first` on into the buffer and their homes. Returns the buffer."""
-        buffer, last = self.take(kv, layer), first + k.shape[2]
+        buffer, last = self._take(kv, layer), first + k.shape[2]
         for left in self._pass.leaving:
             if left.kv is not kv or (left.first < last and first < left.last):
                 self._streams.wait(left.copy)

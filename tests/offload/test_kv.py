@@ -1,4 +1,4 @@
-"""KV memory: an allocator that tells the truth in bytes, and blocks that travel between host and device unharmed."""
+"""KV memory: an allocator that tells the truth in bytes, and requests that span both tiers and travel unharmed."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from elsa_serve.errors import BudgetError
-from elsa_serve.offload.kv import ALIGNMENT, Arena, Block, HostKV, KVPool, KVShape, RequestKV, Visit
+from elsa_serve.offload.kv import ALIGNMENT, Arena, Block, KVPool, KVShape, RequestKV
 from elsa_serve.offload.streams import Streams, make_streams
+from elsa_serve.offload.working import Visit, WorkingKV
 
 SHAPE = KVShape(layers=3, kv_heads=2, head_dim=8, dtype=torch.float32)
 
@@ -20,9 +21,10 @@ def arena(nbytes: int) -> Arena:
     return Arena(torch.zeros(nbytes, dtype=torch.uint8))
 
 
-def pool(gpu_layers: int, host_layers: int, capacity: int = 10) -> KVPool:
-    nbytes = SHAPE.block_nbytes(capacity)
-    return KVPool(SHAPE, *(torch.zeros(n * nbytes, dtype=torch.uint8) for n in (gpu_layers, host_layers)))
+def pool(gpu_tokens: int, host_tokens: int) -> KVPool:
+    """Pools that hold so many tokens each. float32 of all ones is a NaN: what is read before it is written shows."""
+    sizes = (SHAPE.layers * SHAPE.block_nbytes(tokens) for tokens in (gpu_tokens, host_tokens))
+    return KVPool(SHAPE, *(torch.full((size,), 255, dtype=torch.uint8) for size in sizes))
 
 
 def test_the_arena_counts_bytes_and_refuses_what_does_not_fit() -> None:
@@ -52,43 +54,67 @@ def test_the_arena_never_gives_a_byte_twice_and_becomes_whole_again() -> None:
     assert memory.allocate(100 * ALIGNMENT) == Block(0, 100 * ALIGNMENT)
 
 
-def test_a_request_takes_the_device_first_and_the_host_for_the_rest() -> None:
-    memory = pool(gpu_layers=2, host_layers=4)
+def test_the_arena_says_how_many_blocks_it_has_room_for() -> None:
+    memory = arena(10 * ALIGNMENT)
+    blocks = [memory.allocate(2 * ALIGNMENT) for _ in range(5)]
+    for block in (blocks[0], blocks[3]):
+        assert block is not None
+        memory.free(block)
+    assert [memory.room_for(n * ALIGNMENT) for n in (1, 2, 3)] == [4, 2, 0]
+
+
+def test_a_request_fills_the_device_and_spills_the_rest_of_its_tokens() -> None:
+    memory = pool(gpu_tokens=6, host_tokens=20)
     kv = memory.allocate(10)
     assert kv is not None
-    assert [layer.tier for layer in kv.layers] == ["gpu", "gpu", "host"]
-    second = memory.allocate(10)
+    assert (kv.split, kv.capacity) == (6, 10)
+    assert [tuple(layer.gpu.shape) for layer in kv.layers] == [(2, 2, 6, 8)] * 3
+    assert [tuple(layer.host.shape) for layer in kv.layers] == [(2, 2, 4, 8)] * 3
+    assert memory.used_bytes() == {"gpu": 3 * SHAPE.block_nbytes(6), "host": 3 * SHAPE.block_nbytes(4)}
+    second = memory.allocate(16)
     assert second is not None
-    assert {layer.tier for layer in second.layers} == {"host"}
-    assert memory.allocate(10) is None
+    assert second.split == 0
+    assert memory.allocate(1) is None
     assert memory.used_bytes() == memory.capacity_bytes()
     memory.free(kv)
     memory.free(second)
     assert set(memory.used_bytes().values()) == {0}
 
 
-def test_preferred_layers_get_the_device() -> None:
-    nbytes = SHAPE.block_nbytes(10)
-    memory = KVPool(SHAPE, torch.zeros(nbytes, dtype=torch.uint8), torch.zeros(9 * nbytes, dtype=torch.uint8), (1,))
-    kv = memory.allocate(10)
-    assert kv is not None
-    assert [layer.tier for layer in kv.layers] == ["host", "gpu", "host"]
+def test_blocks_of_a_request_do_not_overlap() -> None:
+    memory = pool(gpu_tokens=6, host_tokens=9)
+    kvs = [memory.allocate(8), memory.allocate(5)]
+    for number, kv in enumerate(kvs):
+        assert kv is not None
+        for i, layer in enumerate(kv.layers):
+            layer.gpu.fill_(10 * number + i)
+            layer.host.fill_(10 * number + i)
+    for number, kv in enumerate(kvs):
+        assert kv is not None
+        for i, layer in enumerate(kv.layers):
+            assert bool((layer.gpu == 10 * number + i).all())
+            assert bool((layer.host == 10 * number + i).all())
+
+
+def test_all_of_a_request_may_lie_on_either_side() -> None:
+    assert pool(10, 0).allocate(10).split == 10  # type: ignore[union-attr]
+    assert pool(0, 10).allocate(10).split == 0  # type: ignore[union-attr]
 
 
 def test_a_failed_allocation_takes_nothing() -> None:
-    memory = pool(gpu_layers=1, host_layers=1)
+    memory = pool(gpu_tokens=4, host_tokens=4)
     assert memory.allocate(10) is None
     assert set(memory.used_bytes().values()) == {0}
 
 
 def test_what_can_never_fit_is_refused_with_numbers() -> None:
-    memory = pool(gpu_layers=2, host_layers=1)
-    memory.check(10)
+    memory = pool(gpu_tokens=20, host_tokens=10)
+    memory.check(30)
     with pytest.raises(BudgetError, match=r"1000 tokens need 3\d\d KiB .*--gpu-memory or --host-memory"):
         memory.check(1000)
 
 
-# --- travelling ---------------------------------------------------------------------------------------------------
+# --- over the device ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(params=["overlapped", "serial"])
@@ -98,83 +124,91 @@ def streams(request: pytest.FixtureRequest) -> Iterator[Streams]:
     made.close()
 
 
-def run_pass(host_kv: HostKV, kvs: list[RequestKV], new: list[int], seen: list[torch.Tensor], skip: int = -1) -> None:
-    """What a pass does: each layer's block is taken, extended by random tokens, compared with all that came before."""
-    host_kv.begin([Visit(kv, layer, n) for layer in range(SHAPE.layers) for kv, n in zip(kvs, new)])
+def run_pass(
+    working: WorkingKV,
+    kvs: list[RequestKV],
+    new: list[int],
+    seen: list[torch.Tensor],
+    *,
+    chunk: int = 100,
+    skip: int = -1,
+) -> None:
+    """What a pass does: each layer's random new tokens are written in chunks, and everything before them is there."""
+    working.begin([Visit(kv, layer) for layer in range(SHAPE.layers) for kv in kvs])
     for layer in range(SHAPE.layers):
         for i, (kv, n) in enumerate(zip(kvs, new)):
             if i == skip:
                 continue
-            block = host_kv.take(kv, layer)
-            torch.testing.assert_close(block[:, :, : kv.length], seen[i][layer, :, :, : kv.length], rtol=0, atol=0)
-            fresh = torch.randn(2, SHAPE.kv_heads, n, SHAPE.head_dim)
-            block[:, :, kv.length : kv.length + n] = fresh
-            seen[i][layer, :, :, kv.length : kv.length + n] = fresh
-            host_kv.give(kv, layer)
-    host_kv.end()
+            for start in range(0, n, chunk):
+                first, last = kv.length + start, kv.length + min(n, start + chunk)
+                fresh = torch.randn(2, 1, SHAPE.kv_heads, last - first, SHAPE.head_dim)
+                seen[i][layer, :, :, first:last] = fresh[:, 0]
+                block = working.write(kv, layer, first, fresh[0], fresh[1])
+                torch.testing.assert_close(block[:, :, :last], seen[i][layer, :, :, :last], rtol=0, atol=0)
+            working.give()
+    working.end()
     for i, (kv, n) in enumerate(zip(kvs, new)):
         if i != skip:
             kv.length += n
 
 
-def request(capacity: int) -> RequestKV:
-    nbytes = SHAPE.block_nbytes(capacity)
-    storage = torch.full((SHAPE.layers * nbytes,), 255, dtype=torch.uint8)  # float32 of all ones is a NaN
-    kv = KVPool(SHAPE, torch.empty(0, dtype=torch.uint8), storage).allocate(capacity)
-    assert kv is not None
-    return kv
+def requests(capacity: int, splits: list[int]) -> tuple[list[RequestKV], list[torch.Tensor]]:
+    """Requests, and room for what they are to hold."""
+    kvs = [pool(split, capacity - split).allocate(capacity) for split in splits]
+    return kvs, [torch.zeros(SHAPE.layers, 2, SHAPE.kv_heads, capacity, SHAPE.head_dim) for _ in splits]  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("capacity", [12, 20_000], ids=["one flat copy", "a copy a head"])
-def test_blocks_survive_prefill_and_decode(streams: Streams, capacity: int) -> None:
+def stored(kv: RequestKV) -> torch.Tensor:
+    return torch.stack([torch.cat([layer.gpu, layer.host], 2) for layer in kv.layers])[:, :, :, : kv.length]
+
+
+@pytest.mark.parametrize("chunk", [100, 70])
+@pytest.mark.parametrize("splits", [[0, 0], [50, 120], [210, 3]])
+def test_both_tiers_hold_every_token(streams: Streams, splits: list[int], chunk: int) -> None:
     torch.manual_seed(0)
-    host_kv = HostKV(SHAPE, streams, capacity=capacity, max_batch=2)
-    kvs = [request(capacity), request(capacity)]
-    seen = [torch.zeros(SHAPE.layers, 2, SHAPE.kv_heads, capacity, SHAPE.head_dim) for _ in kvs]
-    run_pass(host_kv, kvs, [5, 3], seen)
-    for _ in range(4):
-        run_pass(host_kv, kvs, [1, 1], seen)
+    working = WorkingKV(SHAPE, streams, capacity=400)
+    kvs, seen = requests(400, splits)
+    for new in ([150, 90], [1, 1], [80, 200], [1, 1], [1, 3]):
+        run_pass(working, kvs, new, seen, chunk=chunk)
     for kv, everything in zip(kvs, seen):
-        stored = torch.stack([layer.data for layer in kv.layers])[:, :, :, : kv.length]
-        torch.testing.assert_close(stored, everything[:, :, :, : kv.length], rtol=0, atol=0)
+        torch.testing.assert_close(stored(kv), everything[:, :, :, : kv.length], rtol=0, atol=0)
 
 
 def test_a_request_given_up_in_the_middle_disturbs_nobody(streams: Streams) -> None:
     torch.manual_seed(0)
-    host_kv = HostKV(SHAPE, streams, capacity=12, max_batch=3)
-    kvs = [request(12) for _ in range(3)]
-    seen = [torch.zeros(SHAPE.layers, 2, SHAPE.kv_heads, 12, SHAPE.head_dim) for _ in kvs]
-    run_pass(host_kv, kvs, [4, 2, 3], seen)
+    working = WorkingKV(SHAPE, streams, capacity=300)
+    kvs, seen = requests(300, [5, 2, 0])
+    run_pass(working, kvs, [70, 80, 100], seen)
     for skip in (0, 1, 2):
-        run_pass(host_kv, kvs, [1, 1, 1], seen, skip=skip)
-    run_pass(host_kv, kvs, [1, 1, 1], seen)
+        run_pass(working, kvs, [1, 1, 1], seen, skip=skip)
+        run_pass(working, kvs, [1, 66, 1], seen, skip=skip)
+    run_pass(working, kvs, [1, 1, 1], seen)
 
 
 def test_an_abandoned_pass_keeps_nothing(streams: Streams) -> None:
     torch.manual_seed(0)
-    host_kv = HostKV(SHAPE, streams, capacity=12, max_batch=1)
-    kvs, seen = [request(12)], [torch.zeros(SHAPE.layers, 2, SHAPE.kv_heads, 12, SHAPE.head_dim)]
-    run_pass(host_kv, kvs, [4], seen)
-    host_kv.begin([Visit(kvs[0], layer, 1) for layer in range(SHAPE.layers)])
-    host_kv.take(kvs[0], 0)[:, :, 4] = 77.0
-    host_kv.give(kvs[0], 0)
-    host_kv.take(kvs[0], 1)
-    host_kv.abandon()
-    run_pass(host_kv, kvs, [1], seen)
-    run_pass(host_kv, kvs, [1], seen)
+    working = WorkingKV(SHAPE, streams, capacity=200)
+    kvs, seen = requests(200, [2])
+    run_pass(working, kvs, [80], seen)
+    working.begin([Visit(kvs[0], layer) for layer in range(SHAPE.layers)])
+    working.write(kvs[0], 0, 80, *torch.full((2, 1, SHAPE.kv_heads, 70, SHAPE.head_dim), 77.0))
+    working.give()
+    working.end()
+    run_pass(working, kvs, [1], seen)
+    run_pass(working, kvs, [1], seen)
 
 
-def test_transfers_are_counted(streams: Streams) -> None:
-    host_kv = HostKV(SHAPE, streams, capacity=12, max_batch=1)
-    kvs, seen = [request(12)], [torch.zeros(SHAPE.layers, 2, SHAPE.kv_heads, 12, SHAPE.head_dim)]
-    run_pass(host_kv, kvs, [4], seen)
-    block = 2 * SHAPE.kv_heads * 12 * SHAPE.head_dim * 4
+def test_nothing_is_copied_back_that_did_not_change(streams: Streams) -> None:
+    working = WorkingKV(SHAPE, streams, capacity=400)
+    kvs, seen = requests(400, [20])
     token = SHAPE.layers * 2 * SHAPE.kv_heads * SHAPE.head_dim * 4
-    assert {(t.object, t.direction, t.bytes, t.count) for t in streams.drain_transfers()} == {
-        ("kv", "d2h", 3 * block, 3)
-    }
-    run_pass(host_kv, kvs, [1], seen)
-    assert {(t.object, t.direction, t.bytes, t.count) for t in streams.drain_transfers()} == {
-        ("kv", "h2d", 3 * block, 3),
-        ("kv", "d2h", token, 1),
-    }
+    run_pass(working, kvs, [120], seen, chunk=120)
+    assert copies(streams) == {("d2h", 100 * token)}
+    run_pass(working, kvs, [1], seen)
+    assert copies(streams) == {("h2d", 100 * token)}  # the new token is written by a kernel
+    run_pass(working, kvs, [90], seen)
+    assert copies(streams) == {("h2d", 101 * token), ("d2h", 90 * token)}
+
+
+def copies(streams: Streams) -> set[tuple[str, int]]:
+    return {(transfer.direction, transfer.bytes) for transfer in streams.drain_transfers()}

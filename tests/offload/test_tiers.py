@@ -1,0 +1,264 @@
+"""Attention over KV that spans the tiers: the same on every road, at every split, and clean failures on the host."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from elsa_kernels import attention
+from elsa_kernels.cpu import native
+
+from elsa_serve.offload.attention import AttentionOptions, elsa_attend, elsa_attend_state
+from elsa_serve.offload.in_place import InPlace
+from elsa_serve.offload.kv import KVPool, KVShape, RequestKV
+from elsa_serve.offload.machine import Rates
+from elsa_serve.offload.streams import Streams, make_streams
+from elsa_serve.offload.tiers import Piece, Tiers, in_place_limit
+from elsa_serve.offload.working import WorkingKV
+
+LAYERS, HEADS, KV_HEADS, D = 2, 4, 2, 16
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+PLAIN = AttentionOptions(D**-0.5)
+
+
+@dataclass(slots=True)
+class Rows:
+    """A part of a pass, as far as the tiers know it."""
+
+    kv: RequestKV
+    tokens: list[int]
+
+
+class World:
+    """Tiers over one device, and what every request was given so far."""
+
+    def __init__(
+        self, device: str, *, dtype: torch.dtype = torch.float32, serial: bool = False, limit: int = 8
+    ) -> None:
+        self.streams: Streams = make_streams(device, serial=serial)
+        self.shape = KVShape(LAYERS, KV_HEADS, D, dtype)
+        self.in_place = InPlace(self.streams, threads=2)
+        self.limit = limit
+        working = WorkingKV(self.shape, self.streams, capacity=600)
+        self.tiers = Tiers(working, self.in_place, self.streams, elsa_attend, elsa_attend_state, lambda kv: self.limit)
+        self.given: dict[int, torch.Tensor] = {}
+        self.buffers: list[Any] = []
+
+    def request(self, capacity: int, split: int) -> RequestKV:
+        from elsa_serve.offload.host import HostBuffer
+
+        on_gpu = self.streams.device.type == "cuda"
+        host = HostBuffer(LAYERS * self.shape.block_nbytes(capacity - split), pin=on_gpu)
+        host.tensor.fill_(255)  # NaN
+        gpu = torch.full((LAYERS * self.shape.block_nbytes(split),), 255, dtype=torch.uint8, device=self.streams.device)
+        kv = KVPool(self.shape, gpu, host.tensor, host.mapped()).allocate(capacity)
+        assert kv is not None
+        assert kv.split == split
+        self.buffers.append(host)
+        self.given[id(kv)] = torch.zeros(LAYERS, 2, 1, KV_HEADS, capacity, D, dtype=self.shape.dtype)
+        return kv
+
+    @torch.inference_mode()
+    def run(self, kvs: list[RequestKV], new: list[int], options: AttentionOptions = PLAIN, chunk: int = 600) -> None:
+        """One pass of random tokens; every output is compared with attention over all keys on the CPU."""
+        self.tiers.begin([Rows(kv, [0] * n) for kv, n in zip(kvs, new)], LAYERS)
+        for layer in range(LAYERS):
+            for start in range(0, max(new), chunk):
+                pieces, expected = [], []
+                for kv, n in zip(kvs, new):
+                    size = min(chunk, n - start)
+                    if size > 0:
+                        piece, truth = self._piece(kv, layer, kv.length + start, size, start + size == n, options)
+                        pieces.append(piece)
+                        expected.append(truth)
+                for out, truth in zip(self.tiers.attend(layer, pieces, options), expected):
+                    self._compare(out.cpu(), truth)
+        self.tiers.end()
+        for kv, n in zip(kvs, new):
+            kv.length += n
+
+    def _piece(
+        self, kv: RequestKV, layer: int, first: int, size: int, final: bool, options: AttentionOptions
+    ) -> tuple[Piece, torch.Tensor]:
+        q = torch.randn(1, HEADS, size, D).to(self.shape.dtype)
+        k, v = torch.randn(2, 1, KV_HEADS, size, D).to(self.shape.dtype)
+        given, last = self.given[id(kv)][layer], first + size
+        given[0, :, :, first:last], given[1, :, :, first:last] = k, v
+        truth = attention(
+            q, given[0, :, :, :last], given[1, :, :, :last], causal=True, scale=options.scale, window=options.window,
+            softcap=options.softcap, sinks=options.sinks, impl="cpu",
+        )  # fmt: skip
+        here = (tensor.to(self.streams.device) for tensor in (q, k, v))
+        return Piece(kv, first, final, *here), truth
+
+    def _compare(self, out: torch.Tensor, truth: torch.Tensor) -> None:
+        tolerance = 1e-5 if self.shape.dtype == torch.float32 else 4e-3
+        torch.testing.assert_close(out, truth, rtol=tolerance, atol=tolerance)
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+# --- roads --------------------------------------------------------------------------------------------------------
+
+
+def test_each_request_takes_the_road_that_its_tokens_ask_for() -> None:
+    world = World("cpu", limit=4)
+    kv = world.request(100, split=40)
+    assert world.tiers.road(kv, 40) == "resident"
+    assert world.tiers.road(kv, 41) == "over the device"
+    kv.length = 60
+    assert [world.tiers.road(kv, n) for n in (1, 4, 5)] == ["in place", "in place", "over the device"]
+    world.tiers.use(elsa_attend, None)
+    assert world.tiers.road(kv, 1) == "over the device"
+
+
+@pytest.mark.parametrize("serial", [False, True])
+@pytest.mark.parametrize("split", [0, 1, 37, 64, 200])
+def test_decoding_is_exact_at_every_split(split: int, serial: bool, device: str) -> None:
+    world = World(device, serial=serial)
+    kv = world.request(200, split)
+    for new in (50, 1, 8, 9, 1, 1):  # a prompt, in place, at the switch point, beyond it, in place
+        world.run([kv], [new])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        replace(PLAIN, window=20),
+        replace(PLAIN, softcap=3.0),
+        replace(PLAIN, sinks=torch.tensor([0.5, -1.0, 2.0, 0.0])),
+        replace(PLAIN, window=20, sinks=torch.tensor([0.5, -1.0, 2.0, 0.0]), softcap=5.0),
+    ],
+    ids=["window", "softcap", "sinks", "all"],
+)
+@pytest.mark.parametrize("split", [0, 30, 90])
+def test_masks_and_sinks_apply_once_and_by_position(split: int, options: AttentionOptions) -> None:
+    world = World("cpu")
+    kv = world.request(120, split)
+    for new in (60, 1, 5, 30, 1):
+        world.run([kv], [new], options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sixteen_bits(dtype: torch.dtype, device: str) -> None:
+    world = World(device, dtype=dtype)
+    kv = world.request(200, 20)
+    for new in (70, 1, 1):
+        world.run([kv], [new])
+
+
+def test_many_requests_and_chunks_at_random(device: str) -> None:
+    """Several requests a pass, each on its own road, in chunks of any length."""
+    random.seed(1)
+    world = World(device, limit=6)
+    kvs = [world.request(600, split) for split in (0, 5, 150, 600)]
+    for _ in range(6):
+        chosen = random.sample(kvs, random.randint(1, 4))
+        world.run(chosen, [random.choice([1, 1, 3, 6, 7, 70]) for _ in chosen], chunk=600)
+    for chunk in (3, 20):
+        world.run(kvs[1:2], [40], chunk=chunk)
+
+
+def test_both_roads_agree_at_the_switch_point(device: str) -> None:
+    """The same tokens once in place and once over the device."""
+    outs = []
+    for limit in (8, 7):
+        torch.manual_seed(5)
+        world = World(device, limit=limit)
+        kv = world.request(300, 100)
+        world.run([kv], [250])
+        assert world.tiers.road(kv, 8) == ("in place" if limit == 8 else "over the device")
+        piece, _ = world._piece(kv, 0, 250, 8, True, PLAIN)
+        with torch.inference_mode():
+            world.tiers.begin([Rows(kv, [0] * 8)], LAYERS)
+            outs += world.tiers.attend(0, [piece], PLAIN)
+            world.tiers.abandon()
+    torch.testing.assert_close(outs[0], outs[1], rtol=1e-5, atol=1e-6)
+
+
+def test_the_switch_follows_the_rates() -> None:
+    rates = Rates(h2d=50e9, cpu_attention=100e9, cpu_attention_beside_h2d=50e9, cpu_attention_flops=1e12)
+    kv_bytes, flops = 26_800_000_000, 4.0 * 40 * 40 * 128 * 32768
+
+    def limit(weights: int, **changes: float) -> int:
+        changed = replace(rates, **changes)
+        return in_place_limit(changed, weights_bytes=weights, kv_bytes=kv_bytes, flops_per_token=flops)
+
+    assert limit(0) == int(kv_bytes / 50e9 * 1e12 / flops) == 19
+    assert limit(25_400_000_000) == 38  # streamed weights need the copy engine anyway
+    assert limit(0, cpu_attention_flops=0.2e12) == 3
+    assert limit(0, cpu_attention=10e9) == 1
+    assert in_place_limit(rates, weights_bytes=5, kv_bytes=0, flops_per_token=0.0) == 1
+
+
+# --- what the host did, and what can go wrong there ---------------------------------------------------------------
+
+
+def test_what_the_host_read_is_counted(device: str) -> None:
+    world = World(device)
+    kv = world.request(100, 30)
+    world.run([kv], [50])
+    assert world.tiers.drain() is None
+    world.run([kv], [1])
+    done = world.tiers.drain()
+    assert done is not None
+    assert (done.bytes, done.calls) == (21 * LAYERS * 2 * KV_HEADS * D * 4, LAYERS)
+    assert done.seconds > 0
+    assert done.stall_s >= 0
+    assert world.tiers.drain() is None
+
+
+@pytest.mark.skipif(native.unavailable() is not None, reason="needs a C++ compiler")
+@pytest.mark.parametrize(
+    ("field", "value", "error"), [("D", 1 << 58, MemoryError), ("dtype", 7, RuntimeError)], ids=["memory", "thread"]
+)
+def test_a_job_that_fails_ends_its_pass_and_nothing_else(
+    field: str, value: int, error: type[Exception], device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from elsa_kernels.cpu.native import library
+
+    world = World(device)
+    kv, other = world.request(100, 30), world.request(100, 10)
+    world.run([kv, other], [50, 40])
+    describe = library._describe
+
+    def broken(*arguments: Any) -> Any:
+        problem, kept = describe(*arguments)
+        setattr(problem, field, value)
+        return problem, kept
+
+    with monkeypatch.context() as patch:
+        patch.setattr(library, "_describe", broken)
+        world.tiers.begin([Rows(kv, [0]), Rows(other, [0])], LAYERS)
+        pieces = [world._piece(one, 0, one.length, 1, True, PLAIN)[0] for one in (kv, other)]
+        with torch.inference_mode(), pytest.raises(error):  # noqa: PT012
+            world.tiers.attend(0, pieces, PLAIN)
+            world.tiers.end()
+        world.tiers.abandon()
+    for _ in range(2):
+        world.run([kv, other], [1, 1])
+
+
+def test_without_a_compiler_the_same_numbers_come_from_torch(
+    device: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(native, "unavailable", lambda: "no C++ compiler was found")
+    world = World(device)
+    assert "several times slower" in caplog.text
+    assert "no C++ compiler was found" in caplog.text
+    kv = world.request(100, 30)
+    for new in (50, 1, 3):
+        world.run([kv], [new])
