@@ -596,7 +596,7 @@ def test_times_of_a_request_add_up(make: Callable[..., OffloadEngine]) -> None:
 
 
 def test_many_requests_leave_nothing_behind(make: Callable[..., OffloadEngine]) -> None:
-    engine = make(context=200, gpu_memory="1000KiB")
+    engine = make(context=200, gpu_memory="840KiB")
 
     def round_of_requests() -> int:
         for i in range(6):

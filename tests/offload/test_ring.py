@@ -241,6 +241,12 @@ class LazyDevice(Streams, Lane):
     def drain_transfers(self) -> tuple:
         return ()
 
+    def call_host(self, functions: Any, after: Event) -> Event:
+        raise NotImplementedError("a ring calls no functions of the host")
+
+    def drain_host_stall(self) -> float:
+        return 0.0
+
 
 @pytest.mark.parametrize("slots", [1, 2, 3, 7])
 @pytest.mark.parametrize("resident", [(), (0, 3)])
