@@ -5,9 +5,10 @@ slowly warms up or slows down, and a pair's two times stand next to each other. 
 prefix cache answers them, and both sides see every prompt once.
 
 What pairing cannot cancel: two processes of the very same program may differ throughout their lives, by where their
-memory lies. On a CPU of two cores the same server twice differed by up to 14 % in prefill, far outside its interval.
-So believe a small difference between two servers only if it survives new starts (`--output` of its own for each), or
-run the engines in one process (`elsa-serve bench gain --in-process`), where each turn builds its engine anew.
+memory lies. On a CPU of two cores the same server twice differed by up to 14 % in prefill, far outside the interval of
+its pairs. So `--rounds` starts both servers anew, in the other order, for every round, and the interval is that of the
+rounds and no longer of the pairs: it holds the difference from start to start too. Or the engines run in one process
+(`elsa-serve bench gain --in-process`), which has no such difference.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from elsa_load.client import Client
-from elsa_load.intervals import Gain, paired_gain
+from elsa_load.intervals import median_gain, paired_gain
 from elsa_load.pages import Page, growth
 from elsa_load.prometheus import PHASES, Prometheus
 from elsa_load.prompts import PromptMaker
@@ -64,17 +65,22 @@ class HttpSide:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One context of an A/B: `pairs` prompts of `context` tokens, each continued for exactly `output_tokens`."""
+    """One context of an A/B: `pairs` prompts of `context` tokens, each continued for exactly `output_tokens`.
+
+    `round` counts the starts of the servers, from 0; each has prompts of its own.
+    """
 
     context: int
     output_tokens: int
     pairs: int
     seed: int = 1
     warm_up: int = 1
+    round: int = 0
 
     def requests(self, make: PromptMaker) -> list[Request]:
         """The warm-up's first, then one a pair."""
-        return [self._request(make, number) for number in range(self.warm_up + self.pairs)]
+        count = self.warm_up + self.pairs
+        return [self._request(make, self.round * count + number) for number in range(count)]
 
     def _request(self, make: PromptMaker, number: int) -> Request:
         (asked,) = make.prompts(self.context, self.seed * SEED_STEP + number)
@@ -102,7 +108,7 @@ def times_of(seen: Observation) -> dict[str, float]:
 
 
 def order(number: int) -> tuple[str, str]:
-    """Which side runs first in pair `number`: A B, B A, A B, …"""
+    """Which side comes first in pair, or in round, `number`: A B, B A, A B, …"""
     return SIDES if number % 2 == 0 else (SIDES[1], SIDES[0])
 
 
@@ -144,53 +150,74 @@ async def run_cell(
     before = {side: await sides[side].page() for side in SIDES}
     pairs = []
     for number, request in enumerate(requests[cell.warm_up :]):
-        pairs.append(await run_pair(sides, request, number))
+        pairs.append(await run_pair(sides, request, cell.round + number))
         bar.update(2)
     bar.close()
     after = {side: await sides[side].page() for side in SIDES}
-    seen = {}
+    seen: dict[str, Any] = {}
     if prometheus:
         end = prometheus.settle()
-        seen = {phase: prometheus.gain(phase, start, end, cell.pairs) for phase in PHASES}
+        seen = {phase: prometheus.seconds(phase, start, end, cell.pairs) for phase in PHASES}
     return {
         "cell": asdict(cell),
         "prompt_tokens": [request.prompt_tokens for request in requests[cell.warm_up :]],
         "pairs": [asdict(pair) for pair in pairs],
         "counters": {side: growth(before[side], after[side]) for side in SIDES},
         "config": {side: after[side].labels("elsa_engine_config_info") for side in SIDES},
-        "prometheus": {phase: {"gain_percent": percent, "reason": why} for phase, (percent, why) in seen.items()},
+        "prometheus": {phase: {"seconds": seconds, "reason": why} for phase, (seconds, why) in seen.items()},
     }
 
 
-def gain_rows(measured: dict[str, Any], labels: dict[str, Any], confidence: float) -> list[dict[str, Any]]:
-    """A row a phase, with the keys of every gain file. Phases that took no time (one token: no decode) have no row."""
-    pairs = measured["pairs"]
+def gain_rows(measured: Sequence[dict[str, Any]], labels: dict[str, Any], confidence: float) -> list[dict[str, Any]]:
+    """A row a phase, with the keys of every gain file, from the rounds of one context.
+
+    Phases that took no time (one token: no decode) have no row. With several rounds the interval is that of the rounds'
+    sums (the ratio estimator over clusters), with one it is that of its pairs.
+    """
     rows = []
     for phase in PHASES:
-        times = [[pair["seconds"][side][phase] for pair in pairs] for side in SIDES]
+        rounds = [[[pair["seconds"][side][phase] for pair in one["pairs"]] for side in SIDES] for one in measured]
+        times = [[t for one in rounds for t in one[i]] for i in range(len(SIDES))]
         if min(min(side) for side in times) <= 0:
             continue
-        gain: Gain = paired_gain(times[0], times[1], confidence)
-        second = measured["prometheus"].get(phase, {})
+        units = times if len(rounds) == 1 else [[sum(one[i]) for one in rounds] for i in range(len(SIDES))]
+        gain, median = (method(units[0], units[1], confidence) for method in (paired_gain, median_gain))
+        second, reason = prometheus_gain(measured, phase)
         rows.append(
             {
                 **labels,
-                "context": measured["cell"]["context"],
+                "context": measured[0]["cell"]["context"],
                 "phase": phase,
                 "gain_percent": gain.percent,
                 "ci_low": gain.low,
                 "ci_high": gain.high,
-                "prometheus_gain_percent": second.get("gain_percent"),
-                "prometheus_reason": second.get("reason"),
-                "pairs": gain.pairs,
+                "median_gain_percent": median.percent,
+                "median_ci_low": median.low,
+                "median_ci_high": median.high,
+                "prometheus_gain_percent": second,
+                "prometheus_reason": reason,
+                "pairs": len(times[0]),
+                "rounds": len(rounds),
                 "confidence": confidence,
                 "baseline_s": statistics.mean(times[0]),
                 "candidate_s": statistics.mean(times[1]),
-                "output_tokens": measured["cell"]["output_tokens"],
-                "outputs_equal": sum(pair["texts_equal"] for pair in pairs),
+                "output_tokens": measured[0]["cell"]["output_tokens"],
+                "outputs_equal": sum(pair["texts_equal"] for one in measured for pair in one["pairs"]),
             }
         )
     return rows
+
+
+def prometheus_gain(measured: Sequence[dict[str, Any]], phase: str) -> tuple[float | None, str | None]:
+    """Percent gained in the seconds that Prometheus saw, or None and why not; neither where none ran."""
+    seen = [one["prometheus"].get(phase) for one in measured]
+    if None in seen:
+        return None, None
+    reasons = [one["reason"] for one in seen if one["reason"] is not None]
+    if reasons:
+        return None, reasons[0]
+    baseline, candidate = (sum(one["seconds"][side] for one in seen) for side in SIDES)
+    return 100 * (baseline / candidate - 1), None
 
 
 class Results:
@@ -215,7 +242,10 @@ class Results:
     @property
     def rows(self) -> list[dict[str, Any]]:
         confidence = self._settings["confidence"]
-        return [row for cell in self.cells for row in gain_rows(cell, cell["labels"], confidence)]
+        contexts: dict[int, list[dict[str, Any]]] = {}
+        for cell in self.cells:
+            contexts.setdefault(cell["cell"]["context"], []).append(cell)
+        return [row for rounds in contexts.values() for row in gain_rows(rounds, rounds[0]["labels"], confidence)]
 
     def as_dict(self) -> dict[str, Any]:
         return self._envelope | {"settings": self._settings, "paper": PAPER, "rows": self.rows, "cells": self.cells}

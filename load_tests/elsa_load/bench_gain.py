@@ -6,13 +6,13 @@ import argparse
 import asyncio
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from elsa_load import prometheus
-from elsa_load.ab import SIDES, Cell, HttpSide, Results, Side, run_cell, run_cells, table
+from elsa_load.ab import SIDES, Cell, HttpSide, Results, Side, order, run_cell, run_cells, table
 from elsa_load.bench_run import encoder, flags_of
 from elsa_load.client import Client, Endpoint
 from elsa_load.envelope import envelope
@@ -31,6 +31,8 @@ def gain(args: argparse.Namespace) -> int:
     context = max(args.context) + args.output_tokens + 1
     flags = {side: [*one, "--context", str(context), "--max-batch", "1"] for side, one in flags.items()}
     if args.in_process:
+        if args.rounds > 1:
+            raise UsageError("--in-process has no servers to start anew: leave --rounds away")
         return in_process(args, flags)
     if not all("--gpu-memory" in one for one in flags.values()):
         # The default budget is most of what is free, so the second server would get the rest of the first.
@@ -52,17 +54,40 @@ def ab(args: argparse.Namespace) -> int:
 def compare(
     args: argparse.Namespace, commands: dict[str, list[str]], urls: dict[str, str], labels: dict[str, Any]
 ) -> int:
+    if args.rounds > 1 and len(commands) < len(SIDES):
+        raise UsageError("--rounds starts both sides anew, so both must be commands that start a server, and no URLs")
     results = opened(args)
     with ExitStack() as stack:
-        for side, command in commands.items():  # one after the other: each plans with the memory that is free
-            urls[side] = stack.enter_context(Program(command, args.output / f"{side}.log")).url
+        programs = {}
+        for side in commands:  # one after the other: each plans with the memory that is free
+            programs[side] = stack.enter_context(Program(commands[side], args.output / f"{side}.log"))
+        urls |= {side: program.url for side, program in programs.items()}
         watcher = stack.enter_context(watched(args, urls))
-        asyncio.run(over_http(args, urls, results, watcher, labels))
+        for number in range(args.rounds):
+            if all(map(results.done, cells_of(args, number))):
+                continue
+            if number:
+                restart(programs, order(number))
+            asyncio.run(over_http(args, urls, results, watcher, labels, number))
     return finish(args, results)
 
 
+def restart(programs: Mapping[str, Program], sides: Sequence[str]) -> None:
+    """New processes on the same ports, the first of `sides` first; both old ones are gone before."""
+    for side in sides:
+        programs[side].stop()
+    for side in sides:
+        programs[side].start()
+        programs[side].wait_ready()
+
+
 async def over_http(
-    args: argparse.Namespace, urls: dict[str, str], results: Results, watcher: Prometheus | None, labels: dict[str, Any]
+    args: argparse.Namespace,
+    urls: dict[str, str],
+    results: Results,
+    watcher: Prometheus | None,
+    labels: dict[str, Any],
+    number: int,
 ) -> None:
     keys = api_keys()
     async with contextlib.AsyncExitStack() as stack:
@@ -72,7 +97,7 @@ async def over_http(
             clients[side] = await stack.enter_async_context(Client(endpoint, counting=args.counting, timeout_s=None))
         maker = PromptMaker(stack.enter_context(encoder(clients["baseline"], args.tokenizer)))
         sides: dict[str, Side] = {side: HttpSide(client) for side, client in clients.items()}
-        await measured(args, sides, maker, results, watcher, labels)
+        await measured(args, sides, maker, results, watcher, labels, number)
 
 
 def in_process(args: argparse.Namespace, flags: dict[str, list[str]]) -> int:
@@ -105,9 +130,8 @@ async def measured(
     results: Results,
     watcher: Prometheus | None,
     labels: dict[str, Any],
+    number: int = 0,
 ) -> None:
-    cells = [Cell(context, args.output_tokens, args.pairs, args.seed, args.warm_up) for context in args.context]
-
     def labelled(one: dict[str, Any]) -> dict[str, Any]:
         """Where the servers tell their precision, it is theirs."""
         found = {one["config"][side].get("dtype") for side in SIDES} - {None}
@@ -117,7 +141,13 @@ async def measured(
     def measure(cell: Cell) -> Any:
         return run_cell(cell, sides, maker, prometheus=watcher, progress=not args.quiet)
 
-    await run_cells(cells, results, measure, labelled)
+    await run_cells(cells_of(args, number), results, measure, labelled)
+
+
+def cells_of(args: argparse.Namespace, number: int) -> list[Cell]:
+    """What one round measures."""
+    fixed = (args.output_tokens, args.pairs, args.seed, args.warm_up, number)
+    return [Cell(context, *fixed) for context in args.context]
 
 
 @contextmanager

@@ -91,6 +91,13 @@ def _add_cells(parser: argparse.ArgumentParser) -> None:
     )
     add("--output-tokens", type=positive, default=16, metavar="N", help="tokens to generate (default: 16)")
     add("--pairs", type=positive, default=8, metavar="N", help="prompts a context, each on both sides (default: 8)")
+    add(
+        "--rounds",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="starts of both servers, each with its pairs; from 2 on intervals are those of the rounds (default: 1)",
+    )
     add("--warm-up", type=int, default=1, metavar="N", help="prompts a context before the clock runs (default: 1)")
     add("--seed", type=int, default=1, help="of the prompts (default: 1)")
     add("--confidence", type=float, default=0.95, help="of the intervals (default: 0.95)")

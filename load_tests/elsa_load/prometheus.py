@@ -18,6 +18,7 @@ import yaml
 from elsa_load.processes import Program
 from elsa_serve.errors import ElsaError
 
+SETTLE_S = 30.0  # patience with a Prometheus on a busy machine
 PHASES = ("prefill", "decode", "end_to_end")
 
 
@@ -94,9 +95,21 @@ class Prometheus:
             time.sleep(self.interval_s / 2)
 
     def settle(self) -> float:
-        """Wait until all that has happened is scraped and its rules are evaluated. Returns a time to query at."""
-        time.sleep(3 * self.interval_s + 0.1)
+        """Wait until all that has happened is scraped and the rules have seen it. Returns a time to query at.
+
+        Raises ElsaError where Prometheus does not get that far.
+        """
+        for series in ("up", "elsa:prefill_seconds:count"):
+            self._wait_for(series, time.time())
         return time.time()
+
+    def _wait_for(self, series: str, after: float) -> None:
+        """Wait for a sample of each side that is younger than `after`."""
+        until = time.monotonic() + SETTLE_S + 5 * self.interval_s
+        while (self.value(f"count(timestamp({series}) > {after:.3f})") or 0) < len(self.targets):
+            if time.monotonic() > until:
+                raise ElsaError(f"Prometheus has had no new {series} for {SETTLE_S:.0f} s; its log: {self.folder}")
+            time.sleep(self.interval_s / 2)
 
     def value(self, query: str, at: float | None = None) -> float | None:
         """The single number that a query gives; None where it gives none."""
@@ -115,13 +128,17 @@ class Prometheus:
         selected = f'{series}{{side="{side}"}}'
         return f"sum({selected} @ {end:.3f} - {selected} @ {start:.3f})"
 
-    def gain(self, phase: str, start: float, end: float, requests: int) -> tuple[float | None, str | None]:
-        """Percent gained by the candidate between two settled times, computed by Prometheus; or None and why not."""
+    def seconds(
+        self, phase: str, start: float, end: float, requests: int
+    ) -> tuple[dict[str, float] | None, str | None]:
+        """What each side's `requests` took between two settled times, computed by Prometheus; or None and why not."""
+        found = {}
         for side in self.targets:
             seen = self.value(self.growth(f"elsa:{phase}_seconds:count", side, start, end), end)
             if seen is None or round(seen) != requests:
                 return None, f"Prometheus saw {seen} of {requests} requests on the {side} side"
-        baseline = self.growth(f"elsa:{phase}_seconds:sum", "baseline", start, end)
-        candidate = self.growth(f"elsa:{phase}_seconds:sum", "candidate", start, end)
-        percent = self.value(f"100 * ({baseline} / {candidate} - 1)", end)
-        return (percent, None) if percent is not None else (None, "Prometheus has no such series")
+            spent = self.value(self.growth(f"elsa:{phase}_seconds:sum", side, start, end), end)
+            if not spent:
+                return None, f"Prometheus has no time of this phase on the {side} side"
+            found[side] = spent
+        return found, None

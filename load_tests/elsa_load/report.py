@@ -75,11 +75,10 @@ def interval(row: dict[str, Any]) -> str:
 
 
 def gain_table(rows: Sequence[dict[str, Any]]) -> str:
-    head = ("Phase", "Context", "Baseline", "Candidate", "Gain", "Interval", "By Prometheus", "Equal outputs")
+    head = ("Phase", "Context", "Baseline", "Candidate", "Gain", "Interval", "Median", "By Prometheus", "Equal outputs")
     lines = []
     for row in rows:
         second = row["prometheus_gain_percent"]
-        bounds = "–" if row["ci_low"] is None else f"{row['ci_low']:+.1f} … {row['ci_high']:+.1f} %"
         lines.append(
             (
                 NAMES[row["phase"]],
@@ -87,12 +86,17 @@ def gain_table(rows: Sequence[dict[str, Any]]) -> str:
                 f"{row['baseline_s']:.3f} s",
                 f"{row['candidate_s']:.3f} s",
                 f"{row['gain_percent']:+.1f} %",
-                bounds,
+                bounds(row["ci_low"], row["ci_high"]),
+                f"{row['median_gain_percent']:+.1f} % ({bounds(row['median_ci_low'], row['median_ci_high'])})",
                 row["prometheus_reason"] or "not asked" if second is None else f"{second:+.1f} %",
                 f"{row['outputs_equal']} of {row['pairs']}",
             )
         )
     return table(head, lines)
+
+
+def bounds(low: float | None, high: float | None) -> str:
+    return "–" if low is None or high is None else f"{low:+.1f} … {high:+.1f} %"
 
 
 def gain_plot(data: dict[str, Any]) -> str:
@@ -127,8 +131,9 @@ def copies_plots(data: dict[str, Any]) -> str:
 
 def cell_section(cell: dict[str, Any]) -> list[str]:
     """One context: times in their order, their distribution, and what the copies did."""
-    context = cell["cell"]["context"]
-    parts = [f"<h2>{context:,} tokens, {cell['cell']['output_tokens']} generated</h2>"]
+    one = cell["cell"]
+    start = f", start {one['round'] + 1} of the servers" if one["round"] else ""
+    parts = [f"<h2>{one['context']:,} tokens, {one['output_tokens']} generated{start}</h2>"]
     for phase in PHASES:
         times = {side: [pair["seconds"][side][phase] for pair in cell["pairs"]] for side in SIDES}
         dots = [Series(side, list(enumerate(times[side], 1))) for side in SIDES]

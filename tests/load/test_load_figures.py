@@ -4,9 +4,11 @@ import random
 import statistics
 
 import pytest
-from elsa_load.intervals import paired_gain, student_t
+from elsa_load.ab import SIDES, gain_rows
+from elsa_load.intervals import median_gain, paired_gain, student_t
 from elsa_load.measures import Objective, distribution, summarise, weighted_percentile, wilson
 from elsa_load.pages import Page, growth
+from elsa_load.prometheus import PHASES
 from elsa_load.records import Observation
 from elsa_load.svg import Series, plot, ticks
 
@@ -42,11 +44,62 @@ def test_the_interval_covers_as_often_as_it_says():
     assert 925 <= covered <= 975
 
 
+def test_the_median_does_not_notice_a_pair_that_was_held_up():
+    baseline = [1.2, 1.21, 1.19, 1.2, 1.22, 1.18, 1.2, 9.0]
+    candidate = [1.0] * 8
+    median = median_gain(baseline, candidate, 0.9)
+    assert (median.percent, median.low, median.high) == pytest.approx((20, 19, 22))
+    mean = paired_gain(baseline, candidate, 0.9)
+    assert mean.high - mean.low > 100
+
+
+@pytest.mark.parametrize(
+    ("pairs", "confidence", "left_out"),
+    # Printed tables of the sign test's interval: n, and how many order statistics lie outside it on either side
+    [(5, 0.95, None), (6, 0.95, 0), (8, 0.95, 0), (9, 0.95, 1), (12, 0.95, 2), (15, 0.95, 3), (20, 0.99, 3)],
+)
+def test_the_medians_interval_is_that_of_the_tables(pairs, confidence, left_out):
+    gains = list(range(1, pairs + 1))
+    median = median_gain([1 + g / 100 for g in gains], [1.0] * pairs, confidence)
+    if left_out is None:
+        assert median.low is None
+    else:
+        assert (median.low, median.high) == pytest.approx((gains[left_out], gains[-1 - left_out]))
+
+
 def test_what_makes_no_pairs_is_refused():
     for baseline, candidate in (([], []), ([1.0], [1.0, 2.0]), ([0.0, 1.0], [1.0, 1.0])):
-        with pytest.raises(UsageError):
-            paired_gain(baseline, candidate)
+        for gain in (paired_gain, median_gain):
+            with pytest.raises(UsageError):
+                gain(baseline, candidate)
     assert paired_gain([1.2], [1.0]).low is None
+
+
+def round_of(baseline, candidate, number):
+    seconds = [{side: dict.fromkeys(PHASES, t) for side, t in zip(SIDES, times)} for times in zip(baseline, candidate)]
+    pairs = [{"seconds": one, "texts_equal": True} for one in seconds]
+    told = {"seconds": {"baseline": sum(baseline), "candidate": sum(candidate)}, "reason": None}
+    cell = {"context": 512, "output_tokens": 4, "round": number}
+    return {"cell": cell, "pairs": pairs, "prometheus": dict.fromkeys(PHASES, told)}
+
+
+def test_rounds_bring_the_difference_from_start_to_start_into_the_interval():
+    """Within a round every pair agrees, and from round to round the same program differs by 10 %."""
+    rounds = [round_of([1.0 + 0.1 * (i % 2)] * 6, [1.0 + 0.1 * ((i + 1) % 2)] * 6, i) for i in range(4)]
+    alone = gain_rows(rounds[:1], {}, 0.95)[0]
+    assert alone["ci_high"] < -9  # the pairs of one start are sure of what is not there
+    together = gain_rows(rounds, {}, 0.95)[0]
+    assert (together["rounds"], together["pairs"]) == (4, 24)
+    assert together["ci_low"] < 0 < together["ci_high"]
+    assert together["gain_percent"] == pytest.approx(0, abs=1e-9)
+    assert together["prometheus_gain_percent"] == pytest.approx(0, abs=1e-9)
+
+
+def test_a_round_that_prometheus_missed_leaves_its_figure_out():
+    rounds = [round_of([1.2] * 2, [1.0] * 2, i) for i in range(2)]
+    rounds[1]["prometheus"] = {phase: {"seconds": None, "reason": "Prometheus saw 1 of 2"} for phase in PHASES}
+    row = gain_rows(rounds, {}, 0.95)[0]
+    assert (row["prometheus_gain_percent"], row["prometheus_reason"]) == (None, "Prometheus saw 1 of 2")
 
 
 def test_percentiles_weigh_tokens():

@@ -21,7 +21,8 @@ from elsa_serve.offload.engine import OffloadEngine
 HERE = Path(__file__).parent
 DEMO = HERE.parents[1] / "configs" / "demo_model"
 SMALL = "gpu-memory=512MiB"
-PREFILL_S, DECODE_S = 0.0004, 0.02  # a prompt token, a generated token
+PREFILL_S, DECODE_S = 0.0006, 0.03  # a prompt token, a generated token
+OVERHEAD = 0.03  # of a phase may be HTTP's and the client's, which no slowdown is planted in
 
 needs_prometheus = pytest.mark.skipif(prometheus.missing() is not None, reason=str(prometheus.missing()))
 
@@ -47,11 +48,11 @@ def compare_same(url, folder, *flags):
     return json.loads((folder / "gain.json").read_text())
 
 
-def compare(folder, slowdown, *flags):
+def compare(folder, slowdown):
     """`bench ab` of a server that is `slowdown` times as slow as it could be, against one that is not."""
     arguments = ["bench", "ab", "--baseline", timed(slowdown), "--candidate", timed(1), "--quiet"]
-    arguments += ["--context", "512", "--pairs", "8", "--output-tokens", "12", "--confidence", "0.999"]
-    assert main([*arguments, "--scrape-interval", "0.2", "--output", str(folder), *flags]) == 0
+    arguments += ["--context", "512", "--pairs", "12", "--output-tokens", "10", "--confidence", "0.999"]
+    assert main([*arguments, "--scrape-interval", "0.2", "--output", str(folder)]) == 0
     return json.loads((folder / "gain.json").read_text())
 
 
@@ -59,36 +60,74 @@ def rows_of(data):
     return {row["phase"]: row for row in data["rows"]}
 
 
-@pytest.mark.timed
-@needs_prometheus
+def covers(row, low, high, interval):
+    """Whether an interval of the row holds a value of low … high."""
+    return row[f"{interval}_low"] <= high and row[f"{interval}_high"] >= low
+
+
+def told_by_prometheus(row):
+    """The gain as Prometheus has it, in the client's interval; nothing to hold where there is no Prometheus."""
+    second = row["prometheus_gain_percent"]
+    return (second is None) == bool(prometheus.missing()) and (
+        second is None or covers(row, second - 1, second + 1, "ci")
+    )
+
+
 def test_a_planted_slowdown_is_found_by_client_and_prometheus(tmp_path, capsys):
+    """Engines of fixed times, so that a busy machine widens the intervals and moves nothing but them."""
     data = compare(tmp_path, 1.2)
     rows = rows_of(data)
     assert set(rows) == {"prefill", "decode", "end_to_end"}
     for phase, row in rows.items():
-        assert row["ci_low"] <= 20 <= row["ci_high"], (phase, row)
-        assert row["ci_low"] > 0, (phase, row)
-        assert row["ci_low"] - 1 <= row["prometheus_gain_percent"] <= row["ci_high"] + 1, (phase, row)
-        assert (row["pairs"], row["outputs_equal"], row["dtype"]) == (8, 8, "float32")
+        for interval in ("ci", "median_ci"):
+            assert covers(row, 20 * (1 - OVERHEAD), 20, interval), (phase, row)
+        assert max(row["ci_low"], row["median_ci_low"]) > 0, (phase, row)
+        assert told_by_prometheus(row), (phase, row)
+        assert (row["pairs"], row["outputs_equal"], row["dtype"]) == (12, 12, "float32")
     firsts = [pair["first"] for pair in data["cells"][0]["pairs"]]
-    assert firsts == ["baseline", "candidate"] * 4
-    assert data["cells"][0]["prompt_tokens"] == [512] * 8
+    assert firsts == ["baseline", "candidate"] * 6
+    assert data["cells"][0]["prompt_tokens"] == [512] * 12
     assert {"machine", "versions", "commit", "command", "date"} <= data.keys()
-    assert "prometheus" in data["versions"]
+    assert ("prometheus" in data["versions"]) == (prometheus.missing() is None)
     html = (tmp_path / "report.html").read_text()
     assert "<svg" in html
     assert "17.8" in html
     assert not any(word in html for word in ("src=", "href=", "<script", "@import"))  # it loads nothing
-    assert "Prometheus" in capsys.readouterr().out
+    if prometheus.missing():
+        assert "the client's alone" in capsys.readouterr().out
 
 
-@pytest.mark.timed
-def test_no_slowdown_is_found_where_there_is_none(tmp_path, url):
-    flags = ["--context", "512", "--pairs", "8", "--output-tokens", "8", "--confidence", "0.999"]
-    for phase, row in rows_of(compare_same(url, tmp_path, *flags)).items():
-        assert row["ci_low"] <= 0 <= row["ci_high"], (phase, row)
-        assert row["ci_high"] - row["ci_low"] < 40, (phase, row)  # one that covers everything says nothing
-        assert row["prometheus_gain_percent"] is None
+def test_no_slowdown_is_found_where_there_is_none(tmp_path):
+    for phase, row in rows_of(compare(tmp_path, 1)).items():
+        for interval in ("ci", "median_ci"):
+            assert covers(row, 0, 0, interval), (phase, row)
+        assert told_by_prometheus(row), (phase, row)
+
+
+def test_rounds_start_both_servers_anew_in_the_other_order(tmp_path):
+    quick = shlex.join([sys.executable, str(HERE / "timed_server.py"), "{port}", "0.0001", "0.001", "1"])
+    quick = quick.replace("'{port}'", "{port}")
+    arguments = ["bench", "ab", "--baseline", quick, "--candidate", quick, "--quiet", "--no-prometheus"]
+    arguments += ["--context", "256", "--pairs", "2", "--output-tokens", "2", "--rounds", "2"]
+    assert main([*arguments, "--output", str(tmp_path)]) == 0
+    data = json.loads((tmp_path / "gain.json").read_text())
+    first, second = data["cells"]
+    assert [pair["first"] for cell in (first, second) for pair in cell["pairs"]] == [*SIDES, *reversed(SIDES)]
+    ids = [pair["id"] for cell in (first, second) for pair in cell["pairs"]]
+    assert len(set(ids)) == 4  # each round has prompts of its own
+    assert [(row["rounds"], row["pairs"]) for row in data["rows"]] == [(2, 4)] * 3
+    for side in SIDES:
+        assert (tmp_path / f"{side}.log").read_text().count("Listening on") == 2
+    assert main([*arguments, "--output", str(tmp_path)]) == 0  # all there: no server is started anew
+    assert (tmp_path / "baseline.log").read_text().count("Listening on") == 3
+
+
+def test_rounds_want_servers_that_can_be_started(tmp_path, url, capsys):
+    arguments = ["bench", "ab", "--baseline", url, "--candidate", url, "--rounds", "2", "--output", str(tmp_path)]
+    assert main(arguments) == 2
+    assert "no URLs" in capsys.readouterr().err
+    assert main(["bench", "gain", str(DEMO), "--in-process", "--rounds", "2", "--output", str(tmp_path)]) == 2
+    assert "--rounds" in capsys.readouterr().err
 
 
 def test_a_run_goes_on_where_it_stopped_but_not_with_other_settings(tmp_path, url, capsys):
@@ -198,7 +237,7 @@ def in_one_process(folder, slowdown):
 @pytest.mark.parametrize(("slowdown", "percent"), [(1.2, 20), (1.0, 0)])
 def test_real_engines_show_what_was_planted_and_nothing_else(tmp_path, slowdown, percent):
     """A fifth of a short decode pass is planted with more than a fifth: after a sleep its threads must wake again."""
-    rows = {row["phase"]: row for row in gain_rows(in_one_process(tmp_path, slowdown), {}, 0.999)}
+    rows = {row["phase"]: row for row in gain_rows([in_one_process(tmp_path, slowdown)], {}, 0.999)}
     for phase, row in rows.items():
         if phase == "prefill" or slowdown == 1:
             assert row["ci_low"] <= percent <= row["ci_high"], (phase, row)
