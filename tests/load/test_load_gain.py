@@ -81,9 +81,11 @@ def test_a_planted_slowdown_is_found_by_client_and_prometheus(tmp_path, capsys):
     for phase, row in rows.items():
         for interval in ("ci", "median_ci"):
             assert covers(row, 20 * (1 - OVERHEAD), 20, interval), (phase, row)
-        assert max(row["ci_low"], row["median_ci_low"]) > 0, (phase, row)
         assert told_by_prometheus(row), (phase, row)
         assert (row["pairs"], row["outputs_equal"], row["dtype"]) == (12, 12, "float32")
+    # A first token that comes late on a busy machine takes from one phase what it gives to the other, so their
+    # intervals may grow past 0; that of both together does not.
+    assert rows["end_to_end"]["ci_low"] > 0, rows["end_to_end"]
     firsts = [pair["first"] for pair in data["cells"][0]["pairs"]]
     assert firsts == ["baseline", "candidate"] * 6
     assert data["cells"][0]["prompt_tokens"] == [512] * 12
