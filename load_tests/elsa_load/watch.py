@@ -34,10 +34,25 @@ class Life:
         second, last = self.memory[quarter : 2 * quarter], self.memory[-quarter:]
         return sum(value for _, value in last) / sum(value for _, value in second) - 1
 
+    @property
+    def slope(self) -> float | None:
+        """Bytes a second through the second half, by least squares; None for a short life."""
+        half = self.memory[len(self.memory) // 2 :]
+        if len(half) < 2:
+            return None
+        mean_at, mean = (sum(column) / len(half) for column in zip(*half))
+        spread = sum((at - mean_at) ** 2 for at, _ in half)
+        return sum((at - mean_at) * (value - mean) for at, value in half) / spread
+
     def summary(self) -> dict[str, Any]:
         """Memory is thinned out to at most `KEPT` points, for the plot."""
         step = -(-len(self.memory) // KEPT)
-        return {"seconds": self.seconds, "memory_growth": self.growth, "memory": self.memory[::step]}
+        return {
+            "seconds": self.seconds,
+            "memory_growth": self.growth,
+            "bytes_per_hour": self.slope * 3600 if self.slope is not None else None,
+            "memory": self.memory[::step],
+        }
 
 
 @dataclass(slots=True)

@@ -111,7 +111,8 @@ def test_memory_is_judged_within_a_life_of_the_server():
     second = [page_of(1000 + 10 * i, 8, finished=3) for i in range(12)]
     summary = watched([*first, *second])
     assert [life["seconds"] for life in summary["lives"]] == [7, 11]
-    assert summary["lives"][0]["memory_growth"] == 0
+    assert summary["lives"][0]["memory_growth"] == summary["lives"][0]["bytes_per_hour"] == 0
+    assert summary["lives"][1]["bytes_per_hour"] == pytest.approx(36_000)
     assert summary["memory_growth"] == pytest.approx(1100 / 1040 - 1)
     assert summary["peak_memory_bytes"] == 5000
     assert summary["unbalanced_scrapes"] == 0
