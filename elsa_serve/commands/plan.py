@@ -23,7 +23,7 @@ def add_command(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from elsa_serve.offload.loading import EngineOptions, plan_only
-    from elsa_serve.offload.plan import render
+    from elsa_serve.offload.plan_text import render
 
     names = ("device", "dtype", "gpu_memory", "host_memory", "context", "max_batch", "resident_layers", "slots")
     options = {name: getattr(args, name) for name in (*names, "chunk_tokens", "load_format")}

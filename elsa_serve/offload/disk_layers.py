@@ -27,12 +27,11 @@ import torch
 
 from elsa_serve import envs
 from elsa_serve.errors import CheckpointError
-from elsa_serve.offload.disk import PIECE, Bounce, DirectFile
+from elsa_serve.offload.disk import PIECE, THREADS, Bounce, DirectFile
 from elsa_serve.offload.host import HostBuffer
 from elsa_serve.offload.streams import Copy
 
 BUFFERS = 3  # one that is read into, one that is full, one that is copied to the device
-THREADS = 4  # reads in flight: what a solid-state disk needs for its full rate
 
 logger = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from elsa_serve.offload import attention as attentions
 from elsa_serve.offload import device as devices
 from elsa_serve.offload import machine, measure
 from elsa_serve.offload.checkpoint import Checkpoint, load_config
+from elsa_serve.offload.disk import checkpoint_rate
 from elsa_serve.offload.fused import Fused, fuse
 from elsa_serve.offload.host import HostBuffer
 from elsa_serve.offload.in_place import InPlace
@@ -21,11 +22,12 @@ from elsa_serve.offload.kv import ALIGNMENT, KVPool, KVShape, RequestKV
 from elsa_serve.offload.machine import Rates
 from elsa_serve.offload.output import eos_token_ids
 from elsa_serve.offload.plan import Geometry, Plan, make_plan
+from elsa_serve.offload.predict import in_place_limit
 from elsa_serve.offload.ring import WeightStream
 from elsa_serve.offload.split import check_linear, split_linears
 from elsa_serve.offload.step import Part, PassRunner
 from elsa_serve.offload.streams import Streams, make_streams
-from elsa_serve.offload.tiers import Tiers, in_place_limit
+from elsa_serve.offload.tiers import Tiers
 from elsa_serve.offload.tokenizer import load_tokenizer
 from elsa_serve.offload.units import parse_size
 from elsa_serve.offload.weights import LoadFormat, ModelWeights, choose_dtype, load_model
@@ -169,18 +171,29 @@ def _plan(options: EngineOptions, device: torch.device, config: Any, dtype: torc
     rates = options.rates
     if rates is None and here:
         rates = measure.rates(device, dtype, attention=options.attention, linear=options.linear)
-    return make_plan(
-        Geometry.from_config(config, dtype),
-        gpu_budget=gpu,
-        host_budget=host,
-        context=options.context,
-        batch=options.max_batch,
-        resident_layers=options.resident_layers,
-        slots=options.slots,
-        chunk_tokens=options.chunk_tokens,
-        device_type=device.type,
-        rates=rates,
-    )
+    geometry = Geometry.from_config(config, dtype)
+    disk = options.load_format != "dummy" and options.linear == "torch" and options.weights is None
+
+    def plan(rates: Rates | None) -> Plan:
+        return make_plan(
+            geometry,
+            gpu_budget=gpu,
+            host_budget=host,
+            context=options.context,
+            batch=options.max_batch,
+            resident_layers=options.resident_layers,
+            slots=options.slots,
+            chunk_tokens=options.chunk_tokens,
+            device_type=device.type,
+            rates=rates,
+            disk=disk,
+        )
+
+    chosen = plan(rates)
+    if chosen.disk_layers and rates is not None and here and options.rates is None:
+        # The rate kept for this machine is that of another folder's disk.
+        return plan(replace(rates, disk=checkpoint_rate(options.model_dir) or rates.disk))
+    return chosen
 
 
 def _size(size: str | int | None) -> int | None:
@@ -196,6 +209,7 @@ def _weights(options: EngineOptions, device: torch.device, dtype: torch.dtype, p
         load_format=options.load_format,
         attn_implementation=attentions.NAME,
         resident=plan.resident_layers,
+        on_disk=plan.disk_layers,
         seed=options.seed,
         progress=options.progress,
     )

@@ -335,7 +335,7 @@ def _disk_rate(nbytes: int) -> float:
             file.flush()
             os.fsync(file.fileno())
             with DirectFile(Path(file.name)) as opened:
-                return read_rate(opened, 0, opened.size)
+                return read_rate(opened, opened.size)
     except OSError as error:
         logger.warning("the disk of %s cannot be measured (%s): its rate is assumed", folder, error)
         return Rates().disk
@@ -425,7 +425,7 @@ def _probe(
         engine = OffloadEngine(
             folder, sink=passes, device=device, dtype=dtype, attention=attention, linear=linear, rates=rates,
             context=prompt + PROBE_TOKENS + 2, max_batch=1, resident_layers=layers, load_format="dummy",
-            progress=False,
+            num_speculative_tokens=0, prefill_round_tokens=prompt, progress=False,
         )  # fmt: skip
         try:
             for seed, count in enumerate((2, 1 + PROBE_TOKENS)):  # to warm up, and to be timed

@@ -1,24 +1,29 @@
 """What lies where: the planner takes a geometry, budgets and rates, and returns one frozen Plan or refuses.
 
-Order on the device: what every plan needs (layer slots, activations of a prompt chunk, hidden states), then KV, then
-resident layers. A byte on the device saves a byte over PCIe a pass, whether of weights or of KV, so the order between
-the two is free; KV first keeps the host's memory for weights. What does not fit goes to page-locked host memory.
+Order on the device: what every plan needs (layer slots, activations of a prompt chunk, hidden states), then resident
+layers and KV. A byte of either on the device saves a byte of host memory a pass, but not on the same pipe: weights come
+over PCIe, while the host attends its KV itself. So every number of resident layers is tried, and the one whose pass is
+predicted to be the fastest wins. What does not fit goes to page-locked host memory, and layers beyond that memory stay
+in the checkpoint's files.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from elsa_serve.errors import BudgetError
+from elsa_serve.offload.disk_layers import BUFFERS
 from elsa_serve.offload.machine import Rates, assumed_rates
+from elsa_serve.offload.predict import Share, pass_time
 from elsa_serve.offload.units import format_size
 from elsa_serve.offload.weights import ALIGNMENT, build_meta_model, find_decoder_layers, make_layout
 
-MIN_CHUNK, MAX_CHUNK = 64, 8192  # tokens; beyond the larger, matrix products gain nothing
+MIN_CHUNK, MAX_CHUNK = 64, 4096  # tokens; beyond the larger, matrix products gain nothing
 CHUNK_SHARE = 8  # a chunk's activations may take one part in so many of the device budget
 THIRD_SLOT_SHARE = 10  # a third slot evens out the copying where three take no more than one part in so many
 CUDA_CONTEXT = int(0.85 * 2**30)  # the context and kernels' code, outside torch's allocator: 0.81 GiB seen on an H200
@@ -129,6 +134,7 @@ class Plan:
     resident_layers: tuple[int, ...]
     slots: int
     prefetch_depth: int
+    disk_layers: tuple[int, ...]  # of the streamed ones, those that are read from the checkpoint's files every pass
     chunk_tokens: int
     kv_tokens: int
     kv_gpu_bytes: int
@@ -141,11 +147,26 @@ class Plan:
     ttft_s: float = 0.0
     s_per_token: float = 0.0
     bottleneck: dict[str, str] | None = None  # phase -> the pipe that sets its time
-    step_bytes: dict[str, int] | None = None  # over PCIe, by phase, object and direction
+    pipes: dict[str, dict[str, float]] | None = None  # phase -> seconds by pipe
 
     @property
     def streamed_layers(self) -> int:
         return self.geometry.layers - len(self.resident_layers)
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Weights copied to the device every pass."""
+        return self.geometry.streamed_bytes(len(self.resident_layers))
+
+    @property
+    def disk_bytes(self) -> int:
+        """Of these, those that are read from disk first."""
+        return self.geometry.weights_bytes * len(self.disk_layers) // self.geometry.layers
+
+    @property
+    def kv_pool_tokens(self) -> int:
+        """Tokens of all requests whose KV the device holds."""
+        return self.geometry.kv_tokens(self.kv_gpu_bytes)
 
     @property
     def kv_gpu_tokens(self) -> int:
@@ -178,6 +199,7 @@ class _Request:
     chunk_tokens: int | None
     device_type: str
     rates: Rates
+    disk: bool
 
 
 def make_plan(
@@ -192,8 +214,10 @@ def make_plan(
     chunk_tokens: int | None = None,
     device_type: str = "cuda",
     rates: Rates | None = None,
+    disk: bool = False,
 ) -> Plan:
     """Place a model. Budgets in bytes; context in tokens, prompt and output together (None: the model's maximum).
+    `disk`: layers may stay in the checkpoint's files where host memory does not hold them.
 
     Raises BudgetError with numbers for what cannot fit, naming the largest context that would.
     """
@@ -219,10 +243,11 @@ def make_plan(
         chunk_tokens,
         device_type,
         rates or assumed_rates(geometry.dtype),
+        disk,
     )
     wanted = context or geometry.max_context
     try:
-        return _predict(_place(request, wanted))
+        return _place(request, wanted)
     except BudgetError as error:
         raise BudgetError(f"{error}; {_remedy(request, wanted)}") from None
 
@@ -247,7 +272,7 @@ def _remedy(request: _Request, wanted: int) -> str:
 
 
 def _place(request: _Request, context: int) -> Plan:
-    """A plan without predictions, in smaller chunks where memory is tight. Raises BudgetError."""
+    """The best plan, in smaller chunks where memory is tight. Raises BudgetError."""
     chunk = request.chunk_tokens or _choose_chunk(request.geometry, request.gpu_budget)
     while True:
         try:
@@ -259,58 +284,85 @@ def _place(request: _Request, context: int) -> Plan:
 
 
 def _place_chunked(request: _Request, context: int, chunk: int) -> Plan:
+    """The plan of the number of resident layers that decodes fastest; of equal ones, that which reads least from host
+    memory."""
+    if request.resident is not None:
+        return _predict(_place_with(request, context, chunk, request.resident))
+    plans: list[Plan] = []
+    refusal: BudgetError | None = None
+    for resident in range(request.geometry.layers + 1):
+        try:
+            plans.append(_predict(_place_with(request, context, chunk, resident)))
+        except BudgetError as error:
+            refusal = refusal or error  # the first: of a plan with the fewest bytes on the device
+    if refusal is not None and not plans:
+        raise refusal
+    token = request.geometry.layers * request.geometry.kv_token_bytes()
+    return min(plans, key=lambda plan: (plan.s_per_token, plan.streamed_bytes + plan.kv_host_tokens * token))
+
+
+def _place_with(request: _Request, context: int, chunk: int, resident: int) -> Plan:
+    """The plan with so many resident layers, without predictions. Raises BudgetError."""
     geometry = request.geometry
-    slots = request.slots or _choose_slots(geometry, request.gpu_budget)
     items = _fixed_items(request, context, chunk)
-    kv_host = working = 0
-    resident = request.resident or 0
-    ring = slots if resident < geometry.layers else 0
-    free = request.gpu_budget - sum(items.values()) - (ring + resident) * geometry.layer_bytes
+    slots = (request.slots or _choose_slots(geometry, request.gpu_budget)) if resident < geometry.layers else 0
+    free = request.gpu_budget - sum(items.values()) - (slots + resident) * geometry.layer_bytes
     kv_gpu = wanted = geometry.kv_bytes(context) * request.batch
+    working = 0
     if free < wanted:
         working = geometry.kv_layer_bytes(context)
         free -= working
         if free < 0:
-            raise BudgetError(_device_message(request, items, ring, resident, working))
+            raise BudgetError(_device_message(request, items, slots, resident, working))
         kv_gpu = geometry.kv_bytes(geometry.kv_tokens(free))
-        room = request.host_budget - geometry.streamed_bytes(resident)
-        kv_host = max(0, min(wanted - kv_gpu, room // ALIGNMENT * ALIGNMENT))
-        rest = geometry.kv_bytes(context - min(context, geometry.kv_tokens(kv_gpu)))  # of one request of full length
-        if kv_host < rest:
-            raise BudgetError(_host_message(request, resident, rest))
-    free -= kv_gpu
-    if request.resident is None:
-        resident, free = _fill_with_layers(geometry, free, slots)
-    streamed = geometry.layers - resident
-    slots = slots if streamed else 0
-    weights = geometry.streamed_bytes(resident)
-    if weights + kv_host > request.host_budget:
-        raise BudgetError(_host_message(request, resident, kv_host))
-    gpu = {
-        **items,
-        "layer slots": slots * geometry.layer_bytes,
-        "KV on its way to and from the host": working,
-        "KV": kv_gpu,
-        "resident layers": resident * geometry.layer_bytes,
-    }
+    least = geometry.kv_bytes(context - min(context, geometry.kv_tokens(kv_gpu)))  # of one request of full length
+    in_memory, staging = _host_layers(request, resident, least)
+    weights = geometry.streamed_bytes(geometry.layers - in_memory)
+    room = (request.host_budget - weights - staging) // ALIGNMENT * ALIGNMENT
+    kv_host = max(least, min(wanted - kv_gpu, room))
+    residents = spread(range(geometry.layers), resident)
+    streamed = [index for index in range(geometry.layers) if index not in set(residents)]
     return Plan(
         geometry=geometry,
         device_type=request.device_type,
         context=context,
         batch=request.batch,
-        resident_layers=_spread(resident, geometry.layers),
+        resident_layers=residents,
         slots=slots,
         prefetch_depth=max(0, slots - 1),
+        disk_layers=spread(streamed, len(streamed) - in_memory),
         chunk_tokens=chunk,
         kv_tokens=(kv_gpu + kv_host) * context // geometry.kv_bytes(context),
         kv_gpu_bytes=kv_gpu,
         kv_host_bytes=kv_host,
         gpu_budget=request.gpu_budget,
         host_budget=request.host_budget,
-        gpu_bytes=gpu,
-        host_bytes={"weights of streamed layers": weights, "KV": kv_host},
+        gpu_bytes={
+            **items,
+            "layer slots": slots * geometry.layer_bytes,
+            "KV on its way to and from the host": working,
+            "KV": kv_gpu,
+            "resident layers": resident * geometry.layer_bytes,
+        },
+        host_bytes={"weights of streamed layers": weights, "staging for layers on disk": staging, "KV": kv_host},
         rates=request.rates,
     )
+
+
+def _host_layers(request: _Request, resident: int, kv: int) -> tuple[int, int]:
+    """(streamed layers that lie in host memory beside so many bytes of KV, staging bytes for the others, on disk).
+
+    Raises BudgetError where the others cannot stay on disk.
+    """
+    geometry = request.geometry
+    streamed = geometry.layers - resident
+    if geometry.streamed_bytes(resident) + kv <= request.host_budget:
+        return streamed, 0
+    staging = BUFFERS * geometry.layer_bytes
+    left = request.host_budget - kv - staging
+    if not request.disk or left < 0:
+        raise BudgetError(_host_message(request, resident, kv))
+    return min(streamed - 1, left // geometry.layer_bytes), staging
 
 
 def _fixed_items(request: _Request, context: int, chunk: int) -> dict[str, int]:
@@ -381,128 +433,33 @@ def _device_message(request: _Request, items: dict[str, int], ring: int, residen
 
 
 def _host_message(request: _Request, resident: int, kv: int) -> str:
-    weights = request.geometry.streamed_bytes(resident)
+    geometry = request.geometry
+    weights, what = geometry.streamed_bytes(resident), "weights"
+    if request.disk:
+        weights, what = BUFFERS * geometry.layer_bytes, "staging for layers on disk"
     return (
         f"a budget of {format_size(request.host_budget)} in host memory (--host-memory, or the container's limit) is "
-        f"too small: {format_size(weights + kv)} are needed (weights {format_size(weights)}, KV {format_size(kv)})"
+        f"too small: {format_size(weights + kv)} are needed ({what} {format_size(weights)}, KV {format_size(kv)})"
     )
 
 
-def _fill_with_layers(geometry: Geometry, free: int, slots: int) -> tuple[int, int]:
-    """Layers that stay on the device in what is free. When all but the ring's worth fit, the ring makes room."""
-    count = min(geometry.layers, free // geometry.layer_bytes)
-    if count + slots >= geometry.layers:
-        return geometry.layers, free - (geometry.layers - slots) * geometry.layer_bytes
-    return count, free - count * geometry.layer_bytes
-
-
-def _spread(count: int, layers: int) -> tuple[int, ...]:
-    """`count` of the layers, evenly spaced, so that the copying in between is even too."""
-    return tuple(i * layers // count for i in range(count)) if count else ()
+def spread(items: Sequence[int], count: int) -> tuple[int, ...]:
+    """`count` of the items, evenly spaced, so that the copying in between is even too."""
+    return tuple(items[i * len(items) // count] for i in range(count)) if count else ()
 
 
 def _aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
-# --- predicting ---------------------------------------------------------------------------------------------------
-
-
-def prefill_compute_s(geometry: Geometry, tokens: int, rates: Rates) -> float:
-    """Seconds in which the device computes a prompt whose weights are there."""
-    products, attention = geometry.prefill_parts(tokens)
-    rest = geometry.activation_bytes() * geometry.layers * tokens / rates.activations
-    return products / rates.flops + attention / rates.attention_flops + rest
-
-
 def _predict(plan: Plan) -> Plan:
-    """Times of one request of full length: in every phase the slowest of the pipes that run beside each other."""
-    geometry, rates = plan.geometry, plan.rates
-    weights = geometry.streamed_bytes(len(plan.resident_layers))
-    kv = geometry.kv_bytes(plan.context)
-    kv_host = geometry.kv_bytes(plan.kv_host_tokens)
-    prefill = {
-        "copies to the device": weights / rates.h2d,
-        "compute": prefill_compute_s(geometry, plan.context, rates),
-        "copies to the host": kv_host / rates.d2h,
-    }
-    decode = {
-        "copies to the device": weights / rates.h2d,
-        "attention on the host": kv_host / (rates.cpu_attention_beside_h2d if weights else rates.cpu_attention),
-        "device memory": (geometry.weights_bytes + geometry.outside_bytes + kv) / rates.device_memory,
-        "host memory": (weights + kv_host) / rates.host_memory,
-    }
-    slowest = {"prefill": max(prefill, key=prefill.__getitem__), "decode": max(decode, key=decode.__getitem__)}
+    """With the times of one request of full length: its prompt, and a token at its end."""
+    prefill = pass_time(plan, [Share(0, plan.context)])
+    decode = pass_time(plan, [Share(max(0, plan.context - 1), 1)])
     return replace(
         plan,
-        ttft_s=max(prefill.values()),
-        s_per_token=max(decode.values()),
-        bottleneck=slowest,
-        step_bytes={
-            "weights to the device": weights,
-            "prefill: KV to the host": kv_host,
-        },
+        ttft_s=prefill.seconds,
+        s_per_token=decode.seconds,
+        bottleneck={"prefill": prefill.bottleneck, "decode": decode.bottleneck},
+        pipes={"prefill": prefill.pipes, "decode": decode.pipes},
     )
-
-
-# --- printing -----------------------------------------------------------------------------------------------------
-
-
-def render(plan: Plan) -> str:
-    """The plan for people: bytes by item and tier, the tiers as a picture, the predicted times and what sets them."""
-    geometry = plan.geometry
-    device = "GPU" if plan.device_type == "cuda" else "device (CPU memory)"
-    kv_token = format_size(geometry.kv_bytes(plan.context) / plan.context)
-    lines = [
-        f"{geometry.name}: {geometry.layers} layers of {format_size(geometry.layer_bytes)} in "
-        f"{str(geometry.dtype).removeprefix('torch.')}, KV {kv_token} a token",
-        f"context {plan.context} of {geometry.max_context} tokens; {plan.kv_tokens} tokens of KV in all, "
-        f"for up to {plan.batch} requests at once",
-        "",
-        *_table(device, plan.gpu_bytes, plan.gpu_budget),
-        *_table("host memory", plan.host_bytes, plan.host_budget),
-        *_picture(plan, device),
-        "",
-        *_times(plan),
-    ]
-    return "\n".join(lines)
-
-
-def _table(title: str, items: dict[str, int], budget: int) -> list[str]:
-    rows = [(name, nbytes) for name, nbytes in items.items() if nbytes]
-    used = sum(items.values())
-    rows += [("in all", used), ("free", budget - used)]
-    width = max(len(name) for name, _ in rows)
-    return [f"{title}, budget {format_size(budget)}", *(f"  {n:<{width}} {format_size(b):>10}" for n, b in rows), ""]
-
-
-def _picture(plan: Plan, device: str) -> list[str]:
-    """One character a layer for the weights, and as many for the tokens of every layer's KV (at most 64)."""
-    layers, here = plan.geometry.layers, set(plan.resident_layers)
-    width = min(layers, 64)
-    weights = "".join("#" if i * layers // width in here else "." for i in range(width))
-    tokens = "".join("#" if i * plan.context < plan.kv_gpu_tokens * width else "." for i in range(width))
-    return [
-        f"# stays on the {device}, . is read from host memory every pass",
-        f"  weights {weights}  {len(here)} of {layers} layers",
-        f"  KV      {tokens}  {plan.kv_gpu_tokens} of {plan.context} tokens, in every layer",
-    ]
-
-
-def _times(plan: Plan) -> list[str]:
-    slowest, moved = plan.bottleneck or {}, plan.step_bytes or {}
-    ring = (
-        f"{plan.slots} slots, {plan.prefetch_depth} layers ahead"
-        if plan.slots
-        else "not needed, all layers are resident"
-    )
-    copies = ", ".join(f"{name} {format_size(n)}" for name, n in moved.items() if n) or "none"
-    rates = plan.rates
-    return [
-        f"streaming ring: {ring}; prompts pass a layer in chunks of {plan.chunk_tokens} tokens",
-        f"copies a pass: {copies}",
-        f"first token after {plan.context} of prompt: about {plan.ttft_s:.3g} s, set by {slowest.get('prefill')}",
-        f"then about {plan.s_per_token:.3g} s a token, set by {slowest.get('decode')}",
-        f"rates {rates.source}: {rates.h2d / 1e9:.3g} GB/s to the device, {rates.d2h / 1e9:.3g} GB/s to the host, "
-        f"device memory {rates.device_memory / 1e9:.4g} GB/s, {rates.flops / 1e12:.3g} TFLOP/s",
-    ]

@@ -19,7 +19,6 @@ from elsa_kernels import State
 from elsa_serve.offload.attention import Attend, AttendState, AttentionOptions
 from elsa_serve.offload.in_place import HostShare, InPlace
 from elsa_serve.offload.kv import RequestKV
-from elsa_serve.offload.machine import Rates
 from elsa_serve.offload.streams import Streams
 from elsa_serve.offload.working import Visit, WorkingKV, write_mapped
 from elsa_serve.stats import HostAttention
@@ -49,20 +48,6 @@ class Piece:
     @property
     def last(self) -> int:
         return self.first + self.q.shape[2]
-
-
-def in_place_limit(rates: Rates, *, weights_bytes: int, kv_bytes: int, flops_per_token: float) -> int:
-    """The most new tokens over a prefix for which the host's attention is expected to take no longer than the road over
-    the device; at least 1, whatever the rates, so that decoding never moves KV.
-
-    weights_bytes: streamed in a pass. kv_bytes: of the prefix on the host. flops_per_token: of one query over it. In
-    place, weights are copied while the host reads and computes; over the device, both share the copy engine.
-    """
-    over = (weights_bytes + kv_bytes) / rates.h2d
-    reading = rates.cpu_attention_beside_h2d if weights_bytes else rates.cpu_attention
-    if kv_bytes == 0 or kv_bytes / reading > over:
-        return 1
-    return max(1, int(over * rates.cpu_attention_flops / flops_per_token))
 
 
 class Tiers:

@@ -15,8 +15,9 @@ from elsa_serve.offload.attention import AttentionOptions, elsa_attend, elsa_att
 from elsa_serve.offload.in_place import InPlace
 from elsa_serve.offload.kv import KVPool, KVShape, RequestKV
 from elsa_serve.offload.machine import Rates
+from elsa_serve.offload.predict import in_place_limit
 from elsa_serve.offload.streams import Streams, make_streams
-from elsa_serve.offload.tiers import Piece, Tiers, in_place_limit
+from elsa_serve.offload.tiers import Piece, Tiers
 from elsa_serve.offload.working import WorkingKV
 
 LAYERS, HEADS, KV_HEADS, D = 2, 4, 2, 16

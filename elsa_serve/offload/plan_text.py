@@ -1,0 +1,87 @@
+"""A plan for people: bytes by item and tier, the tiers as a picture, the predicted times and what sets them."""
+
+from __future__ import annotations
+
+from elsa_serve.offload.plan import Plan
+from elsa_serve.offload.units import format_size
+
+WIDTH = 64  # columns of the picture
+
+
+def render(plan: Plan) -> str:
+    """Several lines, none longer than 160 characters."""
+    geometry = plan.geometry
+    device = "GPU" if plan.device_type == "cuda" else "device (CPU memory)"
+    kv_token = format_size(geometry.layers * geometry.kv_token_bytes())
+    lines = [
+        f"{geometry.name}: {geometry.layers} layers of {format_size(geometry.layer_bytes)} in "
+        f"{str(geometry.dtype).removeprefix('torch.')}, KV {kv_token} a token",
+        f"context {plan.context} of {geometry.max_context} tokens; {plan.kv_tokens} tokens of KV in all, "
+        f"for up to {plan.batch} requests at once",
+        "",
+        *_table(device, plan.gpu_bytes, plan.gpu_budget),
+        *_table(_host_title(plan), plan.host_bytes, plan.host_budget),
+        *_picture(plan, device),
+        "",
+        *_times(plan),
+    ]
+    return "\n".join(lines)
+
+
+def _host_title(plan: Plan) -> str:
+    return "host memory, page-locked" if plan.device_type == "cuda" else "host memory"
+
+
+def _table(title: str, items: dict[str, int], budget: int) -> list[str]:
+    rows = [(name, nbytes) for name, nbytes in items.items() if nbytes]
+    used = sum(items.values())
+    rows += [("in all", used), ("free", budget - used)]
+    width = max(len(name) for name, _ in rows)
+    return [f"{title}, budget {format_size(budget)}", *(f"  {n:<{width}} {format_size(b):>10}" for n, b in rows), ""]
+
+
+def _picture(plan: Plan, device: str) -> list[str]:
+    """A row for the weights, a column a layer, and one for every layer's KV, from its first token to its last."""
+    layers = plan.geometry.layers
+    width = min(layers, WIDTH)
+    marks = dict.fromkeys(plan.resident_layers, "#") | dict.fromkeys(plan.disk_layers, "o")
+    weights = "".join(marks.get(i * layers // width, ".") for i in range(width))
+    tokens = "".join("#" if i * plan.context < plan.kv_gpu_tokens * width else "." for i in range(width))
+    on_host = layers - len(plan.resident_layers) - len(plan.disk_layers)
+    counts = [f"{len(plan.resident_layers)} on the {device}", f"{on_host} in host memory"]
+    if plan.disk_layers:
+        counts.append(f"{len(plan.disk_layers)} on disk")
+    return [
+        f"# on the {device}   . in host memory" + ("   o on disk" if plan.disk_layers else ""),
+        f"  weights {weights}  of {layers} layers {', '.join(counts)}",
+        f"  KV      {tokens}  of {plan.context} tokens {plan.kv_gpu_tokens} on the {device}, {plan.kv_host_tokens} in "
+        "host memory, in every layer",
+    ]
+
+
+def _times(plan: Plan) -> list[str]:
+    ring = (
+        f"{plan.slots} slots, {plan.prefetch_depth} layers ahead"
+        if plan.slots
+        else "not needed, all layers are resident"
+    )
+    rates = plan.rates
+    disk = f", disk {rates.disk / 1e9:.3g} GB/s" if plan.disk_layers else ""
+    return [
+        f"streaming ring: {ring}; prompts pass a layer in chunks of {plan.chunk_tokens} tokens",
+        *_phase(plan, "prefill", f"first token after {plan.context} of prompt", plan.ttft_s),
+        *_phase(plan, "decode", "then a token", plan.s_per_token),
+        f"rates {rates.source}: {rates.h2d / 1e9:.3g} GB/s to the {'GPU' if plan.device_type == 'cuda' else 'device'}, "
+        f"CPU attention {rates.cpu_attention / 1e9:.3g} GB/s, both at once "
+        f"{rates.h2d_beside_cpu_attention / 1e9:.3g} and {rates.cpu_attention_beside_h2d / 1e9:.3g} GB/s,",
+        f"  device memory {rates.device_memory / 1e9:.4g} GB/s, products {rates.flops / 1e12:.3g} and attention "
+        f"{rates.attention_flops / 1e12:.3g} TFLOP/s{disk}",
+    ]
+
+
+def _phase(plan: Plan, phase: str, what: str, seconds: float) -> list[str]:
+    pipes = sorted((plan.pipes or {}).get(phase, {}).items(), key=lambda item: -item[1])
+    return [
+        f"{what}: about {seconds:.3g} s, set by {(plan.bottleneck or {}).get(phase)}",
+        "  " + ", ".join(f"{name} {value:.3g} s" for name, value in pipes if value >= 0.01 * seconds),
+    ]

@@ -1,0 +1,154 @@
+"""How long a pass takes: the pipes that run beside each other, from a plan's placement and a machine's rates.
+
+Copies to the device, copies to the host and reads from disk each run beside everything else. The device's own work and
+the host's attention are one chain: a layer's host tokens are attended between its projections, so their times add. What
+the chain and the copies both read from host memory, they read more slowly while the other does, too. A pass takes as
+long as the slowest of these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from elsa_serve.offload.machine import Rates
+
+if TYPE_CHECKING:
+    from elsa_serve.offload.plan import Geometry, Plan
+
+HOP_S = 60e-6  # seconds a layer waits for queries to reach the host and for its state to come back
+ROUNDS = 20  # of the iteration for two pipes that slow each other down; it settles within a few
+
+TO_DEVICE, TO_HOST, DISK = "copies to the device", "copies to the host", "disk"
+DEVICE, HOST_ATTENTION, ISSUE = "compute", "attention on the host", "issue by the host"
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """One request's part of a pass: `new` tokens after `past`."""
+
+    past: int
+    new: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """`seconds` of a pass, `pipes` seconds by name, and the name of the one that sets the time."""
+
+    seconds: float
+    pipes: dict[str, float]
+
+    @property
+    def bottleneck(self) -> str:
+        return max(self.pipes, key=self.pipes.__getitem__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What a pass has to do. Bytes, FLOPs, seconds; all layers together."""
+
+    to_device: float
+    to_host: float
+    from_disk: float
+    in_place: float  # bytes of KV that the host attends where they lie
+    in_place_flops: float
+    device_s: float
+    issue_s: float
+    hops: int
+
+
+def pass_time(plan: Plan, shares: Sequence[Share]) -> Prediction:
+    """The pass of these requests' shares."""
+    return _time(_work(plan, shares), plan.rates)
+
+
+def in_place_limit(rates: Rates, *, weights_bytes: int, kv_bytes: int, flops_per_token: float) -> int:
+    """The most new tokens over a prefix for which the host's attention is expected to take no longer than copying the
+    prefix to the device; at least 1, whatever the rates, so that decoding never moves KV.
+
+    weights_bytes: streamed in a pass. kv_bytes: of the prefix on the host. flops_per_token: of one query over it. In
+    place, weights are copied while the host reads and computes; over the device, both share the copy engine.
+    """
+    over = (weights_bytes + kv_bytes) / rates.h2d
+    reading = rates.cpu_attention_beside_h2d if weights_bytes else rates.cpu_attention
+    if kv_bytes == 0 or kv_bytes / reading > over:
+        return 1
+    return max(1, int(over * rates.cpu_attention_flops / flops_per_token))
+
+
+def device_seconds(geometry: Geometry, rates: Rates, shares: Sequence[Share]) -> float:
+    """Matrix products, attention and activations on the device, all of the KV there; no issue and no copies."""
+    new = sum(share.new for share in shares)
+    products = 2.0 * geometry.weights_bytes / geometry.dtype.itemsize * new / rates.flops
+    read = (geometry.weights_bytes + geometry.outside_bytes) / rates.device_memory
+    attention = sum(_attention_seconds(geometry, rates, share, share.past + share.new) for share in shares)
+    activations = geometry.activation_bytes() * geometry.layers * new / rates.activations
+    return max(products, read) + attention + activations
+
+
+def _attention_seconds(geometry: Geometry, rates: Rates, share: Share, keys: int) -> float:
+    """A share's attention over `keys` tokens, the newest of them its own."""
+    seen = share.new * max(0.0, keys - share.new / 2)  # causal
+    flops = 4.0 * geometry.layers * geometry.heads * geometry.head_dim * seen
+    return max(flops / rates.attention_flops, geometry.layers * geometry.kv_token_bytes() * keys / rates.device_memory)
+
+
+def _work(plan: Plan, shares: Sequence[Share]) -> _Work:
+    geometry, rates = plan.geometry, plan.rates
+    token = geometry.layers * geometry.kv_token_bytes()
+    row_flops = 4.0 * geometry.layers * geometry.heads * geometry.head_dim
+    streamed, on_disk = plan.streamed_bytes, plan.disk_bytes
+    room = plan.kv_pool_tokens  # tokens of KV on the device, shared in order of arrival
+    to_device, to_host, in_place, in_place_flops = float(streamed), 0.0, 0.0, 0.0
+    device_s = device_seconds(geometry, rates, [Share(0, share.new) for share in shares])
+    hops = 0
+    for share in shares:
+        total = share.past + share.new
+        on_device = min(total, room)
+        room -= on_device
+        old = max(0, share.past - on_device)  # of its past tokens, those in host memory
+        new = max(0, total - max(on_device, share.past))  # of its new ones
+        limit = in_place_limit(
+            rates, weights_bytes=streamed, kv_bytes=old * token, flops_per_token=max(1.0, row_flops * old)
+        )
+        to_host += new * token
+        device_s -= _attention_seconds(geometry, rates, Share(0, share.new), share.new)
+        if total > on_device and share.past and share.new <= limit:
+            in_place += (total - on_device) * token
+            in_place_flops += row_flops * share.new * (total - on_device)
+            device_s += _attention_seconds(geometry, rates, share, on_device)
+            hops = geometry.layers
+        else:
+            to_device += old * token
+            device_s += _attention_seconds(geometry, rates, share, total)
+    chunks = max(1, -(-sum(share.new for share in shares) // plan.chunk_tokens))
+    issue = geometry.layers * chunks * rates.layer_s + rates.pass_s
+    return _Work(to_device, to_host, on_disk, in_place, in_place_flops, device_s, issue, hops)
+
+
+def _time(work: _Work, rates: Rates) -> Prediction:
+    own = max(work.device_s, work.issue_s) + work.hops * HOP_S
+    flops_s = work.in_place_flops / rates.cpu_attention_flops
+    copying, attending = work.to_device / rates.h2d, max(work.in_place / rates.cpu_attention, flops_s)
+    for _ in range(ROUNDS if copying and attending else 0):
+        # The part of either during which the other reads host memory, too.
+        whole = max(copying, own + attending)
+        beside_copies, beside_attention = min(1.0, copying / whole), min(1.0, attending / whole)
+        copying = work.to_device / _between(rates.h2d, rates.h2d_beside_cpu_attention, beside_attention)
+        reading = _between(rates.cpu_attention, rates.cpu_attention_beside_h2d, beside_copies)
+        attending = max(work.in_place / reading, flops_s)
+    pipes = {
+        TO_DEVICE: copying,
+        HOST_ATTENTION: own + attending if attending else 0.0,
+        DEVICE: work.device_s,
+        ISSUE: work.issue_s,
+        TO_HOST: work.to_host / rates.d2h,
+        DISK: work.from_disk / rates.disk,
+    }
+    return Prediction(max(pipes.values()), {name: value for name, value in pipes.items() if value})
+
+
+def _between(alone: float, beside: float, part: float) -> float:
+    """The mean rate of a pipe that runs beside another for a part of its time."""
+    return alone + (min(beside, alone) - alone) * part

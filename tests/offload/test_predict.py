@@ -1,0 +1,125 @@
+"""Predicted times: every pipe counted once, shared memory counted for both, and the numbers of an H200 reproduced."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from elsa_serve.errors import BudgetError
+from elsa_serve.offload.disk_layers import BUFFERS
+from elsa_serve.offload.machine import Rates
+from elsa_serve.offload.plan import Geometry, Plan, make_plan
+from elsa_serve.offload.plan_text import render
+from elsa_serve.offload.predict import HOP_S, Share, device_seconds, pass_time
+
+GIB = 2**30
+RATES = Rates(
+    h2d=50e9, d2h=40e9, device_memory=3e12, host_memory=100e9, flops=500e12, attention_flops=400e12,
+    cpu_attention=100e9, cpu_attention_beside_h2d=60e9, h2d_beside_cpu_attention=45e9, cpu_attention_flops=1e12,
+    disk=2e9, activations=200e9, layer_s=1e-4, pass_s=1e-3, source="of this test",
+)  # fmt: skip
+GEOMETRY = Geometry.from_config(
+    LlamaConfig(
+        hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40, vocab_size=32000,
+        max_position_embeddings=131072,
+    ),
+    torch.float16,
+)  # fmt: skip
+TOKEN = 40 * GEOMETRY.kv_token_bytes()
+
+
+def plan(**options: Any) -> Plan:
+    options = {"gpu_budget": 8 * GIB, "host_budget": 110 * GIB, "context": 32768, "rates": RATES} | options
+    return make_plan(GEOMETRY, **options)
+
+
+def test_prefill_is_products_attention_and_activations_unless_copies_take_longer() -> None:
+    products, attention = GEOMETRY.prefill_parts(32768)
+    rest = GEOMETRY.activation_bytes() * 40 * 32768 / 200e9
+    made = plan()
+    assert made.ttft_s == pytest.approx(products / 500e12 + attention / 400e12 + rest, rel=1e-3)
+    assert made.bottleneck is not None
+    assert made.bottleneck["prefill"] == "compute"
+    slow = plan(rates=replace(RATES, h2d=5e9), resident_layers=0)
+    assert slow.ttft_s == pytest.approx(GEOMETRY.weights_bytes / 5e9)
+    assert plan(rates=replace(RATES, d2h=1e9)).bottleneck["prefill"] == "copies to the host"  # type: ignore[index]
+
+
+def test_pipes_that_share_the_hosts_memory_slow_each_other_down() -> None:
+    made = plan(resident_layers=0)
+    assert made.pipes is not None
+    alone = GEOMETRY.weights_bytes / 50e9, made.kv_host_tokens * TOKEN / 100e9
+    both = GEOMETRY.weights_bytes / 45e9, made.kv_host_tokens * TOKEN / 60e9
+    pipes = made.pipes["decode"]
+    assert alone[0] < pipes["copies to the device"] <= both[0]
+    own = device_seconds(GEOMETRY, RATES, [Share(made.kv_gpu_tokens, 1)]) + GEOMETRY.layers * HOP_S
+    assert alone[1] < pipes["attention on the host"] - own <= both[1]
+    resident = plan(gpu_budget=36 * GIB, resident_layers=40)
+    assert resident.kv_host_tokens > 0
+    assert resident.pipes is not None  # nothing is copied, so the host attends at its full rate
+    host = resident.pipes["decode"]["attention on the host"]
+    own = max(device_seconds(GEOMETRY, RATES, [Share(0, 1)]), GEOMETRY.layers * RATES.layer_s + RATES.pass_s)
+    attended = resident.kv_gpu_tokens * TOKEN / RATES.device_memory
+    expected = resident.kv_host_tokens * TOKEN / 100e9 + own + 40 * HOP_S
+    assert expected - attended < host < expected + 2 * attended
+
+
+def test_everything_on_the_device_is_bound_by_its_memory_or_by_the_host_that_issues() -> None:
+    whole = plan(gpu_budget=100 * GIB)
+    read = (GEOMETRY.weights_bytes + GEOMETRY.outside_bytes + 32768 * TOKEN) / 3e12
+    assert whole.s_per_token == pytest.approx(read, rel=0.01)
+    assert whole.bottleneck == {"prefill": "compute", "decode": "compute"}
+    slow = plan(gpu_budget=100 * GIB, rates=replace(RATES, layer_s=1e-3))
+    assert slow.s_per_token == pytest.approx(0.041)
+    assert slow.bottleneck == {"prefill": "compute", "decode": "issue by the host"}
+
+
+def test_a_batch_shares_one_pass_over_the_weights() -> None:
+    made = plan(context=1024, batch=8)
+    one, eight = (pass_time(made, [Share(1000, 1)] * count).seconds for count in (1, 8))
+    assert one <= eight < 1.5 * one
+
+
+def test_a_pass_of_more_tokens_is_never_predicted_shorter() -> None:
+    made = plan(resident_layers=5)
+    times = [pass_time(made, [Share(30000, new)]).seconds for new in (1, 4, 16, 64, 256, 1024, 2048)]
+    assert times == sorted(times)
+    copied = pass_time(made, [Share(30000, 2048)])
+    assert copied.pipes["copies to the device"] > made.streamed_bytes / RATES.h2d  # the prefix travels, too
+
+
+# --- disk ---------------------------------------------------------------------------------------------------------
+
+
+def test_layers_beyond_host_memory_stay_on_disk_if_they_may() -> None:
+    small: dict[str, Any] = {"context": 4096, "host_budget": 14 * GIB, "resident_layers": 0}
+    with pytest.raises(BudgetError, match=r"14\.0 GiB in host memory.*weights 23\.6 GiB"):
+        plan(**small)
+    made = plan(disk=True, **small)
+    assert 0 < len(made.disk_layers) < 40
+    assert sum(made.host_bytes.values()) <= 14 * GIB
+    assert made.host_bytes["staging for layers on disk"] == BUFFERS * GEOMETRY.layer_bytes
+    assert made.host_budget - sum(made.host_bytes.values()) < GEOMETRY.layer_bytes  # no layer more than must
+    assert made.s_per_token == pytest.approx(made.disk_bytes / 2e9, rel=0.01)
+    assert made.bottleneck == {"prefill": "disk", "decode": "disk"}
+    text = render(made)
+    for words in ("o on disk", f"{len(made.disk_layers)} on disk", "disk 2 GB/s", "staging for layers on disk"):
+        assert words in text
+
+
+def test_the_device_takes_layers_before_the_disk_does() -> None:
+    made = plan(disk=True, context=4096, host_budget=14 * GIB, gpu_budget=16 * GIB)
+    assert len(made.resident_layers) > 10
+    assert not set(made.resident_layers) & set(made.disk_layers)
+    fewer = plan(disk=True, context=4096, host_budget=14 * GIB, gpu_budget=16 * GIB, resident_layers=0)
+    assert len(fewer.disk_layers) > len(made.disk_layers)
+    assert plan(disk=True).disk_layers == ()
+
+
+def test_host_memory_too_small_even_for_the_staging() -> None:
+    with pytest.raises(BudgetError, match=r"1\.0 GiB in host memory.*staging for layers on disk 1\.8 GiB"):
+        plan(disk=True, context=512, host_budget=1 * GIB)
