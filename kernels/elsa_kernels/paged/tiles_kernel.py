@@ -29,13 +29,11 @@ def widen(x, FP8: tl.constexpr):
 
 
 @triton.jit
-def addresses(TABLE, o_table, keys, exists, o_head, s_block, s_place, PAGE: tl.constexpr, MASKED: tl.constexpr):
-    """Where the rows of `keys` begin in a cache, in elements (int64)."""
+def pages_of(TABLE, o_table, keys, exists, PAGE: tl.constexpr, MASKED: tl.constexpr):
+    """The page of each of `keys`, int64."""
     if MASKED:
-        page = tl.load(TABLE + o_table + keys // PAGE, mask=exists, other=0)
-    else:
-        page = tl.load(TABLE + o_table + keys // PAGE)
-    return page.to(tl.int64) * s_block + (keys % PAGE).to(tl.int64) * s_place + o_head
+        return tl.load(TABLE + o_table + keys // PAGE, mask=exists, other=0).to(tl.int64)
+    return tl.load(TABLE + o_table + keys // PAGE).to(tl.int64)
 
 
 @triton.jit
@@ -85,8 +83,8 @@ def lanes_walk(
         keys = j0 + lane
         seen = (keys >= lo) & (keys < end)
         inside = seen[:, None] & (cols[None, :] < D) if BD != D else seen[:, None]
-        at_k = addresses(TABLE, o_table, keys, seen, o_k, skb, skp, PAGE, True)
-        at_v = addresses(TABLE, o_table, keys, seen, o_v, svb, svp, PAGE, True)
+        page, place = pages_of(TABLE, o_table, keys, seen, PAGE, True), keys % PAGE
+        at_k, at_v = o_k + page * skb + place * skp, o_v + page * svb + place * svp
         k = widen(tl.load(K + at_k[:, None] + cols[None, :], mask=inside, other=0.0), FP8).to(tl.float32)
         v = widen(tl.load(V + at_v[:, None] + cols[None, :], mask=inside, other=0.0), FP8).to(tl.float32)
         s = tl.sum(q[:, None, :] * k[None, :, :], 2) * factor
@@ -129,8 +127,8 @@ def dot_walk(
         keys = j0 + lane
         exists = (keys >= lo) & (keys < end)
         inside = exists[:, None] & (cols[None, :] < D) if BD != D else exists[:, None]
-        at_k = addresses(TABLE, o_table, keys, exists, o_k, skb, skp, PAGE, MASKED)
-        at_v = addresses(TABLE, o_table, keys, exists, o_v, svb, svp, PAGE, MASKED)
+        page, place = pages_of(TABLE, o_table, keys, exists, PAGE, MASKED), keys % PAGE
+        at_k, at_v = o_k + page * skb + place * skp, o_v + page * svb + place * svp
         if MASKED or BD != D:
             k = tl.load(K + at_k[:, None] + cols[None, :], mask=inside, other=0.0)
             v = tl.load(V + at_v[:, None] + cols[None, :], mask=inside, other=0.0)
