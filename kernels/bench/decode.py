@@ -140,7 +140,34 @@ def flash_attention_3(case: DecodeCase) -> Callable[[Inputs], torch.Tensor]:
     )  # fmt: skip
 
 
-MAKERS |= {"elsa.paged": ours, "fa3": flash_attention_3}
+def vllm_triton(case: DecodeCase) -> Callable[[Inputs], torch.Tensor]:
+    """vLLM's TRITON_ATTN, with the workspace that its backend gives it for few sequences (16 segments of the keys)."""
+    if case.kv:
+        raise UnsupportedProblem("measured without FP8")
+    try:
+        unified = importlib.import_module("vllm.v1.attention.ops.triton_unified_attention").unified_attention
+    except ImportError as missing:
+        raise UnsupportedProblem("vLLM is not installed") from missing
+    segments, threshold = 16, 128 // case.Hkv
+
+    def call(x: Inputs) -> torch.Tensor:
+        if "segments" not in x.room:
+            shape = (threshold, case.H, segments)
+            x.room["segments"] = [torch.empty(s, device=x.q.device) for s in ((*shape, case.D), shape, shape)]
+        W, m, S = x.room["segments"]
+        unified(
+            q=x.q, k=x.k_cache, v=x.v_cache, out=x.out, cu_seqlens_q=x.cu_seqlens_q, max_seqlen_q=case.Nq,
+            seqused_k=x.seqused_k, max_seqlen_k=case.Nk, softmax_scale=case.D**-0.5, causal=True,
+            window_size=(-1, -1), block_table=x.block_table, softcap=0.0, q_descale=None, k_descale=None,
+            v_descale=None, seq_threshold_3D=threshold, num_par_softmax_segments=segments, softmax_segm_output=W,
+            softmax_segm_max=m, softmax_segm_expsum=S,
+        )  # fmt: skip
+        return x.out
+
+    return call
+
+
+MAKERS |= {"elsa.paged": ours, "fa3": flash_attention_3, "vllm.triton": vllm_triton}
 
 
 def prepare(name: str, case: DecodeCase, sets: list[Inputs]) -> tuple[measure.Timed, float]:

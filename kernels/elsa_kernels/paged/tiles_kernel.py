@@ -18,14 +18,16 @@ __all__ = ["LN2", "LOG2E", "dot_walk", "is_broken", "lanes_walk", "merge_lanes",
 def widen(x, FP8: tl.constexpr):
     """A loaded tile of an FP8 cache as numbers: "native" converts in hardware, "bits" through float16's bits."""
     if FP8 == "native":
-        return x.to(tl.float16)
-    if FP8 == "bits":
+        y = x.to(tl.float16)
+    elif FP8 == "bits":
         # e4m3 and float16 differ in the exponent's bias (7, 15) and in the mantissa's length (3, 10).
         wide = x.to(tl.int16)
         bits = ((wide & 0x80) << 8) | ((wide & 0x7F) << 7)
-        y = bits.to(tl.float16, bitcast=True) * 256.0
-        return tl.where((wide & 0x7F) == 0x7F, float("nan"), y).to(tl.float16)
-    return x
+        y = (bits.to(tl.float16, bitcast=True) * 256.0).to(tl.float16)
+        y = tl.where((wide & 0x7F) == 0x7F, float("nan"), y)
+    else:
+        y = x
+    return y
 
 
 @triton.jit
