@@ -92,6 +92,26 @@ def _linear_lines(rows: list[Row], speed: Callable[[Row], str]) -> str:
     return markdown(["shape", *impls], lines)
 
 
+def decode_table(rows: list[Row]) -> str:
+    """One line a case of paged decode: TB/s of keys and values read (relerr) by each implementation."""
+    rows = [row for row in rows if row["op"] == "decode"]
+    impls = list(dict.fromkeys(row["impl"] for row in rows))
+    lines = []
+    for case in dict.fromkeys(decode_problem(row) for row in rows):
+        found = {row["impl"]: row for row in rows if decode_problem(row) == case}
+        cells = [f"{found[i]['tbps']:.2f} ({found[i]['relerr']:.0e})" if i in found else "–" for i in impls]
+        lines.append([case, *cells])
+    return f"TB/s of keys and values read (relative error against float64):\n\n{markdown(['problem', *impls], lines)}"
+
+
+def decode_problem(row: Row) -> str:
+    """A decode row's problem in words."""
+    heads = f"{row['H']}" if row["H"] == row["Hkv"] else f"{row['H']}/{row['Hkv']}"
+    cache = "" if row["kv"] == row["dtype"] else f" over {row['kv']}"
+    queries = "" if row["Nq"] == 1 else f" {row['Nq']} queries"
+    return f"{row['dtype']}{cache} B{row['B']} H{heads} D{row['D']}{queries} N {row['Nk']} page {row['page']}"
+
+
 def headline_tables(rows: list[Row]) -> str:
     """The long problems of one sequence: FP32, then half."""
     rows = [row for row in rows if row.get("B") == 1 and row["Nq"] >= LONG]

@@ -1,0 +1,48 @@
+"""The decode benchmark's own arithmetic. No GPU."""
+
+from __future__ import annotations
+
+import pytest
+from elsa_kernels import attention_paged
+
+from kernels.bench import decode, table
+
+SMALL = decode.DecodeCase("float32", 2, 4, 2, 100, D=32, Nq=3)
+
+
+def test_bytes_are_those_of_keys_and_values() -> None:
+    x = decode.draw(SMALL, 0, "cpu")
+    full_pages = x.k_cache.nbytes + x.v_cache.nbytes
+    assert SMALL.kv_bytes() == full_pages * 100 // 112
+    assert decode.DecodeCase("float16", 1, 8, 8, 64, kv="float8_e4m3fn").kv_bytes() == 2 * 8 * 64 * 128
+
+
+@pytest.mark.parametrize("case", [SMALL, decode.DecodeCase("float16", 2, 4, 2, 100, D=32, kv="float8_e4m3fn")])
+def test_error_is_against_the_pages_in_their_order(case: decode.DecodeCase) -> None:
+    x = decode.draw(case, 0, "cpu")
+    bounds = {"max_seqlen_q": case.Nq, "max_seqlen_k": case.Nk}
+    out = attention_paged(x.q, x.k_cache, x.v_cache, x.cu_seqlens_q, x.seqused_k, x.block_table, **bounds)
+    assert decode.relative_error(case, x, out) < decode.GATE[case.dtype]
+    assert decode.relative_error(case, x, out * 1.01) == pytest.approx(0.01, rel=0.05)
+    x.block_table = x.block_table.flip(1)
+    assert decode.relative_error(case, x, out) > 0.1
+
+
+def test_the_measured_cases_cover_the_targets() -> None:
+    shapes = {(c.dtype, c.B, c.H, c.Hkv, c.Nk) for c in decode.CASES}
+    assert {("float16", 1, 40, 40, 32768), ("float16", 1, 32, 8, 32768), ("float32", 1, 40, 40, 32768)} <= shapes
+
+
+def test_table_has_a_line_a_case() -> None:
+    row = {
+        "op": "decode", "dtype": "float16", "kv": "float16", "B": 1, "H": 32, "Hkv": 8, "Nk": 512, "D": 128, "Nq": 1,
+        "page": 16, "relerr": 2.1e-4,
+    }  # fmt: skip
+    rows = [row | {"impl": "elsa.paged", "tbps": 3.456}, row | {"impl": "fa3", "tbps": 2.0}]
+    lines = table.decode_table([*rows, row | {"impl": "fa3", "tbps": 4.0, "kv": "float8_e4m3fn"}]).splitlines()
+    assert lines[2:] == [
+        "| problem | elsa.paged | fa3 |",
+        "|---|---:|---:|",
+        "| float16 B1 H32/8 D128 N 512 page 16 | 3.46 (2e-04) | 2.00 (2e-04) |",
+        "| float16 over float8_e4m3fn B1 H32/8 D128 N 512 page 16 | – | 4.00 (2e-04) |",
+    ]
