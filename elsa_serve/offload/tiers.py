@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
-from elsa_kernels import State
+from elsa_kernels import State, merged_output
 
 from elsa_serve.offload.attention import Attend, AttendState, AttentionOptions
 from elsa_serve.offload.in_place import HostShare, InPlace
@@ -152,8 +152,9 @@ class Tiers:
         if isinstance(result, torch.Tensor):
             return result
         assert share is not None
-        state = share.state if result is None else result.merge(share.state)
-        return state.finalize(piece.q.dtype)
+        if result is None:
+            return share.state.finalize(piece.q.dtype)
+        return merged_output(result, share.state, piece.q.dtype)
 
     def end(self) -> None:
         """Block until the tiers hold everything the pass computed. Raises what went wrong on the host."""

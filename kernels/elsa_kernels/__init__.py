@@ -17,7 +17,8 @@ from elsa_kernels.state import State, merge, tree_merge
 
 # Each of these registers its implementation when imported, and none of them imports a compiler before it runs.
 from elsa_kernels import cpu, cuda, gluon, triton  # isort: skip
-from elsa_kernels import paged  # isort: skip
+from elsa_kernels import merging, paged  # isort: skip
+from elsa_kernels.merging import merged_output  # isort: skip
 from elsa_kernels.paged import attention_paged, reshape_and_cache  # isort: skip
 
 __all__ = [
@@ -36,6 +37,8 @@ __all__ = [
     "gluon",
     "implementations",
     "merge",
+    "merged_output",
+    "merging",
     "paged",
     "reference",
     "register",

@@ -22,7 +22,8 @@ def qkv(B=1, H=4, Hkv=2, Nq=6, Nk=9, D=8, dtype=torch.float32):
 def test_all_is_what_we_promise() -> None:
     assert set(elsa_kernels.__all__) == {
         "FallbackWarning", "Implementation", "Operands", "Problem", "State", "UnsupportedProblem", "attention",
-        "attention_paged", "attention_varlen", "cpu", "cuda", "explain", "gluon", "implementations", "merge", "paged",
+        "attention_paged", "attention_varlen", "cpu", "cuda", "explain", "gluon", "implementations", "merge",
+        "merged_output", "merging", "paged",
         "reference", "register", "reshape_and_cache", "select", "tree_merge", "triton",
     }  # fmt: skip
     assert all(hasattr(elsa_kernels, name) for name in elsa_kernels.__all__)

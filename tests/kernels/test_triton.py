@@ -102,6 +102,26 @@ def test_packed_sequences() -> None:
         judge(out[a:b].transpose(0, 1).unsqueeze(0), one, torch.float32)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_two_states_become_one_output(dtype: torch.dtype) -> None:
+    """The kernel against the monoid's own operations, with rows that are empty on either side, both, or not finite."""
+    torch.manual_seed(0)
+    B, H, Nq, D = 1, 3, 5, 48
+    first, second = (
+        elsa_kernels.State(torch.randn(B, H, Nq), torch.rand(B, H, Nq) + 0.5, torch.randn(B, H, Nq, D))
+        for _ in range(2)
+    )
+    for state, rows in ((first, [0, 2]), (second, [1, 2])):
+        state.m[0, 0, rows], state.S[0, 0, rows], state.W[0, 0, rows] = -torch.inf, 0.0, 0.0
+    first.m[0, 1, 0] = 80.0
+    second.m[0, 1, 1] = NAN
+    first.W[0, 1, 2, 3] = torch.inf
+    out = elsa_kernels.merged_output(first.to(DEVICE), second.to(DEVICE), dtype)
+    truth = first.merge(second).finalize(dtype)
+    tolerance = 2e-6 if dtype == torch.float32 else 1e-3
+    torch.testing.assert_close(out.cpu(), truth, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
 @pytest.mark.skipif(INTERPRETED, reason="needs 26 GB of GPU memory")
 def test_more_than_two_to_the_31_elements() -> None:
     if torch.cuda.get_device_properties(0).total_memory < 60e9:

@@ -34,13 +34,18 @@ def _capability(index: int) -> tuple[int, int]:
 def supports(problem: Problem) -> str | None:
     if not _available():
         return "Triton is not installed"
-    if problem.device.type != "cuda" and not (problem.device.type == "cpu" and _interpreting()):
+    if not runs_on(problem.device):
         return f"it runs on CUDA and ROCm devices, not on {problem.device.type} (unless TRITON_INTERPRET=1)"
     if problem.dtype == torch.float64:
         return "float64 is for CPU tensors"
     if problem.D > MAX_HEAD_DIM:
         return f"head dimension {problem.D} is larger than {MAX_HEAD_DIM}"
     return refuse_device(problem.device, problem.dtype, problem.precision)
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether Triton compiles for the device, or its interpreter stands in."""
+    return _available() and (device.type == "cuda" or (device.type == "cpu" and _interpreting()))
 
 
 def refuse_device(device: torch.device, dtype: torch.dtype, precision: str) -> str | None:

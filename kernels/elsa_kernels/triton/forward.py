@@ -354,6 +354,25 @@ def careful_kernel(
             )  # fmt: skip
 
 
+@triton.jit
+def merge_pair_kernel(
+    M0, S0, W0, M1, S1, W1, OUT,
+    D: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """The output of a row over two sets of keys, as State.merge and State.finalize have it. One program a row."""
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BD)
+    m0, m1 = tl.load(M0 + row), tl.load(M1 + row)
+    m = tl.maximum(m0, m1, propagate_nan=tl.PropagateNan.ALL)
+    a = tl.where(m0 == float("-inf"), 0.0, tl.exp(m0 - m))
+    b = tl.where(m1 == float("-inf"), 0.0, tl.exp(m1 - m))
+    total = tl.load(S0 + row) * a + tl.load(S1 + row) * b
+    w0 = tl.load(W0 + row * D + cols, mask=cols < D, other=0.0)
+    w1 = tl.load(W1 + row * D + cols, mask=cols < D, other=0.0)
+    out = tl.where(total == 0.0, 0.0, (w0 * a + w1 * b) / tl.where(total == 0.0, 1.0, total))
+    tl.store(OUT + row * D + cols, out.to(OUT.dtype.element_ty), mask=cols < D)
+
+
 @triton.jit(do_not_specialize=["chunks", "rows", "Nq", "H"])
 def merge_kernel(
     M, S, W, SINKS, M_OUT, S_OUT, OUT, chunks, rows, Nq, H,

@@ -180,3 +180,13 @@ def _merge(
     if merged_m is not None and merged_S is not None:
         return State(merged_m[0], merged_S[0], out[0])
     return out[0]
+
+
+def merge_pair(first: State, second: State, dtype: torch.dtype) -> torch.Tensor:
+    """The output over both; see elsa_kernels.merging."""
+    D = first.W.shape[-1]
+    out = torch.empty(first.W.shape, dtype=dtype, device=first.W.device)
+    forward.merge_pair_kernel[(first.m.numel(),)](
+        first.m, first.S, first.W, second.m, second.S, second.W, out, D=D, BD=triton.next_power_of_2(D), num_warps=1
+    )
+    return out
