@@ -111,8 +111,8 @@ def test_two_states_become_one_output(dtype: torch.dtype) -> None:
         elsa_kernels.State(torch.randn(B, H, Nq), torch.rand(B, H, Nq) + 0.5, torch.randn(B, H, Nq, D))
         for _ in range(2)
     )
-    for state, rows in ((first, [0, 2]), (second, [1, 2])):
-        state.m[0, 0, rows], state.S[0, 0, rows], state.W[0, 0, rows] = -torch.inf, 0.0, 0.0
+    for state, empty in ((first, [0, 2]), (second, [1, 2])):
+        state.m[0, 0, empty], state.S[0, 0, empty], state.W[0, 0, empty] = -torch.inf, 0.0, 0.0
     first.m[0, 1, 0] = 80.0
     second.m[0, 1, 1] = NAN
     first.W[0, 1, 2, 3] = torch.inf
