@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,13 @@ def expected(family: str, prompt: list[int], count: int) -> list[int]:
     return out[0, len(prompt) :].tolist()
 
 
-def run(directory: Path, prompt: list[int], count: int = 12, **options: Any) -> list[int]:
+def run(
+    directory: Path, prompt: list[int], count: int = 12, splits: list[int] | None = None, **options: Any
+) -> list[int]:
+    """The tokens; `splits` takes how many tokens' KV the device holds."""
     engine = make_engine(directory, **options)
+    if splits is not None:
+        splits.append(engine.plan.kv_gpu_tokens)
     try:
         events = generate(engine, prompt, max_tokens=count)
         assert events[-1].finish_reason == "length", events[-1].error
@@ -88,6 +94,29 @@ def test_placement_and_overlap_do_not_change_tokens(
     for options in (STREAMED, KV_ON_HOST, {**STREAMED, "resident_layers": 2, "slots": 2}):
         tokens = run(checkpoints[family], prompt, **options, device=device, serial=serial)
         assert tokens == resident, options
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_no_placement_changes_a_token(seed: int, device: str, checkpoints: dict[str, Path]) -> None:
+    """Placements chosen at random: how much of every layer's KV the device holds, layers, slots, chunks, twin."""
+    choice = random.Random(seed)
+    family = choice.choice(list(FAMILIES))
+    prompt, count = prompt_of(choice.randint(20, 180), seed=seed), 10
+    resident, slots = choice.choice([0, 0, 1]), choice.choice([2, 3])
+    options: dict[str, Any] = {
+        "context": 200,
+        # What the least plan needs, a layer being 120 KiB, and the KV of 0 to 160 tokens.
+        "gpu_memory": f"{840 + 120 * (resident + slots - 2) + choice.randint(0, 200)}KiB",
+        "resident_layers": resident,
+        "slots": slots,
+        "chunk_tokens": choice.choice([1, 7, 16, 30]),
+        "max_batch": 2,
+        "serial": choice.random() < 0.3,
+        "host_threads": choice.choice([1, 2]),
+    }
+    splits: list[int] = []
+    tokens = run(checkpoints[family], prompt, count, splits=splits, **options, device=device)
+    assert tokens == expected(family, prompt, count), (family, splits, options)
 
 
 def test_kv_really_lies_on_the_host(device: str, checkpoints: dict[str, Path]) -> None:
