@@ -17,8 +17,10 @@ from elsa_serve.metrics import LogSink, Metrics, Tee
 from elsa_serve.stats import (
     CancelLatency,
     ClientDisconnected,
+    DiskReads,
     EngineStarted,
     Gauges,
+    HostAttention,
     InterTokenLatency,
     Record,
     RequestFinished,
@@ -33,14 +35,22 @@ TRANSFERS = (
     Transfer("weights", "h2d", 2000, 0.5, stall_s=0.2, hidden_s=0.3, count=4),
     Transfer("kv", "d2h", 1000, 0.25, stall_s=0.0, hidden_s=0.25),
 )
+DECODE_STEP = StepStats(
+    "decode", 0.2, 0, 1, "sdpa", drafted_tokens=8, accepted_tokens=5, predicted_s=0.25,
+    host_attention=HostAttention(900, 0.05, 0.02, 40),
+)  # fmt: skip
+GAUGES = Gauges(
+    1, 2, 3, 500, {"gpu": 10, "host": 0}, {"gpu": 20, "host": 0}, {"weights": 5}, {"weights of all layers": 7},
+    {"first_token": 3.0, "token": 0.5},
+)  # fmt: skip
 ONE_OF_EACH: tuple[Record, ...] = (
     RequestReceived("completions"),
     RequestRejected("chat_completions", "queue_full"),
     RequestFinished("completions", "ok", 40_000, 11, 1.0, 20.0, 2.0, 21.0, 23.0),
-    StepStats("prefill", 20.0, 40_000, 1, "elsa.cpu", TRANSFERS),
-    StepStats("decode", 0.2, 0, 1, "sdpa", drafted_tokens=8, accepted_tokens=5),
+    StepStats("prefill", 20.0, 40_000, 1, "elsa.cpu", TRANSFERS, predicted_s=19.0, disk=DiskReads(500, 0.4, 0.1)),
+    DECODE_STEP,
     InterTokenLatency(0.2),
-    Gauges(1, 2, 3, 500, {"gpu": 10, "host": 0}, {"gpu": 20, "host": 0}, {"weights": 5}, {"weights of all layers": 7}),
+    GAUGES,
     ClientDisconnected("prefill"),
     CancelLatency(0.01),
     ServerState("ready", 4),
@@ -89,6 +99,13 @@ def test_values(fed: Metrics) -> None:
         ("elsa_offload_transfers_total", {"object": "weights"}, 4),
         ("elsa_offload_stall_seconds_total", {}, 0.2),
         ("elsa_offload_hidden_seconds_total", {}, 0.55),
+        ("elsa_step_predicted_seconds_total", {"phase": "prefill"}, 19.0),
+        ("elsa_step_predicted_seconds_total", {"phase": "decode"}, 0.25),
+        ("elsa_host_attention_bytes_total", {}, 900),
+        ("elsa_host_attention_stall_seconds_total", {}, 0.02),
+        ("elsa_disk_read_bytes_total", {}, 500),
+        ("elsa_disk_stall_seconds_total", {}, 0.1),
+        ("elsa_plan_seconds", {"kind": "token"}, 0.5),
         ("elsa_kv_cache_used_bytes", {"tier": "gpu"}, 10),
         ("elsa_host_memory_bytes", {"kind": "weights_of_all_layers"}, 7),
         ("elsa_engine_state", {"state": "ready"}, 1),
