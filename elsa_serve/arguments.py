@@ -98,6 +98,13 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: 15 where weights or KV are read from host memory, else 0)",
     )
     group.add_argument(
+        "--prefix-caching",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="keep the KV of ended requests for prompts that begin alike, as long as nobody needs its memory "
+        "(default: on)",
+    )
+    group.add_argument(
         "--serial", action="store_true", help="copy and compute in turn: slow, same tokens, for checking"
     )
     group.add_argument("--device", help="cuda, cuda:1 or cpu (default: cuda where there is one)")
@@ -111,6 +118,6 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     names = (
         "dtype", "context", "load_format", "gpu_memory", "host_memory", "max_batch",
         "resident_layers", "slots", "chunk_tokens", "attention", "linear", "fused", "serial", "device", "seed",
-        "max_num_batched_tokens", "prefill_round_tokens", "num_speculative_tokens",
+        "max_num_batched_tokens", "prefill_round_tokens", "num_speculative_tokens", "prefix_caching",
     )  # fmt: skip
     return {name: getattr(args, name) for name in names}

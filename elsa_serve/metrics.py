@@ -33,15 +33,15 @@ from elsa_serve.stats import (
     CancelLatency,
     ClientDisconnected,
     Direction,
-    DiskReads,
     EngineStarted,
     EngineState,
     Gauges,
-    HostAttention,
     InterTokenLatency,
     MetricsSink,
     Outcome,
     Phase,
+    Preempted,
+    PrefixLookup,
     Record,
     RequestFinished,
     RequestReceived,
@@ -98,6 +98,8 @@ class Metrics:
             StepStats: self._on_step,
             InterTokenLatency: lambda r: self.inter_token.observe(r.seconds),
             Gauges: self._on_gauges,
+            PrefixLookup: self._on_lookup,
+            Preempted: lambda r: self.preemptions.inc(r.requests),
             ClientDisconnected: lambda r: self.disconnects.labels(r.phase).inc(),
             CancelLatency: lambda r: self.cancel_latency.observe(r.seconds),
             ServerState: self._on_server_state,
@@ -175,13 +177,13 @@ class Metrics:
         self.generation_tokens = counter("elsa_generation_tokens_total", "Tokens generated.")
         self.drafted_tokens = counter("elsa_spec_decode_draft_tokens_total", "Tokens guessed and verified.")
         self.accepted_tokens = counter("elsa_spec_decode_accepted_tokens_total", "Guessed tokens that came out.")
+        self.prefix_queries = counter("elsa_prefix_cache_queries_total", "Tokens looked up in the prefix cache.")
+        self.prefix_hits = counter("elsa_prefix_cache_hits_total", "Tokens whose KV the prefix cache had.")
+        self.preemptions = counter(
+            "elsa_preemptions_total", "Times a request gave its KV back to an older one and was computed again."
+        )
         self.step_duration = self._histogram(
             "elsa_step_duration_seconds", "One pass over the layers.", STEP_S, phase=get_args(Phase)
-        )
-        self.predicted = counter(
-            "elsa_step_predicted_seconds_total",
-            "What the planner expects the passes to take; elsa_step_duration_seconds_sum is what they took.",
-            phase=get_args(Phase),
         )
         self.last_step = self._gauge(
             "elsa_last_step_timestamp_seconds", "End of the last pass, since the epoch; 0: none yet."
@@ -198,32 +200,17 @@ class Metrics:
         one = {"object": get_args(TransferObject)}
         self.stall = counter("elsa_offload_stall_seconds_total", "Time that compute waited for copies.", **one)
         self.hidden = counter("elsa_offload_hidden_seconds_total", "Copy time covered by compute.", **one)
-        # Other work for the passes' sake: attribute of StepStats -> its bytes, its seconds, compute's wait for it.
-        self.beside = {
-            "host_attention": (
-                counter("elsa_host_attention_bytes_total", "KV in host memory that the CPU attended in place."),
-                counter("elsa_host_attention_seconds_total", "Time that attention took."),
-                counter("elsa_host_attention_stall_seconds_total", "Time that compute waited for it."),
-            ),
-            "disk": (
-                counter("elsa_disk_read_bytes_total", "Weights read from disk for the passes."),
-                counter("elsa_disk_read_seconds_total", "Time those reads took."),
-                counter("elsa_disk_stall_seconds_total", "Time that compute waited for them."),
-            ),
-        }
 
     def _memory(self) -> None:
         gauge = self._gauge
         self.kv_used = gauge("elsa_kv_cache_used_bytes", "KV memory that requests hold.", tier=TIERS)
         self.kv_capacity = gauge("elsa_kv_cache_capacity_bytes", "KV memory there is.", tier=TIERS)
+        self.kv_cached = gauge(
+            "elsa_kv_cache_cached_bytes", "KV memory kept for prompts that begin alike, free when needed.", tier=TIERS
+        )
         # The planner names the parts, and a part may move from one tier to the other with the budget.
         self.gpu_memory = gauge("elsa_gpu_memory_bytes", "GPU memory as planned, by use.", kind=())
         self.host_memory = gauge("elsa_host_memory_bytes", "Host memory as planned, by use.", kind=())
-        self.planned = gauge(
-            "elsa_plan_seconds",
-            "As planned: the first token of a prompt of the full context, and a token at its end.",
-            kind=("first_token", "token"),
-        )
 
     def _server(self) -> None:
         gauge = self._gauge
@@ -270,15 +257,8 @@ class Metrics:
         self.accepted_tokens.inc(record.accepted_tokens)
         self.backend_steps.labels(known(record.attention_backend.partition(".")[0], BACKENDS)).inc()
         self.last_step.set(time.time())
-        self.predicted.labels(record.phase).inc(record.predicted_s)
         for transfer in record.transfers:
             self._on_transfer(transfer)
-        for name, (nbytes, seconds, stall) in self.beside.items():
-            work: HostAttention | DiskReads | None = getattr(record, name)
-            if work is not None:
-                nbytes.inc(work.bytes)
-                seconds.inc(work.seconds)
-                stall.inc(work.stall_s)
 
     def _on_transfer(self, transfer: Transfer) -> None:
         labels = (transfer.object, transfer.direction)
@@ -296,12 +276,16 @@ class Metrics:
         for gauge, values in (
             (self.kv_used, record.kv_used_bytes),
             (self.kv_capacity, record.kv_capacity_bytes),
+            (self.kv_cached, record.kv_cached_bytes),
             (self.gpu_memory, record.gpu_bytes),
             (self.host_memory, record.host_bytes),
-            (self.planned, record.planned_s),
         ):
             for label, value in values.items():
                 gauge.labels(label_of(label)).set(value)
+
+    def _on_lookup(self, record: PrefixLookup) -> None:
+        self.prefix_queries.inc(record.tokens)
+        self.prefix_hits.inc(record.hits)
 
     def _on_server_state(self, record: ServerState) -> None:
         for state in get_args(EngineState):

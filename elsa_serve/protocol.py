@@ -59,6 +59,7 @@ class TokenEvent:
     `text` is what became printable with this token: empty while a multi-byte character is incomplete or a possible
     stop string is held back, and more than the token's own text when held text is released. The last event of a
     request carries `finish_reason`; its `token_id` is None when it brings no token (cancelled, timeout, error).
+    `cached_tokens`, of the last event alone, are those of the prompt that were found computed.
     """
 
     request_id: str
@@ -68,6 +69,7 @@ class TokenEvent:
     top_logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
     error: str | None = None
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

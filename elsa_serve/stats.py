@@ -71,17 +71,8 @@ class HostAttention:
 
 
 @dataclass(frozen=True, slots=True)
-class DiskReads:
-    """Layers read from disk over one step: bytes, the reading threads' seconds, and for how long compute waited."""
-
-    bytes: int
-    seconds: float
-    stall_s: float
-
-
-@dataclass(frozen=True, slots=True)
 class StepStats:
-    """One pass over the layers. `predicted_s` is what the planner expects of it; 0: nothing."""
+    """One pass over the layers."""
 
     phase: Phase
     duration_s: float
@@ -92,8 +83,6 @@ class StepStats:
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     host_attention: HostAttention | None = None
-    predicted_s: float = 0.0
-    disk: DiskReads | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,9 +100,24 @@ class Gauges:
     pending_prefill_tokens: int
     kv_used_bytes: dict[str, int] = field(default_factory=dict)
     kv_capacity_bytes: dict[str, int] = field(default_factory=dict)
+    kv_cached_bytes: dict[str, int] = field(default_factory=dict)  # kept for later prompts, free when needed
     gpu_bytes: dict[str, int] = field(default_factory=dict)  # weights, kv, workspace, free
     host_bytes: dict[str, int] = field(default_factory=dict)  # requested, pinned, pageable, cgroup_limit
-    planned_s: dict[str, float] = field(default_factory=dict)  # first_token of a full context, token at its end
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixLookup:
+    """A request that joined: tokens it needed, and those whose KV the prefix cache had."""
+
+    tokens: int
+    hits: int
+
+
+@dataclass(frozen=True, slots=True)
+class Preempted:
+    """Requests that gave their KV back for older ones, to be computed again."""
+
+    requests: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +161,8 @@ Record = (
     | StepStats
     | InterTokenLatency
     | Gauges
+    | PrefixLookup
+    | Preempted
     | ClientDisconnected
     | CancelLatency
     | ServerState

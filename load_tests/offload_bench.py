@@ -227,6 +227,7 @@ def make_engine(run: argparse.Namespace, directory: Path, weights: ModelWeights,
         linear=run.linear,
         fused=None if run.fused else False,
         num_speculative_tokens=0,  # a token a pass: what the floor is of
+        prefix_caching=False,
         serial=bool(run.serial),
         load_format="dummy",
         weights=weights,

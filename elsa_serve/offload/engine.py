@@ -19,10 +19,10 @@ from elsa_serve.offload import device as devices
 from elsa_serve.offload.loading import EngineOptions, LoadedModel, load
 from elsa_serve.offload.output import OutputText
 from elsa_serve.offload.plan import Plan
-from elsa_serve.offload.predict import Share, pass_time
+from elsa_serve.offload.prefix import PrefixCache
 from elsa_serve.offload.rounds import pass_tokens
 from elsa_serve.offload.sampling import Draw, Sampler
-from elsa_serve.offload.scheduler import Scheduler, Sequence, Work
+from elsa_serve.offload.scheduler import Pass, Scheduler, Sequence, Work
 from elsa_serve.offload.speculation import PromptLookup
 from elsa_serve.offload.step import SHORT_TOKENS, Part, PassAbandoned, Throttle
 from elsa_serve.protocol import (
@@ -43,6 +43,8 @@ from elsa_serve.stats import (
     NullSink,
     Outcome,
     Phase,
+    Preempted,
+    PrefixLookup,
     RequestFinished,
     RequestReceived,
     RequestRejected,
@@ -107,6 +109,7 @@ class OffloadEngine:
             max_batch=self._options.max_batch,
             max_queue=max_queue,
             pass_tokens=pass_tokens(plan, self._options.prefill_round_tokens, self._options.max_num_batched_tokens),
+            cache=PrefixCache(self._loaded.pool, self._identity()) if self._options.prefix_caching else None,
         )
         # Guards state changes together with the records that tell of them, so that at every moment
         # received = finished + running + waiting in what the sink has seen.
@@ -124,6 +127,13 @@ class OffloadEngine:
         self._sink.record(self._gauges())
         self._thread = threading.Thread(target=self._run, name="elsa-engine", daemon=True)
         self._thread.start()
+
+    def _identity(self) -> str:
+        """What KV depends on besides tokens: the model, and how it is computed."""
+        options, weights = self._options, self._loaded.weights
+        parts = (options.model_dir.resolve(), weights.config.to_json_string(), weights.dtype, options.attention,
+                 options.linear, options.load_format, options.seed, "no adapter")  # fmt: skip
+        return "\n".join(map(str, parts))
 
     # --- any thread -----------------------------------------------------------------------------------------------
 
@@ -193,6 +203,7 @@ class OffloadEngine:
             self._loaded.tiers.use(attentions.ATTEND[name], attentions.ATTEND_STATE.get(name))
             self._options = replace(self._options, attention=name)
             self.info = replace(self.info, attention=name)
+            self._scheduler.forget_prefixes(self._identity())
 
     def stats(self) -> EngineStats:
         prefill, decode, waiting = self._scheduler.counts()
@@ -271,14 +282,12 @@ class OffloadEngine:
 
     def _pass(self) -> None:
         with self._lock:
-            waiting = self._scheduler.counts()[2]
-            work = self._scheduler.next_pass()
-            if self._scheduler.counts()[2] != waiting:
-                self._sink.record(self._gauges())
+            planned = self._scheduler.next_pass()
+            self._record_joining(planned)
+        work = planned.work
         if not work:
             return
         parts = [self._part(share) for share in work]
-        shares = [Share(part.kv.length, len(part.tokens)) for part in parts]
         start = time.monotonic()
         try:
             rows = self._loaded.runner.run(parts)
@@ -291,12 +300,20 @@ class OffloadEngine:
         self._last_step = self._alive = time.monotonic()
         done = [(share, rows[id(part)]) for share, part in zip(work, parts) if id(part) in rows]
         results = [self._draw(share, logits) for share, logits in done if share.rows]
-        # The twin that copies and computes in turn is not what the planner predicts.
-        predicted = 0.0 if self._options.serial else pass_time(self.plan, shares).seconds
-        self._record_step(self._last_step - start, predicted, work, [share for share, _ in done], results)
+        self._record_step(self._last_step - start, work, [share for share, _ in done], results)
+        for share, _ in done:
+            self._scheduler.computed(share.sequence)
         for result in results:
             self._deliver(result)
         with self._lock:
+            self._sink.record(self._gauges())
+
+    def _record_joining(self, planned: Pass) -> None:
+        for lookup in planned.lookups:
+            self._sink.record(PrefixLookup(lookup.tokens, lookup.hits))
+        if planned.preempted:
+            self._sink.record(Preempted(planned.preempted))
+        if planned.lookups or planned.preempted:
             self._sink.record(self._gauges())
 
     def _part(self, share: Work) -> Part:
@@ -318,9 +335,7 @@ class OffloadEngine:
 
         return report
 
-    def _record_step(
-        self, seconds: float, predicted: float, work: list[Work], done: list[Work], results: list[_Result]
-    ) -> None:
+    def _record_step(self, seconds: float, work: list[Work], done: list[Work], results: list[_Result]) -> None:
         prefilling = sum(share.prefilling for share in work)
         phase: Phase = "decode" if not prefilling else "prefill" if prefilling == len(work) else "mixed"
         self._peak_device_used = self.memory().device_used
@@ -336,8 +351,6 @@ class OffloadEngine:
                 drafted_tokens=sum(len(result.share.draft) for result in drafts),
                 accepted_tokens=sum(max(0, len(result.tokens) - 1) for result in drafts),
                 host_attention=self._loaded.tiers.drain(),
-                predicted_s=predicted,
-                disk=self._loaded.weights.drain_disk(),
             )
         )
 
@@ -375,11 +388,16 @@ class OffloadEngine:
             self._end(sequence, "error", error=result.error)
 
     def _event(self, sequence: Sequence, draw: Draw, text: str, reason: FinishReason | None = None) -> TokenEvent:
-        request_id = sequence.request.request_id
-        if draw.logprob is None:
-            return TokenEvent(request_id, draw.token_id, text, finish_reason=reason)
-        top = tuple(self._logprob(token, logprob) for token, logprob in draw.top)
-        return TokenEvent(request_id, draw.token_id, text, self._logprob(draw.token_id, draw.logprob), top, reason)
+        logprob = None if draw.logprob is None else self._logprob(draw.token_id, draw.logprob)
+        return TokenEvent(
+            sequence.request.request_id,
+            draw.token_id,
+            text,
+            logprob,
+            tuple(self._logprob(token, value) for token, value in draw.top),
+            reason,
+            cached_tokens=sequence.cached_tokens or 0 if reason is not None else 0,
+        )
 
     def _logprob(self, token_id: int, logprob: float) -> TokenLogprob:
         return TokenLogprob(token_id, self.tokenizer.decode([token_id]), logprob)
@@ -397,12 +415,14 @@ class OffloadEngine:
     ) -> None:
         """Take a sequence out, record it, then tell its listener: metrics are complete when the answer is."""
         with self._lock:
-            self._scheduler.finish(sequence)
+            self._scheduler.finish(sequence, keep=reason != "error")
             self._sink.record(_finished(sequence, OUTCOMES[reason]), self._gauges())
             self._work.notify_all()
         if event is None:
             text = self._held_text(sequence) if error is None else ""
-            event = TokenEvent(sequence.request.request_id, None, text, finish_reason=reason, error=error)
+            cached = sequence.cached_tokens or 0
+            request_id = sequence.request.request_id
+            event = TokenEvent(request_id, None, text, finish_reason=reason, error=error, cached_tokens=cached)
         self._send(sequence, event)
 
     def _held_text(self, sequence: Sequence) -> str:
@@ -446,9 +466,9 @@ class OffloadEngine:
             pending_prefill_tokens=self._scheduler.pending_prefill_tokens(),
             kv_used_bytes=self._loaded.pool.used_bytes(),
             kv_capacity_bytes=self._loaded.pool.capacity_bytes(),
+            kv_cached_bytes=self._loaded.pool.cached_bytes(),
             gpu_bytes=dict(self.plan.gpu_bytes),
             host_bytes=dict(self.plan.host_bytes),
-            planned_s={"first_token": self.plan.ttft_s, "token": self.plan.s_per_token},
         )
 
 

@@ -1,15 +1,16 @@
 """Where keys and values lie: two pools allocated once, one on the device and one in host memory.
 
-One request's KV spans both: in every layer its first `split` tokens lie on the device, as many as fit there, and the
-others in host memory. In either tier a layer is `[2, Hkv, tokens, D]` (K, then V): contiguous per head, which is what
-the CPU's attention reads and what copies are long runs of.
+Tokens that lie together are an extent: on one tier, in every layer `[2, Hkv, capacity, D]` (K, then V), contiguous per
+head, which is what the CPU's attention reads and what copies are long runs of. A request's KV is a list of spans of
+extents: usually one on the device, as long as it fits there, and one in host memory for the rest; it grows by further
+extents, and begins with extents of another request where both begin with the same tokens.
 """
 
 from __future__ import annotations
 
 import bisect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -89,31 +90,77 @@ class Arena:
         self._free = [*before, block, *after]
 
 
-@dataclass(frozen=True, slots=True)
-class LayerKV:
-    """One layer of one request: tokens [0, split) and [split, capacity)."""
+@dataclass(eq=False, slots=True)
+class Extent:
+    """Tokens that lie together, and who holds them: `users` are requests, `keepers` is the prefix cache."""
 
-    gpu: torch.Tensor  # [2, Hkv, split, D] on the device
-    host: torch.Tensor  # [2, Hkv, capacity − split, D] in host memory, page-locked where there is a GPU
-    mapped: torch.Tensor  # the same memory as the device addresses it; without a GPU, `host` itself
+    tier: Tier
+    capacity: int
+    layers: list[torch.Tensor]  # [2, Hkv, capacity, D], on the device or in host memory
+    mapped: list[torch.Tensor]  # the same memory as the device addresses it
+    blocks: list[Block]
+    users: int = 0
+    keepers: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return sum(block.nbytes for block in self.blocks)
+
+    @property
+    def exclusive(self) -> bool:
+        """Held once: whoever holds it may write to it."""
+        return self.users + self.keepers == 1
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The first `tokens` of an extent as the tokens of a request from position `first` on."""
+
+    extent: Extent
+    first: int
+    tokens: int
+
+    @property
+    def last(self) -> int:
+        return self.first + self.tokens
+
+    def within(self, first: int, last: int) -> slice:
+        """Positions [first, last) of the request, as far as the span reaches, as places in the extent."""
+        return slice(max(first - self.first, 0), min(last - self.first, self.tokens))
 
 
 @dataclass(eq=False, slots=True)
 class RequestKV:
-    """The KV of one request: tokens [0, split) lie on the device, [split, capacity) in host memory, in every layer.
-
-    `length` counts the tokens that every layer holds: a pass adds its own when it is over.
+    """The KV of one request, in spans without gaps. `length` counts the tokens that every layer holds: a pass adds its
+    own when it is over. What lies beyond is garbage, to be overwritten.
     """
 
-    capacity: int
-    split: int
-    layers: list[LayerKV]
-    blocks: dict[Tier, list[Block]] = field(default_factory=dict)
+    spans: list[Span] = field(default_factory=list)
     length: int = 0
+    kept: bool = False  # by the prefix cache, after its request
+
+    @property
+    def capacity(self) -> int:
+        return self.spans[-1].last if self.spans else 0
+
+    @property
+    def split(self) -> int:
+        """Tokens from the first on that lie on the device."""
+        return next((span.first for span in self.spans if span.extent.tier == "host"), self.capacity)
+
+    def host_tokens(self, last: int) -> int:
+        """How many of the first `last` tokens lie in host memory."""
+        return sum(min(span.tokens, last - span.first) for span in self.spans_of(0, last, "host"))
+
+    def spans_of(self, first: int, last: int, tier: Tier | None = None) -> Iterator[Span]:
+        """The spans that hold some of the tokens [first, last), of one tier or of both, in order."""
+        for span in self.spans:
+            if span.first < last and first < span.last and tier in (None, span.extent.tier):
+                yield span
 
 
 class KVPool:
-    """Blocks for requests, all layers or none. `gpu` and `host` are flat uint8 tensors."""
+    """Extents for requests, in all layers or none. `gpu` and `host` are flat uint8 tensors."""
 
     def __init__(
         self, shape: KVShape, gpu: torch.Tensor, host: torch.Tensor, mapped: torch.Tensor | None = None
@@ -122,6 +169,7 @@ class KVPool:
         self.shape = shape
         self.arenas: dict[Tier, Arena] = {"gpu": Arena(gpu), "host": Arena(host)}
         self._mapped = host if mapped is None else mapped
+        self._idle: dict[Tier, int] = {"gpu": 0, "host": 0}  # bytes that only the prefix cache holds
 
     def check(self, capacity: int) -> None:
         """Raise BudgetError with numbers when `capacity` tokens do not fit even into empty pools."""
@@ -139,41 +187,146 @@ class KVPool:
     def _nbytes(self, tokens: int) -> int:
         return self.shape.layers * self.shape.block_nbytes(tokens)
 
-    def allocate(self, capacity: int) -> RequestKV | None:
-        """KV for `capacity` tokens, on the device as far as there is room; None when it does not fit now."""
-        layers = self.shape.layers
-        fits = self.arenas["gpu"].room_for
-        split = largest(capacity, lambda tokens: fits(self.shape.block_nbytes(tokens)) >= layers)
-        blocks: dict[Tier, list[Block]] = {"gpu": [], "host": []}
-        tokens: dict[Tier, int] = {"gpu": split, "host": capacity - split}
-        for tier, count in tokens.items():
-            for _ in range(layers if count else 0):
-                block = self.arenas[tier].allocate(self.shape.block_nbytes(count))
-                if block is None:
-                    self._release(blocks)
+    def allocate(self, capacity: int, prefix: RequestKV | None = None, shared: int = 0) -> RequestKV | None:
+        """KV for `capacity` tokens, on the device as far as there is room; None when it does not fit now.
+
+        Its first `shared` tokens are those of `prefix`, in the same memory, and count as computed.
+        """
+        own = self._extents(capacity - shared, shared)
+        if own is None:
+            return None
+        kv = RequestKV([], shared)
+        for span in prefix.spans if prefix is not None else ():
+            if span.first < shared:
+                kv.spans.append(Span(span.extent, span.first, min(span.tokens, shared - span.first)))
+        kv.spans += own
+        for span in kv.spans:
+            self._hold(span.extent, users=1)
+        return kv
+
+    def extend(self, kv: RequestKV, capacity: int) -> bool:
+        """Room for `capacity` tokens. Takes nothing when it does not fit now."""
+        own = self._extents(capacity - kv.capacity, kv.capacity)
+        if own is None:
+            return False
+        kv.spans += own
+        for span in own:
+            self._hold(span.extent, users=1)
+        return True
+
+    def _extents(self, tokens: int, first: int) -> list[Span] | None:
+        """New extents for so many tokens from position `first` on."""
+        split = self.device_room(tokens)
+        sizes: tuple[tuple[Tier, int], ...] = (("gpu", split), ("host", tokens - split))
+        spans: list[Span] = []
+        for tier, count in sizes:
+            if count > 0:
+                extent = self._extent(tier, count)
+                if extent is None:
+                    for span in spans:
+                        self._release(span.extent)
                     return None
-                blocks[tier].append(block)
-        return RequestKV(capacity, split, [self._layer(blocks, i, tokens) for i in range(layers)], blocks)
+                spans.append(Span(extent, first, count))
+                first += count
+        return spans
 
-    def _layer(self, blocks: dict[Tier, list[Block]], index: int, tokens: dict[Tier, int]) -> LayerKV:
-        places = {tier: found[index] if found else Block(0, 0) for tier, found in blocks.items()}
+    def device_room(self, tokens: int) -> int:
+        """How many of so many tokens fit on the device now, in one extent."""
+        fits = self.arenas["gpu"].room_for
+        return largest(tokens, lambda count: fits(self.shape.block_nbytes(count)) >= self.shape.layers)
 
-        def view(storage: torch.Tensor, tier: Tier) -> torch.Tensor:
-            block = places[tier]
-            return self.shape.view(storage[block.offset : block.offset + block.nbytes], tokens[tier])
+    def move(self, extent: Extent, tier: Tier) -> bool:
+        """Carry an extent that no request uses to the other tier. False when that has no room."""
+        other = self._extent(tier, extent.capacity)
+        if other is None:
+            return False
+        for here, there in zip(extent.layers, other.layers):
+            there.copy_(here, non_blocking=True)
+        for device in {layer.device for layer in (extent.layers[0], other.layers[0]) if layer.is_cuda}:
+            torch.cuda.current_stream(device).synchronize()
+        self._idle[extent.tier] -= extent.nbytes
+        self._release(extent)
+        extent.tier, extent.layers, extent.mapped, extent.blocks = tier, other.layers, other.mapped, other.blocks
+        self._idle[tier] += extent.nbytes
+        return True
 
-        gpu, host = self.arenas["gpu"].storage, self.arenas["host"].storage
-        return LayerKV(view(gpu, "gpu"), view(host, "host"), view(self._mapped, "host"))
+    def _extent(self, tier: Tier, capacity: int) -> Extent | None:
+        nbytes, arena = self.shape.block_nbytes(capacity), self.arenas[tier]
+        blocks: list[Block] = []
+        while len(blocks) < self.shape.layers and (block := arena.allocate(nbytes)) is not None:
+            blocks.append(block)
+        if len(blocks) < self.shape.layers:
+            for block in blocks:
+                arena.free(block)
+            return None
+        layers = [self._view(arena.storage, block, capacity) for block in blocks]
+        mapped = [self._view(self._mapped, block, capacity) for block in blocks] if tier == "host" else layers
+        return Extent(tier, capacity, layers, mapped, blocks)
 
-    def _release(self, blocks: dict[Tier, list[Block]]) -> None:
-        for tier, found in blocks.items():
-            for block in found:
-                self.arenas[tier].free(block)
+    def _view(self, storage: torch.Tensor, block: Block, capacity: int) -> torch.Tensor:
+        return self.shape.view(storage[block.offset : block.offset + block.nbytes], capacity)
+
+    def _hold(self, extent: Extent, users: int = 0, keepers: int = 0) -> None:
+        """Change who holds an extent; without any holder it is free."""
+        nbytes = extent.nbytes
+        self._idle[extent.tier] -= nbytes if extent.users == 0 and extent.keepers else 0
+        extent.users += users
+        extent.keepers += keepers
+        self._idle[extent.tier] += nbytes if extent.users == 0 and extent.keepers else 0
+        if extent.users == extent.keepers == 0:
+            self._release(extent)
+
+    def _release(self, extent: Extent) -> None:
+        for block in extent.blocks:
+            self.arenas[extent.tier].free(block)
+        extent.blocks, extent.layers, extent.mapped = [], [], []
 
     def free(self, kv: RequestKV) -> None:
-        """Give a request's blocks back. No copy from or to them may be under way."""
-        self._release(kv.blocks)
-        kv.layers, kv.blocks = [], {}
+        """Give a request's share of its extents back. No copy from or to them may be under way."""
+        while kv.spans:
+            self._let_go(kv)
+
+    def _let_go(self, kv: RequestKV) -> None:
+        extent = kv.spans.pop().extent
+        self._hold(extent, users=0 if kv.kept else -1, keepers=-1 if kv.kept else 0)
+
+    def keep(self, kv: RequestKV) -> None:
+        """The request has ended; its KV stays, without the extents that it had not come to."""
+        self.trim(kv, kv.length)
+        kv.kept = True
+        for span in kv.spans:
+            self._hold(span.extent, keepers=1)
+            self._hold(span.extent, users=-1)
+
+    def reuse(self, kv: RequestKV, tokens: int) -> None:
+        """A request takes kept KV over, from its `tokens`-th token on as its own memory, as far as nobody shares it."""
+        kv.kept, kv.length = False, tokens
+        for span in kv.spans:
+            self._hold(span.extent, users=1)
+            self._hold(span.extent, keepers=-1)
+        shared = next((i for i, s in enumerate(kv.spans) if s.last > tokens and not self._writable(s)), None)
+        if shared is not None:
+            span = kv.spans[shared]
+            while len(kv.spans) > shared + 1:
+                self._let_go(kv)
+            self.trim(kv, max(tokens, span.first))
+            if span.first < tokens:
+                kv.spans[-1] = Span(span.extent, span.first, tokens - span.first)
+
+    @staticmethod
+    def _writable(span: Span) -> bool:
+        return span.extent.exclusive and span.tokens == span.extent.capacity
+
+    def trim(self, kv: RequestKV, tokens: int) -> None:
+        """Free the spans of which none of the first `tokens` tokens is part."""
+        while kv.spans and kv.spans[-1].first >= tokens:
+            self._let_go(kv)
+
+    def drop_last_span(self, kv: RequestKV) -> int:
+        """Free the last span of kept KV; the tokens that are left."""
+        self._let_go(kv)
+        kv.length = min(kv.length, kv.capacity)
+        return kv.length
 
     def close(self) -> None:
         """Let go of the pools' memory. Idempotent."""
@@ -181,7 +334,12 @@ class KVPool:
         self._mapped = torch.empty(0, dtype=torch.uint8)
 
     def used_bytes(self) -> dict[str, int]:
-        return {tier: arena.used_bytes for tier, arena in self.arenas.items()}
+        """What requests hold, by tier."""
+        return {tier: arena.used_bytes - self._idle[tier] for tier, arena in self.arenas.items()}
+
+    def cached_bytes(self) -> dict[str, int]:
+        """What only the prefix cache holds, by tier: free as soon as a request needs it."""
+        return dict(self._idle.items())
 
     def capacity_bytes(self) -> dict[str, int]:
         return {tier: arena.capacity_bytes for tier, arena in self.arenas.items()}

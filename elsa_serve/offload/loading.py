@@ -64,6 +64,7 @@ class EngineOptions:
     prefill_round_tokens: int | None = None
     max_num_batched_tokens: int | None = None
     num_speculative_tokens: int | None = None
+    prefix_caching: bool = True
     serial: bool = False
     host_threads: int | None = None  # for attention over KV in host memory; None: all cores but one
     load_format: LoadFormat = "auto"
@@ -280,7 +281,7 @@ def _tiers(options: EngineOptions, plan: Plan, shape: KVShape, streams: Streams)
     weights = geometry.streamed_bytes(len(plan.resident_layers))
 
     def limit(kv: RequestKV) -> int:
-        tokens = max(0, kv.length - kv.split)
+        tokens = kv.host_tokens(kv.length)
         flops = 4.0 * geometry.layers * geometry.heads * geometry.head_dim * tokens
         kv_bytes = geometry.kv_bytes(tokens)
         return in_place_limit(plan.rates, weights_bytes=weights, kv_bytes=kv_bytes, flops_per_token=flops)

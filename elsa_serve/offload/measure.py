@@ -425,7 +425,7 @@ def _probe(
         engine = OffloadEngine(
             folder, sink=passes, device=device, dtype=dtype, attention=attention, linear=linear, rates=rates,
             context=prompt + PROBE_TOKENS + 2, max_batch=1, resident_layers=layers, load_format="dummy",
-            num_speculative_tokens=0, prefill_round_tokens=prompt, progress=False,
+            prefix_caching=False, num_speculative_tokens=0, prefill_round_tokens=prompt, progress=False,
         )  # fmt: skip
         try:
             for seed, count in enumerate((2, 1 + PROBE_TOKENS)):  # to warm up, and to be timed

@@ -2,6 +2,10 @@
 
 A prompt alone passes the layers whole, or in a few rounds where it is very long; beside running decodes it comes in
 smaller pieces, because every decode waits for the end of the pass. What a pass has finished of a prompt is kept.
+
+A request holds KV for its prompt and for what it has generated, and takes more as it goes on. When there is no more,
+the youngest request gives its own back and waits; it is computed again later, from what the prefix cache still has.
+The oldest always goes on, so every request ends.
 """
 
 from __future__ import annotations
@@ -18,11 +22,15 @@ import torch
 from elsa_serve.errors import QueueFull
 from elsa_serve.offload.kv import KVPool, RequestKV
 from elsa_serve.offload.output import OutputText
+from elsa_serve.offload.prefix import BLOCK_TOKENS, PrefixCache, chain
 from elsa_serve.offload.sampling import Draw, Sampler
 from elsa_serve.offload.speculation import PromptLookup
 from elsa_serve.protocol import Event, FinishReason, GenerationRequest
 
 Ending = Literal["cancelled", "timeout"]
+
+FIRST_GROWTH, LAST_GROWTH, LEAST_GROWTH = 256, 4096, 16  # tokens of KV that a request takes at once beyond its prompt
+ADOPTED_TAIL = 8  # kept KV is taken over, not shared, where it is lost for others by less than one part in so many
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +55,8 @@ class Sequence:
     cancelled: bool = False  # set from any thread
     kv: RequestKV | None = None  # None while waiting
     tokens: list[int] = field(init=False)  # of prompt and output
+    digests: list[bytes] = field(default_factory=list)  # of the full blocks of `tokens`, as far as they were needed
+    cached_tokens: int | None = None  # of the prompt, found in the prefix cache when it was first admitted
     admitted: float | None = None
     first_token: float | None = None
     last_token: float | None = None
@@ -120,6 +130,14 @@ class Sequence:
         return self.ending() is not None
 
 
+@dataclass(frozen=True, slots=True)
+class Lookup:
+    """A search of the prefix cache: tokens that were needed, and tokens that it had."""
+
+    tokens: int
+    hits: int
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Work:
     """A sequence's share of the next pass: tokens after those its KV holds, the last of them perhaps drafted."""
@@ -129,6 +147,15 @@ class Work:
     draft: list[int]
     prefilling: bool
     rows: int  # of logits: none while tokens of the prompt remain
+
+
+@dataclass(slots=True)
+class Pass:
+    """What the next pass computes, and what changed to make it so."""
+
+    work: list[Work] = field(default_factory=list)
+    lookups: list[Lookup] = field(default_factory=list)  # of the sequences that joined
+    preempted: int = 0  # sequences that gave their KV back and wait again
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,8 +169,16 @@ class PassTokens:
 class Scheduler:
     """The waiting queue and the running set. Thread-safe; only the engine's thread moves sequences on."""
 
-    def __init__(self, pool: KVPool, *, max_batch: int, max_queue: int, pass_tokens: PassTokens) -> None:
-        self._pool = pool
+    def __init__(
+        self,
+        pool: KVPool,
+        *,
+        max_batch: int,
+        max_queue: int,
+        pass_tokens: PassTokens,
+        cache: PrefixCache | None = None,
+    ) -> None:
+        self._pool, self._cache = pool, cache
         self._max_batch, self._max_queue, self._pass_tokens = max_batch, max_queue, pass_tokens
         self._lock = threading.RLock()
         self._waiting: deque[Sequence] = deque()
@@ -151,6 +186,7 @@ class Scheduler:
         self._by_id: dict[str, Sequence] = {}
         self._seconds_per_request: float | None = None
         self._last_end: float | None = None
+        self._full = False  # a sequence was preempted, and none has ended since
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence. Raises QueueFull, with the time one place takes to come free, as measured."""
@@ -174,22 +210,30 @@ class Scheduler:
                 sequence.cancelled = True
             return sequence is not None
 
-    def next_pass(self) -> list[Work]:
+    def next_pass(self) -> Pass:
         """Each running sequence's share, after waiting ones have joined as far as the limits allow."""
+        result = Pass()
         with self._lock:
-            work = [self._decode(s) for s in self._running if not s.prefilling]
+            decoding = [s for s in self._running if not s.prefilling]
+            for sequence in sorted(decoding, key=lambda s: s.received):
+                self._make_room(sequence, result)
+            work = result.work
+            work += [self._decode(s) for s in decoding if s.kv is not None]
             left = self._pass_tokens.beside_decode if work else self._pass_tokens.alone
             for sequence in [s for s in self._running if s.prefilling]:
                 if left > 0:
                     work.append(self._prompt(sequence, left))
                     left -= len(work[-1].tokens)
-            while left > 0 and (admitted := self._admit()) is not None:
+            while left > 0 and (admitted := self._admit(result)) is not None:
                 work.append(self._prompt(admitted, left))
                 left -= len(work[-1].tokens)
-        return work
+        return result
 
     def _decode(self, sequence: Sequence) -> Work:
-        draft = sequence.lookup.draft(sequence.remaining - 1) if sequence.lookup is not None else []
+        draft: list[int] = []
+        if sequence.lookup is not None and sequence.kv is not None:
+            room = sequence.kv.capacity - len(sequence.tokens)
+            draft = sequence.lookup.draft(min(room, sequence.remaining - 1))
         return Work(sequence, [sequence.tokens[-1], *draft], draft, False, 1 + len(draft))
 
     def _prompt(self, sequence: Sequence, most: int) -> Work:
@@ -200,33 +244,125 @@ class Scheduler:
         start = len(sequence.tokens) - pending
         return Work(sequence, sequence.tokens[start : start + size], [], True, int(size == pending))
 
-    def _admit(self) -> Sequence | None:
+    def computed(self, sequence: Sequence) -> None:
+        """A pass has added to a sequence's KV: others may share it from now on."""
+        with self._lock:
+            if self._cache is not None and sequence.kv is not None:
+                chain(self._cache.root, sequence.digests, sequence.tokens, sequence.kv.length)
+                self._cache.publish(sequence.kv, sequence.digests)
+
+    # --- memory ---------------------------------------------------------------------------------------------------
+
+    def _make_room(self, sequence: Sequence, result: Pass) -> None:
+        """KV for the sequence's next token, and some more; the youngest give theirs back where there is none."""
+        kv = sequence.kv
+        if kv is None or kv.capacity >= len(sequence.tokens):
+            return
+        beyond = sequence.capacity - kv.capacity
+        size = min(beyond, max(FIRST_GROWTH, min(sequence.generated, LAST_GROWTH)))
+        while sequence.kv is not None:
+            if any(self._extend(kv, kv.capacity + tokens) for tokens in (size, min(size, LEAST_GROWTH))):
+                return
+            self._preempt(max(self._running, key=lambda s: s.received))
+            result.preempted += 1
+
+    def _extend(self, kv: RequestKV, capacity: int) -> bool:
+        """Room for `capacity` tokens, for which the prefix cache gives up as much as that needs."""
+        while not self._pool.extend(kv, capacity):
+            if self._cache is None or not self._cache.reclaim():
+                return False
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Back to the head of the queue. Its KV stays in the prefix cache as long as nobody needs the memory."""
+        self._running.remove(sequence)
+        self._waiting.appendleft(sequence)
+        self._give_back(sequence, keep=True)
+        self._full = True
+
+    def _admit(self, result: Pass) -> Sequence | None:
         """Move the head of the queue into the running set, if batch and KV memory allow.
 
-        It blocks those behind it, so a long prompt is never overtaken for ever.
+        It blocks those behind it, so a long prompt is never overtaken for ever. After a preemption nobody joins until
+        one has ended: what comes back too early would be preempted again.
         """
-        if not self._waiting or len(self._running) >= self._max_batch:
+        if not self._waiting or len(self._running) >= self._max_batch or (self._full and self._running):
             return None
         head = self._waiting[0]
-        kv = self._pool.allocate(head.capacity)
-        if kv is None:
+        wanted = head.capacity
+        if not self._full:
+            wanted = min(wanted, len(head.tokens) + FIRST_GROWTH)
+        if not self._allocate(head, wanted):
             return None
-        head.kv, head.admitted = kv, time.monotonic()
+        assert head.kv is not None
+        if self._cache is not None:
+            result.lookups.append(Lookup(len(head.tokens), head.kv.length))
+        if head.admitted is None:
+            head.admitted, head.cached_tokens = time.monotonic(), head.kv.length
         self._running.append(self._waiting.popleft())
         return head
 
-    def finish(self, sequence: Sequence) -> None:
-        """Take a sequence out, wherever it is, and give its KV back."""
+    def _allocate(self, sequence: Sequence, capacity: int) -> bool:
+        """KV for a sequence that joins, beginning with what the prefix cache has of it; False to wait."""
+        if self._cache is None:
+            sequence.kv = self._pool.allocate(capacity)
+            return sequence.kv is not None
+        chain(self._cache.root, sequence.digests, sequence.tokens, len(sequence.tokens))
+        tight = False
+        while True:
+            found, shared = self._cache.match(sequence.digests, len(sequence.tokens) - 1)
+            if self._soon(sequence, shared):
+                return False
+            self._cache.prepare(found, shared, capacity - shared)
+            if found is not None and found.kept and (tight or (found.length - shared) * ADOPTED_TAIL <= found.length):
+                self._cache.adopt(found, shared)
+                if self._extend(found, capacity):
+                    sequence.kv = found
+                    return True
+                if self._running:
+                    self._cache.keep(found)
+                    return False
+                self._cache.forget(found)
+                continue
+            sequence.kv = self._pool.allocate(capacity, found, shared)
+            if sequence.kv is not None:
+                return True
+            tight = found is not None and found.kept and self._cache.kept() == 1
+            if not tight and not self._cache.reclaim():
+                return False
+
+    def _soon(self, sequence: Sequence, shared: int) -> bool:
+        """Whether a running prompt is about to compute so much more of this one's beginning than the cache has, that it
+        could not be computed beside a pass for nothing.
+        """
+        return any(
+            _common(sequence, other) - shared > self._pass_tokens.beside_decode
+            for other in self._running
+            if other.prefilling
+        )
+
+    def finish(self, sequence: Sequence, keep: bool = True) -> None:
+        """Take a sequence out, wherever it is, and give its KV back; `keep` leaves it to the prefix cache."""
         with self._lock:
             if sequence in self._running:
                 self._running.remove(sequence)
+                self._full = False
                 self._measure()
             else:
                 self._waiting.remove(sequence)
             del self._by_id[sequence.request.request_id]
-            if sequence.kv is not None:
-                self._pool.free(sequence.kv)
-                sequence.kv = None
+            self._give_back(sequence, keep)
+
+    def _give_back(self, sequence: Sequence, keep: bool) -> None:
+        if sequence.kv is None:
+            return
+        if self._cache is None:
+            self._pool.free(sequence.kv)
+        elif keep:
+            self._cache.keep(sequence.kv)
+        else:
+            self._cache.forget(sequence.kv)
+        sequence.kv = None
 
     def _measure(self) -> None:
         """The smoothed time between two ends while the engine was busy."""
@@ -240,6 +376,13 @@ class Scheduler:
 
     def retry_after_s(self) -> float:
         return max(1.0, self._seconds_per_request or 1.0)
+
+    def forget_prefixes(self, identity: str) -> None:
+        """Give up all cached KV, and name tokens anew. Nothing may be running."""
+        with self._lock:
+            if self._cache is not None:
+                self._cache.clear()
+                self._cache = PrefixCache(self._pool, identity)
 
     def waiting(self) -> list[Sequence]:
         with self._lock:
@@ -263,3 +406,13 @@ class Scheduler:
         """Prompt tokens of waiting and prefilling sequences."""
         with self._lock:
             return sum(s.pending for s in (*self._waiting, *self._running) if s.prefilling)
+
+
+def _common(one: Sequence, other: Sequence) -> int:
+    """Tokens of the full blocks with which both begin."""
+    blocks = 0
+    for mine, yours in zip(one.digests, other.digests):
+        if mine != yours:
+            break
+        blocks += 1
+    return blocks * BLOCK_TOKENS

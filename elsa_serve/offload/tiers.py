@@ -9,8 +9,9 @@ Each request takes one of three roads through a pass:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
@@ -18,12 +19,13 @@ from elsa_kernels import State, merged_output
 
 from elsa_serve.offload.attention import Attend, AttendState, AttentionOptions
 from elsa_serve.offload.in_place import HostShare, InPlace
-from elsa_serve.offload.kv import RequestKV
+from elsa_serve.offload.kv import RequestKV, Span, Tier
 from elsa_serve.offload.streams import Streams
 from elsa_serve.offload.working import Visit, WorkingKV, write_mapped
 from elsa_serve.stats import HostAttention
 
 Road = Literal["resident", "in place", "over the device"]
+STATE_ROWS = 1024  # query rows whose float32 states over several spans are alive at once
 
 
 class Rows(Protocol):
@@ -78,7 +80,7 @@ class Tiers:
 
     def road(self, kv: RequestKV, new: int) -> Road:
         """The road of `new` tokens after those that `kv` holds."""
-        if kv.length + new <= kv.split:
+        if not kv.host_tokens(kv.length + new):
             return "resident"
         if self._in_place is not None and self._attend_state is not None and new <= self._limit(kv):
             return "in place"
@@ -91,70 +93,92 @@ class Tiers:
 
     def attend(self, layer: int, pieces: Sequence[Piece], options: AttentionOptions) -> list[torch.Tensor]:
         """Store the pieces' keys and values and attend; [1, H, n, D] for each."""
-        shares: dict[int, HostShare] = {}
-        for i, piece in enumerate(pieces):
-            if self._roads[id(piece.kv)] == "in place":
-                shares[i] = self._stage(layer, piece, options)
-        event = self._in_place.launch(list(shares.values())) if shares and self._in_place else None
+        shares = {
+            i: self._stage(layer, piece, options)
+            for i, piece in enumerate(pieces)
+            if self._roads[id(piece.kv)] == "in place"
+        }
+        staged = [share for found in shares.values() for share in found]
+        event = self._in_place.launch(staged) if staged and self._in_place else None
         # While the host is at work: everything that is the device's alone.
-        results: list[torch.Tensor | State | None] = [
+        results = [
             self._device_state(layer, piece, options) if i in shares else self._whole(layer, piece, options)
             for i, piece in enumerate(pieces)
         ]
         if event is not None:
             self._streams.wait(event)
-        return [self._finish(result, shares.get(i), piece) for i, (result, piece) in enumerate(zip(results, pieces))]
+        return [
+            self._finish(result, shares.get(i, ()), piece) for i, (result, piece) in enumerate(zip(results, pieces))
+        ]
 
     def _whole(self, layer: int, piece: Piece, options: AttentionOptions) -> torch.Tensor:
         """Attention over keys that are all on the device."""
         kv, last = piece.kv, piece.last
-        resident = self._roads[id(kv)] == "resident"
-        if resident:
-            block = kv.layers[layer].gpu
-            _store(block, piece.first, piece.k, piece.v)
-        else:
-            block = self._working.write(kv, layer, piece.first, piece.k, piece.v)
+        if self._roads[id(kv)] == "resident":
+            _store(layer, piece)
+            if kv.spans[0].last >= last:
+                block = kv.spans[0].extent.layers[layer]
+            elif self._attend_state is not None:
+                return self._device_state_in_rows(layer, piece, options)
+            else:
+                spans = kv.spans_of(0, last)
+                block = torch.cat([span.extent.layers[layer][:, :, span.within(0, last)] for span in spans], 2)
+            return self._attend(piece.q, block[None, 0, :, :last], block[None, 1, :, :last], options)
+        block = self._working.write(kv, layer, piece.first, piece.k, piece.v)
         out = self._attend(piece.q, block[None, 0, :, :last], block[None, 1, :, :last], options)
-        if piece.final and not resident:
+        if piece.final:
             self._working.give()
         return out
 
-    def _stage(self, layer: int, piece: Piece, options: AttentionOptions) -> HostShare:
-        """Store the piece, each token in its tier, and hand its queries to the host."""
+    def _stage(self, layer: int, piece: Piece, options: AttentionOptions) -> list[HostShare]:
+        """Store the piece, each token in its tier, and hand its queries to the host, for each of its spans there."""
         assert self._in_place is not None
-        kv, home, last = piece.kv, piece.kv.layers[layer], piece.last
-        cut = min(max(kv.split - piece.first, 0), piece.q.shape[2])  # so many of the new tokens go to the device
-        if cut:
-            _store(home.gpu, piece.first, piece.k[:, :, :cut], piece.v[:, :, :cut])
-        low = max(piece.first, kv.split) - kv.split
-        for part, new in enumerate((piece.k, piece.v)):
-            write_mapped(home.mapped[part, :, low : last - kv.split], new[0, :, cut:])
-        sinks = None if self._sees_device(piece, options) else options.sinks
-        return self._in_place.stage(piece.q, home.host[:, :, : last - kv.split], piece.first - kv.split, options, sinks)
+        _store(layer, piece)
+        sinks = None if self._seen(piece, options, "gpu") else options.sinks
+        shares = []
+        for span in self._seen(piece, options, "host"):
+            keys = span.extent.layers[layer][:, :, span.within(0, piece.last)]
+            shares.append(self._in_place.stage(piece.q, keys, piece.first - span.first, options, sinks))
+            sinks = None
+        return shares
 
     def _device_state(self, layer: int, piece: Piece, options: AttentionOptions) -> State | None:
         """The piece's state over the tokens on the device; None where none of them is seen."""
+        states = self._device_states(layer, piece, options)
+        return functools.reduce(State.merge, states) if states else None
+
+    def _device_states(self, layer: int, piece: Piece, options: AttentionOptions) -> list[State]:
+        """The same, span by span."""
         assert self._attend_state is not None
-        if not self._sees_device(piece, options):
-            return None
-        here = min(piece.kv.split, piece.last)
-        block = piece.kv.layers[layer].gpu
-        return self._attend_state(piece.q, block[None, 0, :, :here], block[None, 1, :, :here], options, piece.first)
+        states: list[State] = []
+        for span in self._seen(piece, options, "gpu"):
+            block = span.extent.layers[layer][:, :, span.within(0, piece.last)]
+            start = piece.first - span.first
+            states.append(self._attend_state(piece.q, block[None, 0], block[None, 1], options, start))
+            options = replace(options, sinks=None)  # they join once in all
+        return states
+
+    def _device_state_in_rows(self, layer: int, piece: Piece, options: AttentionOptions) -> torch.Tensor:
+        """Attention over several spans on the device, few rows at a time, because states are in float32."""
+        outs = []
+        for low in range(0, piece.q.shape[2], STATE_ROWS):
+            rows = slice(low, low + STATE_ROWS)
+            part = replace(piece, first=piece.first + low, q=piece.q[:, :, rows])
+            outs.append(_merged(self._device_states(layer, part, options), piece.q.dtype))
+        return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
 
     @staticmethod
-    def _sees_device(piece: Piece, options: AttentionOptions) -> bool:
-        """Whether some row sees a token on the device. Sinks then join there, else on the host: once in all."""
-        oldest = 0 if options.window is None else piece.first - options.window + 1
-        return min(piece.kv.split, piece.last) > max(0, oldest)
+    def _seen(piece: Piece, options: AttentionOptions, tier: Tier) -> list[Span]:
+        """The spans of a tier with tokens that some row sees. Sinks join on the device if there are any, else on the
+        host: once in all."""
+        oldest = 0 if options.window is None else max(0, piece.first - options.window + 1)
+        return list(piece.kv.spans_of(oldest, piece.last, tier))
 
-    def _finish(self, result: torch.Tensor | State | None, share: HostShare | None, piece: Piece) -> torch.Tensor:
-        """Merge in the order of the keys: the device's tokens, then the host's."""
+    def _finish(self, result: torch.Tensor | State | None, shares: Sequence[HostShare], piece: Piece) -> torch.Tensor:
+        """Merge in a fixed order: the device's tokens, then the host's."""
         if isinstance(result, torch.Tensor):
             return result
-        assert share is not None
-        if result is None:
-            return share.state.finalize(piece.q.dtype)
-        return merged_output(result, share.state, piece.q.dtype)
+        return _merged([*([result] if result is not None else []), *(share.state for share in shares)], piece.q.dtype)
 
     def end(self) -> None:
         """Block until the tiers hold everything the pass computed. Raises what went wrong on the host."""
@@ -178,7 +202,20 @@ class Tiers:
             self._in_place.close()
 
 
-def _store(block: torch.Tensor, first: int, k: torch.Tensor, v: torch.Tensor) -> None:
-    last = first + k.shape[2]
-    block[0, :, first:last] = k[0]
-    block[1, :, first:last] = v[0]
+def _merged(states: Sequence[State], dtype: torch.dtype) -> torch.Tensor:
+    """One output of one or more states, merged in their order."""
+    if len(states) == 1:
+        return states[0].finalize(dtype)
+    return merged_output(functools.reduce(State.merge, states[:-1]), states[-1], dtype)
+
+
+def _store(layer: int, piece: Piece) -> None:
+    """Put the piece's keys and values where its tokens belong."""
+    for span in piece.kv.spans_of(piece.first, piece.last):
+        places, low = span.within(piece.first, piece.last), max(span.first - piece.first, 0)
+        rows = slice(low, low + places.stop - places.start)
+        for part, new in enumerate((piece.k, piece.v)):
+            if span.extent.tier == "gpu":
+                span.extent.layers[layer][part, :, places] = new[0, :, rows]
+            else:
+                write_mapped(span.extent.mapped[layer][part, :, places], new[0, :, rows])

@@ -82,8 +82,9 @@ class WorkingKV:
                 self._streams.wait(left.copy)
             if run.filled is not None:
                 self._streams.wait(run.filled)
-            here = min(kv.length, kv.split)
-            buffer[:, :, :here].copy_(kv.layers[layer].gpu[:, :, :here])
+            for span in kv.spans_of(0, kv.length, "gpu"):
+                here = span.within(0, kv.length)
+                buffer[:, :, span.first : span.first + here.stop].copy_(span.extent.layers[layer][:, :, here])
         run.taken = True
         return buffer
 
@@ -95,20 +96,17 @@ class WorkingKV:
                 self._streams.wait(left.copy)
         buffer[0, :, first:last] = k[0]
         buffer[1, :, first:last] = v[0]
-        home = kv.layers[layer]
-        here = min(last, kv.split)
-        if first < here:
-            home.gpu[:, :, first:here] = buffer[:, :, first:here]
-        low = max(first, kv.split)
-        if low >= last:
-            return buffer
-        places = slice(low - kv.split, last - kv.split)
-        if last - low <= SMALL_TOKENS:
-            write_mapped(home.mapped[:, :, places], buffer[:, :, low:last])
-            return buffer
-        pairs = _runs(home.host[:, :, places], buffer[:, :, low:last])
-        copy = self._down.submit(pairs, object="kv", direction="d2h", after=(self._streams.record(),))
-        self._pass.leaving.append(_Leaving(kv, low, last, copy))
+        for span in kv.spans_of(first, last):
+            places, low = span.within(first, last), max(span.first, first)
+            new = buffer[:, :, low : low + places.stop - places.start]
+            if span.extent.tier == "gpu":
+                span.extent.layers[layer][:, :, places] = new
+            elif new.shape[2] <= SMALL_TOKENS:
+                write_mapped(span.extent.mapped[layer][:, :, places], new)
+            else:
+                pairs = _runs(span.extent.layers[layer][:, :, places], new)
+                copy = self._down.submit(pairs, object="kv", direction="d2h", after=(self._streams.record(),))
+                self._pass.leaving.append(_Leaving(kv, low, low + new.shape[2], copy))
         return buffer
 
     def give(self) -> None:
@@ -140,13 +138,14 @@ class WorkingKV:
         if run.current is None:
             return
         kv = run.current.kv
-        old = slice(kv.split, kv.length)
-        if kv.length > kv.split:
-            host = kv.layers[run.current.layer].host[:, :, : kv.length - kv.split]
+        pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for span in kv.spans_of(0, kv.length, "host"):
+            places = span.within(0, kv.length)
+            here = self._view(kv)[:, :, span.first : span.first + places.stop]
+            pairs += _runs(here, span.extent.layers[run.current.layer][:, :, places])
+        if pairs:
             after = [*busy, *(left.copy for left in run.leaving)]
-            run.filled = self._up.submit(
-                _runs(self._view(kv)[:, :, old], host), object="kv", direction="h2d", after=after
-            )
+            run.filled = self._up.submit(pairs, object="kv", direction="h2d", after=after)
 
 
 def write_mapped(mapped: torch.Tensor, values: torch.Tensor) -> None:

@@ -68,8 +68,9 @@ def test_a_request_fills_the_device_and_spills_the_rest_of_its_tokens() -> None:
     kv = memory.allocate(10)
     assert kv is not None
     assert (kv.split, kv.capacity) == (6, 10)
-    assert [tuple(layer.gpu.shape) for layer in kv.layers] == [(2, 2, 6, 8)] * 3
-    assert [tuple(layer.host.shape) for layer in kv.layers] == [(2, 2, 4, 8)] * 3
+    assert [span.extent.tier for span in kv.spans] == ["gpu", "host"]
+    assert [tuple(layer.shape) for layer in kv.spans[0].extent.layers] == [(2, 2, 6, 8)] * 3
+    assert [tuple(layer.shape) for layer in kv.spans[1].extent.layers] == [(2, 2, 4, 8)] * 3
     assert memory.used_bytes() == {"gpu": 3 * SHAPE.block_nbytes(6), "host": 3 * SHAPE.block_nbytes(4)}
     second = memory.allocate(16)
     assert second is not None
@@ -86,14 +87,112 @@ def test_blocks_of_a_request_do_not_overlap() -> None:
     kvs = [memory.allocate(8), memory.allocate(5)]
     for number, kv in enumerate(kvs):
         assert kv is not None
-        for i, layer in enumerate(kv.layers):
-            layer.gpu.fill_(10 * number + i)
-            layer.host.fill_(10 * number + i)
+        for tensor, i in layers_of(kv):
+            tensor.fill_(10 * number + i)
     for number, kv in enumerate(kvs):
         assert kv is not None
-        for i, layer in enumerate(kv.layers):
-            assert bool((layer.gpu == 10 * number + i).all())
-            assert bool((layer.host == 10 * number + i).all())
+        assert all(bool((tensor == 10 * number + i).all()) for tensor, i in layers_of(kv))
+
+
+def layers_of(kv: RequestKV) -> list[tuple[torch.Tensor, int]]:
+    return [(tensor, i) for span in kv.spans for i, tensor in enumerate(span.extent.layers)]
+
+
+def test_a_request_grows_and_takes_nothing_that_does_not_fit() -> None:
+    memory = pool(gpu_tokens=6, host_tokens=12)
+    kv = memory.allocate(4)
+    assert kv is not None
+    assert memory.extend(kv, 9)
+    assert [(s.extent.tier, s.first, s.tokens) for s in kv.spans] == [("gpu", 0, 4), ("gpu", 4, 2), ("host", 6, 3)]
+    before = memory.used_bytes()
+    assert not memory.extend(kv, 30)
+    assert memory.used_bytes() == before
+    assert memory.extend(kv, 5)  # less than it has: nothing to do
+    assert kv.capacity == 9
+    assert (kv.split, kv.host_tokens(6), kv.host_tokens(8), kv.host_tokens(100)) == (6, 0, 2, 3)
+    assert [s.first for s in kv.spans_of(5, 7)] == [4, 6]
+    assert kv.spans[2].within(0, 8) == slice(0, 2)
+    memory.trim(kv, 6)
+    assert kv.capacity == 6
+    memory.free(kv)
+    assert set(memory.used_bytes().values()) == {0}
+
+
+def test_a_beginning_is_shared_in_the_same_memory_until_its_last_holder_goes() -> None:
+    memory = pool(gpu_tokens=10, host_tokens=10)
+    one = memory.allocate(8)
+    assert one is not None
+    one.length = 8
+    two = memory.allocate(10, one, 6)
+    assert two is not None
+    assert (two.length, two.capacity) == (6, 10)
+    assert [(s.extent is one.spans[0].extent, s.first, s.tokens) for s in two.spans] == [
+        (True, 0, 6), (False, 6, 2), (False, 8, 2)
+    ]  # fmt: skip
+    assert not one.spans[0].extent.exclusive
+    memory.free(one)
+    assert memory.used_bytes() == {"gpu": 3 * (SHAPE.block_nbytes(8) + SHAPE.block_nbytes(2)),
+                                   "host": 3 * SHAPE.block_nbytes(2)}  # fmt: skip
+    memory.free(two)
+    assert set(memory.used_bytes().values()) == {0}
+
+
+def test_kept_memory_is_counted_apart_and_may_be_taken_over() -> None:
+    memory = pool(gpu_tokens=10, host_tokens=0)
+    kv = memory.allocate(6)
+    assert kv is not None
+    assert memory.extend(kv, 9)
+    kv.length = 5
+    memory.keep(kv)
+    assert kv.capacity == 6  # nothing had come to the second extent
+    assert memory.used_bytes()["gpu"] == 0
+    assert memory.cached_bytes()["gpu"] == 3 * SHAPE.block_nbytes(6)
+    memory.reuse(kv, 4)
+    assert (kv.length, kv.capacity, kv.kept) == (4, 6, False)
+    assert memory.used_bytes()["gpu"] == 3 * SHAPE.block_nbytes(6)
+    assert memory.cached_bytes()["gpu"] == 0
+    memory.free(kv)
+
+
+@pytest.mark.parametrize(("tokens", "capacity"), [(7, 8), (4, 8), (2, 2)])
+def test_what_others_share_is_not_taken_over(tokens: int, capacity: int) -> None:
+    """Kept KV of four tokens that a running request shares, and four of its own: only the latter may be written."""
+    memory = pool(gpu_tokens=20, host_tokens=0)
+    one = memory.allocate(6)
+    assert one is not None
+    kv = memory.allocate(8, one, 4)
+    assert kv is not None
+    kv.length = 8
+    memory.keep(kv)
+    memory.reuse(kv, tokens)
+    assert (kv.length, kv.capacity) == (tokens, capacity)
+    memory.free(kv)
+    memory.free(one)
+    assert set(memory.used_bytes().values()) == {0}
+
+
+def test_idle_memory_moves_between_the_tiers_with_its_bytes() -> None:
+    memory = pool(gpu_tokens=6, host_tokens=6)
+    kv = memory.allocate(6)
+    assert kv is not None
+    for tensor, i in layers_of(kv):
+        tensor.fill_(3.5 + i)
+    kv.length = 6
+    memory.keep(kv)
+    (span,) = kv.spans
+    assert memory.move(span.extent, "host")
+    assert memory.cached_bytes() == {"gpu": 0, "host": 3 * SHAPE.block_nbytes(6)}
+    assert kv.split == 0
+    assert all(bool((tensor == 3.5 + i).all()) for tensor, i in layers_of(kv))
+    other = memory.allocate(6)
+    assert other is not None
+    assert other.split == 6
+    assert not memory.move(span.extent, "gpu")
+    memory.free(other)
+    assert memory.move(span.extent, "gpu")
+    assert memory.arenas["host"].used_bytes == 0
+    memory.free(kv)
+    assert memory.arenas["gpu"].used_bytes == 0
 
 
 def test_all_of_a_request_may_lie_on_either_side() -> None:
@@ -159,7 +258,8 @@ def requests(capacity: int, splits: list[int]) -> tuple[list[RequestKV], list[to
 
 
 def stored(kv: RequestKV) -> torch.Tensor:
-    return torch.stack([torch.cat([layer.gpu, layer.host], 2) for layer in kv.layers])[:, :, :, : kv.length]
+    layers = [[span.extent.layers[i][:, :, : span.tokens] for span in kv.spans] for i in range(SHAPE.layers)]
+    return torch.stack([torch.cat(spans, 2) for spans in layers])[:, :, :, : kv.length]
 
 
 @pytest.mark.parametrize("chunk", [100, 70])

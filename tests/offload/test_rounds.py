@@ -102,7 +102,7 @@ def test_rounds_do_not_change_tokens(make: Any, family: str, placement: dict[str
 def test_a_decode_goes_on_beside_a_long_prompt(make: Any) -> None:
     """Twenty passes take the long prompt; the decoding request gets a token, or more, from each of them."""
     steps = Steps()
-    engine = make(max_num_batched_tokens=8, num_speculative_tokens=0, sink=steps)
+    engine = make(max_num_batched_tokens=8, num_speculative_tokens=0, prefix_caching=False, sink=steps)
     alone = {length: tokens_of(generate(engine, prompt_of(length), max_tokens=60)) for length in (10, 160)}
     steps.passes.clear()
     tokens: dict[int, list[int]] = {10: [], 160: []}

@@ -37,7 +37,7 @@ def names(sequences: list[Sequence]) -> list[str]:
 def admit(target: Scheduler) -> list[Sequence]:
     """The sequences that join with the next pass, whose tokens then count as computed."""
     before = target.running()
-    run(target.next_pass())
+    run(target.next_pass().work)
     return [s for s in target.running() if s not in before]
 
 
@@ -98,7 +98,7 @@ def test_prompts_share_a_pass_up_to_its_tokens_and_long_ones_come_in_even_rounds
     fill(target, sequence("long", 25), sequence("b", 6), sequence("c", 4), sequence("d", 1))
     seen = []
     while any(s.prefilling for s in (*target.running(), *target.waiting())):
-        work = target.next_pass()
+        work = target.next_pass().work
         seen.append([share for share in shares(work) if share[0] in ("long", "b")])
         assert sum(len(share.tokens) for share in work if share.prefilling) <= 10
         run(work)
@@ -118,7 +118,7 @@ def test_a_prompt_beside_decodes_comes_in_smaller_pieces_and_every_decode_is_in_
     fill(target, sequence("long", 30, max_tokens=50))
     seen = []
     for _ in range(4):
-        work = target.next_pass()
+        work = target.next_pass().work
         assert shares(work)[:2] == [("a", 1, 1), ("b", 1, 1)]
         seen += [share.tokens for share in work[2:]]
         run(work)
@@ -193,7 +193,7 @@ def test_counts_and_pending_tokens() -> None:
 def test_the_prompt_is_fed_first_and_then_the_last_token() -> None:
     target = scheduler()
     fill(target, sequence("a", prompt=3, max_tokens=5))
-    work = target.next_pass()
+    work = target.next_pass().work
     assert [(share.tokens, share.rows, share.prefilling) for share in work] == [([0, 0, 0], 1, True)]
     run(work)
-    assert [(share.tokens, share.rows, share.prefilling) for share in target.next_pass()] == [([7], 1, False)]
+    assert [(share.tokens, share.rows, share.prefilling) for share in target.next_pass().work] == [([7], 1, False)]

@@ -17,7 +17,7 @@ from elsa_serve.offload.step import SHORT_TOKENS, Part, PassAbandoned, StepPlan,
 
 
 def kv(length: int = 0) -> RequestKV:
-    return RequestKV(100, 100, [], length=length)
+    return RequestKV([], length)
 
 
 def long(token: int, tokens: int = SHORT_TOKENS + 8) -> list[int]:

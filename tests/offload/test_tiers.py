@@ -13,7 +13,7 @@ from elsa_kernels.cpu import native
 
 from elsa_serve.offload.attention import AttentionOptions, elsa_attend, elsa_attend_state
 from elsa_serve.offload.in_place import InPlace
-from elsa_serve.offload.kv import KVPool, KVShape, RequestKV
+from elsa_serve.offload.kv import KVPool, KVShape, RequestKV, Span
 from elsa_serve.offload.machine import Rates
 from elsa_serve.offload.predict import in_place_limit
 from elsa_serve.offload.streams import Streams, make_streams
@@ -171,6 +171,33 @@ def test_many_requests_and_chunks_at_random(device: str) -> None:
         world.run(chosen, [random.choice([1, 1, 3, 6, 7, 70]) for _ in chosen], chunk=600)
     for chunk in (3, 20):
         world.run(kvs[1:2], [40], chunk=chunk)
+
+
+@pytest.mark.parametrize(
+    "options", [PLAIN, replace(PLAIN, window=20, sinks=torch.tensor([0.5, -1.0, 2.0, 0.0]))], ids=["plain", "window"]
+)
+@pytest.mark.parametrize(
+    "extents", [[20, 30, 150], [-20, -30, -150], [20, -30, 40, -110], [-50, 150]], ids=["gpu", "host", "both", "moved"]
+)
+def test_kv_in_many_pieces(
+    extents: list[int], options: AttentionOptions, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Extents of a request that grew, or that begins with another's: on the device (positive) and on the host."""
+    monkeypatch.setattr("elsa_serve.offload.tiers.STATE_ROWS", 7)
+    world = World(device)
+    kv = world.request(200, 0)
+    spans, first = [], 0
+    for tokens in extents:
+        part = world.request(abs(tokens), max(tokens, 0))
+        spans.append(Span(part.spans[0].extent, first, abs(tokens)))
+        first += abs(tokens)
+    kv.spans[:] = spans
+    assert kv.split == next((span.first for span in spans if span.extent.tier == "host"), 200)
+    for new in (15, 30, 1, 1, 8, 9, 20, 1):
+        world.run([kv], [new], options, chunk=16)
+    for new in (kv.spans[0].last - 5, 12, 1):  # and again over garbage, as after rejected drafts
+        kv.length = kv.spans[0].last - 5 if new != 1 else kv.length
+        world.run([kv], [min(new, 200 - kv.length)], options)
 
 
 def test_both_roads_agree_at_the_switch_point(device: str) -> None:
