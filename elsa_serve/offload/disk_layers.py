@@ -11,7 +11,6 @@ may be under way or unreleased; a further order waits for one of them. A `Feed` 
 
 from __future__ import annotations
 
-import itertools
 import logging
 import queue
 import threading
@@ -19,7 +18,7 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -169,7 +168,10 @@ class DiskLayers:
         # Twice as many shares as threads, so that a slow one does not hold up the rest.
         work = [(extent, piece) for extent in self._extents[layer] for piece in extent.pieces()]
         shares = [work[i :: 2 * THREADS] for i in range(min(len(work), 2 * THREADS))]
-        list(self._threads.map(self._read_share, shares, itertools.repeat(flat)))
+        reads = [self._threads.submit(self._read_share, share, flat) for share in shares]
+        wait(reads)  # all of them, before an error of one gives the buffer to another layer
+        for one in reads:
+            one.result()
         self.read_bytes += sum(extent.nbytes for extent in self._extents[layer])
         self.read_s += time.perf_counter() - began
         if self._checksums is not None:

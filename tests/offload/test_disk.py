@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -246,6 +247,24 @@ def test_a_pass_whose_reads_fail_ends_with_their_error_and_the_next_is_right(
             assert torch.equal(logits(weights.model, IDS), expected)
     close(ring, weights)
     streams.close()
+
+
+def test_a_read_that_failed_writes_no_more_when_its_buffer_is_used_again(directory: Path, fault: Fault) -> None:
+    """One thread's error must not free a buffer that the others still write to."""
+    weights, whole = load(directory, (1, 3)), load(directory, ())
+    assert weights.disk is not None
+    for _ in range(20):
+        fault.error = OSError(errno.EIO, "Input/output error")
+        failed = weights.disk.order(1)
+        time.sleep(0.0005)
+        fault.error = None
+        again = weights.disk.order(3)
+        views = disk_layers_views(weights, 3, again.result())
+        assert all(torch.equal(views[name], view) for name, view in whole.store.views(3).items())
+        again.release()
+        failed.release()
+    weights.close()
+    whole.close()
 
 
 def test_a_shard_truncated_while_serving_names_the_file(directory: Path) -> None:
