@@ -5,8 +5,8 @@
 
 Every --run changes some of the flags for one configuration; without any, the flags are the one configuration. All runs
 of a process share the loaded and page-locked weights. Each run warms up on a shorter prompt first; prefill is one pass
-over the prompt, decode the median over the passes after it. `floor_s` is what host memory alone allows: the weights and
-KV that lie there, once a pass, at this machine's measured read bandwidth.
+over the prompt, decode the median over the passes after it. `floor_s` is what this machine allows for the placement:
+the weights and KV in host memory, read once a pass by all cores, or the weights over PCIe, whichever takes longer.
 
 The model has LLaMA-13B's geometry with its positions stretched from 4,096 to 131,072 (linear rope scaling by 32).
 """
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -27,6 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from elsa_kernels.cpu import native
+from elsa_kernels.cpu.native import library
 
 from elsa_serve.errors import ElsaError
 from elsa_serve.offload import attention as attentions
@@ -144,14 +147,18 @@ def shared_weights(args: argparse.Namespace, folder: Path) -> Iterator[tuple[Pat
 
 
 def read_bandwidth(weights: ModelWeights) -> float:
-    """Bytes per second at which all cores together read host memory: the best of some sums over a layer's weights."""
+    """Bytes per second at which all cores together read host memory: the best of some reads of a layer's weights, by
+    the native attention's own threads where they are to be had, else by torch's."""
     words = weights.store.layers[0][: weights.store.layers[0].numel() // 8 * 8].view(torch.int64)
+    if native.unavailable() is None:
+        pool = library.Pool(len(os.sched_getaffinity(0)))
+        return words.nbytes / min(pool.read_seconds(words) for _ in range(7))
     best = float("inf")
     for _ in range(5):
         start = time.perf_counter()
         words.sum()
         best = min(best, time.perf_counter() - start)
-    return words.numel() * 8 / best
+    return words.nbytes / best
 
 
 def measure(
@@ -177,7 +184,7 @@ def measure(
         generate(engine, prompt_of(warm, vocabulary), WARM_UP_TOKENS)
         steps.passes.clear()
         tokens, error = generate(engine, prompt_of(run.context, vocabulary), 1 + run.decode_tokens)
-        memory = engine.memory()
+        memory, huge = engine.memory(), huge_pages()
     finally:
         engine.shutdown()
     if error is not None:
@@ -186,7 +193,7 @@ def measure(
     compared = min(len(same), len(tokens))
     streamed = weights.store.nbytes * plan.streamed_layers // plan.geometry.layers
     kv_on_host = max(0, run.context - plan.kv_gpu_tokens) * plan.geometry.layers * plan.geometry.kv_token_bytes()
-    on_host = streamed + kv_on_host
+    on_host, rates = streamed + kv_on_host, plan.rates
     return row | {
         "resident_layers": len(plan.resident_layers),
         "slots": plan.slots,
@@ -201,7 +208,9 @@ def measure(
         "peak_gpu_bytes": memory.device_used,
         "peak_torch_bytes": memory.peak_reserved,
         "peak_host_bytes": host_peak(),
-        "floor_s": on_host / bandwidth,
+        "huge_page_bytes": huge,
+        "floor_s": max(on_host / bandwidth, streamed / rates.h2d),
+        "h2d_bytes_per_s": rates.h2d,
         "host_read_bytes_per_s": bandwidth,
         "tokens_equal": tokens[:compared] == same[:compared],
         "error": None,
@@ -313,6 +322,16 @@ def reset_host_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return  # the peak then is the process's, earlier runs included
+
+
+def huge_pages() -> int | None:
+    """Bytes of this process's memory that lie in huge pages: reading the others costs the cores more."""
+    try:
+        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return None
+    found = next((line for line in lines if line.startswith("AnonHugePages:")), None)
+    return int(found.split()[1]) * 1024 if found else None
 
 
 def host_peak() -> int | None:

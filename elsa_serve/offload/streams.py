@@ -174,13 +174,16 @@ class _Tally:
 
 
 class _EventPool:
-    """CUDA timing events, used again and again: a server runs for months, a step makes hundreds."""
+    """CUDA timing events, used again and again: a server runs for months, a step makes hundreds.
+
+    A thread that waits for one sleeps: spinning, it would take a core from the host's attention.
+    """
 
     def __init__(self) -> None:
         self._free: list[torch.cuda.Event] = []
 
     def take(self) -> torch.cuda.Event:
-        return self._free.pop() if self._free else torch.cuda.Event(enable_timing=True)
+        return self._free.pop() if self._free else torch.cuda.Event(enable_timing=True, blocking=True)
 
     def give(self, event: torch.cuda.Event) -> None:
         # Recording it again is safe even while a stream still waits: a wait refers to the record it was issued after.
