@@ -27,6 +27,7 @@ class HostBuffer:
         self.tensor = torch.frombuffer(memory, dtype=torch.uint8)[:nbytes]  # keeps the mapping alive
         self._pinned = False
         if pin and nbytes:
+            self.tensor.zero_()  # by all cores: page-locking would fault the pages in with one
             _register(self.tensor)
             self._pinned = True
 
