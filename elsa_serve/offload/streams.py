@@ -402,6 +402,10 @@ class _CpuCopy(Copy):
     def query(self) -> bool:
         return self._done.is_set()
 
+    @property
+    def failed(self) -> bool:
+        return self._error is not None
+
     def synchronize(self) -> None:
         self._done.wait()
         if self._error is not None:
@@ -506,10 +510,10 @@ class _CpuStreams(Streams):
     def drain_transfers(self) -> tuple[Transfer, ...]:
         open_copies = []
         for copy in self._copies:
-            if copy.query():
-                self._tally.copied(copy)
-            else:
+            if not copy.query():
                 open_copies.append(copy)
+            elif not copy.failed:  # a failed one has raised, or will, where it is waited for
+                self._tally.copied(copy)
         self._copies = open_copies
         return self._tally.take()
 

@@ -188,7 +188,7 @@ class Tiers:
 
     def abandon(self) -> None:
         """A pass was cut short: wait for what is under way, so that blocks may be freed. Nothing new is kept."""
-        self._working.end()
+        self._working.abandon()
         if self._in_place is not None:
             self._in_place.abandon()
 

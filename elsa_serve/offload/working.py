@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -114,17 +115,24 @@ class WorkingKV:
         self._next([self._streams.record()])
 
     def end(self) -> None:
-        """Block until the host holds everything the pass computed."""
-        self._streams.synchronize()
-        for left in self._pass.leaving:
-            left.copy.synchronize()
+        """Block until the host holds everything the pass computed. Raises what a copy raised."""
+        copies = [left.copy for left in self._pass.leaving]
         if self._pass.filled is not None:  # for a visit of a request given up
-            self._pass.filled.synchronize()
+            copies.append(self._pass.filled)
         self._pass = _Pass()
+        self._streams.synchronize()
+        errors = [error for copy in copies if (error := _outcome(copy)) is not None]
+        if errors:
+            raise errors[0]
+
+    def abandon(self) -> None:
+        """The same for a pass that is lost anyway."""
+        with suppress(Exception):
+            self.end()
 
     def close(self) -> None:
         """Let go of the buffer. Idempotent."""
-        self.end()
+        self.abandon()
         self._storage = torch.empty(0, dtype=torch.uint8)
 
     def _view(self, kv: RequestKV) -> torch.Tensor:
@@ -134,7 +142,7 @@ class WorkingKV:
         """Go on to the next visit; copies into the buffer begin when `busy` is over."""
         run = self._pass
         run.current, run.filled, run.taken = (run.waiting.popleft() if run.waiting else None), None, False
-        run.leaving = [left for left in run.leaving if not left.copy.query()]
+        run.leaving = [left for left in run.leaving if not _is_over(left.copy)]
         if run.current is None:
             return
         kv = run.current.kv
@@ -146,6 +154,20 @@ class WorkingKV:
         if pairs:
             after = [*busy, *(left.copy for left in run.leaving)]
             run.filled = self._up.submit(pairs, object="kv", direction="h2d", after=after)
+
+
+def _is_over(copy: Copy) -> bool:
+    """Whether a copy has ended well; one that failed is kept for `end` to raise."""
+    return copy.query() and _outcome(copy) is None
+
+
+def _outcome(copy: Copy) -> Exception | None:
+    """Wait for a copy; what it raised."""
+    try:
+        copy.synchronize()
+    except Exception as error:
+        return error
+    return None
 
 
 def write_mapped(mapped: torch.Tensor, values: torch.Tensor) -> None:

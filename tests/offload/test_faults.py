@@ -1,4 +1,4 @@
-"""Faults planted under a running engine whose KV lies in part on the host: requests fail cleanly, the next are right."""
+"""Faults under a running engine whose KV lies in part on the host: requests fail cleanly, the next are right."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ PROMPT = prompt_of(180, seed=3)  # three chunks, the second of which goes home b
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OffloadEngine]:
     directory: Path = save_checkpoint("llama", tmp_path_factory.mktemp("llama"))
-    made = make_engine(directory, resident_layers=0, chunk_tokens=70, context=200, gpu_memory="1080KiB")
+    made = make_engine(
+        directory, resident_layers=0, chunk_tokens=70, context=200, gpu_memory="1080KiB", prefix_caching=False
+    )
     assert 0 < made.plan.kv_gpu_tokens <= 70
     yield made
     made.shutdown()
