@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from elsa_kernels.elementwise import ACTIVATIONS, gated, rms_norm, rotary
+from elsa_kernels.elementwise import ACTIVATIONS, copy_heads, gated, rms_norm, rotary
 from torch import nn
 
 from elsa_serve.offload.attention import AttentionOptions, attending, current_attention, refuse_mask
@@ -95,7 +95,16 @@ class FusedForward:
         q, k = rotary(q, k, cos[0], sin[0])
         q, k, v = (y.transpose(0, 1)[None] for y in (q, k, v))  # [1, heads, T, D]
         out = current_attention()(form.index, q, k, v, form.options)
-        return attention.o_proj(out.reshape(*x.shape[:2], -1))
+        return attention.o_proj(_token_by_token(out))
+
+
+def _token_by_token(out: torch.Tensor) -> torch.Tensor:
+    """out [1, T, H, D] as [1, T, H·D]."""
+    if out.is_contiguous():
+        return out.flatten(2)
+    rows = torch.empty(out.shape, dtype=out.dtype, device=out.device)
+    copy_heads(rows[0].transpose(0, 1), out[0].transpose(0, 1))
+    return rows.flatten(2)
 
 
 def products(x: torch.Tensor, *linears: Any) -> Sequence[torch.Tensor]:

@@ -16,6 +16,7 @@ from typing import Literal, Protocol
 
 import torch
 from elsa_kernels import State, merged_output
+from elsa_kernels.elementwise import copy_heads
 
 from elsa_serve.offload.attention import Attend, AttendState, AttentionOptions
 from elsa_serve.offload.in_place import HostShare, InPlace
@@ -216,6 +217,6 @@ def _store(layer: int, piece: Piece) -> None:
         rows = slice(low, low + places.stop - places.start)
         for part, new in enumerate((piece.k, piece.v)):
             if span.extent.tier == "gpu":
-                span.extent.layers[layer][part, :, places] = new[0, :, rows]
+                copy_heads(span.extent.layers[layer][part, :, places], new[0, :, rows])
             else:
                 write_mapped(span.extent.mapped[layer][part, :, places], new[0, :, rows])

@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
+from elsa_kernels.elementwise import copy_heads
 
 from elsa_serve.offload.kv import KVShape, RequestKV
 from elsa_serve.offload.streams import Copy, Event, Pairs, Streams
@@ -95,8 +96,8 @@ class WorkingKV:
         for left in self._pass.leaving:
             if left.kv is not kv or (left.first < last and first < left.last):
                 self._streams.wait(left.copy)
-        buffer[0, :, first:last] = k[0]
-        buffer[1, :, first:last] = v[0]
+        copy_heads(buffer[0, :, first:last], k[0])
+        copy_heads(buffer[1, :, first:last], v[0])
         for span in kv.spans_of(first, last):
             places, low = span.within(first, last), max(span.first, first)
             new = buffer[:, :, low : low + places.stop - places.start]

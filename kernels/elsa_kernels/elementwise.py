@@ -1,5 +1,6 @@
-"""RMS norm, rotary embedding and gated activation in one pass over memory each (Triton; on a CPU plain torch).
+"""RMS norm, rotary embedding, gated activation and transposes of heads, one pass over memory each.
 
+Triton; on a CPU plain torch.
 All round where transformers' modules round: FP32 inside, the tensors' dtype between the steps.
 """
 
@@ -16,6 +17,7 @@ try:
 except ImportError as error:
     _TRITON_MISSING = str(error)
 
+FEW_TOKENS = 64  # up to which torch's copy is the quicker one to launch
 ACTIVATIONS = ("silu", "gelu_tanh")
 
 
@@ -47,6 +49,7 @@ def rms_norm(
         rms_norm_kernel[(rows.shape[0],)](
             rows, sums, weight, out, D, rows.stride(0), sums.stride(0), D, eps,
             BLOCK=block, ADD=residual is not None, UNIT_OFFSET=unit_offset, num_warps=min(max(block // 1024, 1), 16),
+            enable_fp_fusion=False,
         )  # fmt: skip
     return out.view(x.shape)
 
@@ -77,6 +80,7 @@ def rotary(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tenso
         rotary_kernel[(T, triton.cdiv(H + Hkv, heads))](
             q, k, cos, sin, q_out, k_out, H, Hkv, q.stride(0), k.stride(0), D,
             HALF=D // 2, BLOCK=triton.next_power_of_2(D // 2), HEADS=heads, num_warps=4,
+            enable_fp_fusion=False,  # a fused multiply-add would skip the rounding between them
         )  # fmt: skip
     return q_out, k_out
 
@@ -105,6 +109,30 @@ def gated(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor
             gates, ups, out, columns, gates.stride(0), ups.stride(0), BLOCK=block, ACTIVATION=activation, num_warps=4
         )
     return out.view(gate.shape)
+
+
+def copy_heads(target: torch.Tensor, source: torch.Tensor) -> None:
+    """target [H, T, D] = source [H, T, D] where one lies head by head and the other token by token.
+
+    torch's copy of such transposes reaches a third of the memory's bandwidth.
+    """
+    if target.shape != source.shape or target.dtype != source.dtype:
+        raise ValueError(
+            f"target is {tuple(target.shape)} {target.dtype}, source {tuple(source.shape)} {source.dtype}: they differ"
+        )
+    plain = target.device != source.device or target.stride(2) != 1 or source.stride(2) != 1
+    if plain or not _by_triton(target) or target.shape[1] < FEW_TOKENS:
+        target.copy_(source)
+        return
+    from elsa_kernels.triton.elementwise import copy_heads_kernel
+
+    H, T, D = target.shape
+    if target.numel():
+        rows = 64
+        copy_heads_kernel[(triton.cdiv(T, rows), H)](
+            target, source, T, D, *target.stride()[:2], *source.stride()[:2],
+            ROWS=rows, BLOCK=triton.next_power_of_2(D), num_warps=4,
+        )  # fmt: skip
 
 
 def _by_triton(x: torch.Tensor) -> bool:

@@ -122,7 +122,9 @@ def test_split_represents_the_matrix(interpreter):
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
-def test_splitting_in_torch_gives_the_same_bits(interpreter):
+@pytest.mark.parametrize("at_once", [16384, 0])
+def test_splitting_in_torch_gives_the_same_bits(interpreter, at_once, monkeypatch):
+    monkeypatch.setattr(elsa, "ROW_IN_REGISTERS", at_once)
     x, _ = operands(9, 1, 333, "wild rows")
     x[0], x[1, 7], x[2, 9], x[3] = 0, float("inf"), float("nan"), x[3] * 1e-10
     ours, torchs = elsa.split_rows(x), elsa._split_rows_torch(x)

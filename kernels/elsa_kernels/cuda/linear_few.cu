@@ -1,20 +1,22 @@
 // Y = X·Wᵀ (+ b) in FP32 accuracy for up to 32 rows of X: one pass over W's two FP16 planes, one launch. sm_80 and newer,
 // compiled by NVRTC.
 //
-// A warp owns 16·MT rows of W and every SLICES-th block of 32·KB of K; a block has GROUPS such row groups. W goes from
-// global memory straight into the registers that mma.m16n8k16 wants: a thread's 16 bytes are eight neighbours in K, and
-// since a sum over K may be taken in any order, they serve as the fragments of two products as they lie. X arrives in
-// FP32 and is split here, 32 of K at a time under a power-of-two scale of its own.
+// A block has an equal share of W's rows, up to 16·MT, and its SLICES warps share K: a warp takes every SLICES-th 32 of
+// it. Shares, not tiles, so that every multiprocessor has as much to read. W goes from global memory straight into the
+// registers that mma.m16n8k16 wants: a thread's 16 bytes are eight neighbours in K, and since a sum over K may be taken
+// in any order, they serve as the fragments of two products as they lie. X arrives in FP32 and is split here, 32 of K at
+// a time under a power-of-two scale of its own.
 //
-// Every 32 of K is three products from zero, smallest first (the tensor core truncates inside its accumulator), and is
-// then added in FP32; the slices are added at the end as a tree. Neither depends on the other rows of X. A result that
-// is not finite, be it for an Inf or NaN in X or for a sum beyond FP32, is computed anew without splitting.
+// Every 16 of K is three products from zero, smallest first (the tensor core truncates inside its accumulator); two of
+// them are added in FP32, FLUSH such sums in a register, those in shared memory, and the slices at the end as a tree:
+// no chain is long. None of this depends on the other rows of X, on their number, or on the GPU. A result that is not
+// finite, be it for an Inf or NaN in X or for a sum beyond FP32, is computed anew without splitting.
 //
-// Needs: ELSA_TILES (8 rows of X each), ELSA_MT, ELSA_GROUPS, ELSA_SLICES (a power of two), ELSA_KB, ELSA_MIN_BLOCKS.
+// Needs: ELSA_TILES (8 rows of X each), ELSA_MT, ELSA_SLICES (a power of two), ELSA_MIN_BLOCKS.
 
-constexpr int TILES = ELSA_TILES, MT = ELSA_MT, GROUPS = ELSA_GROUPS, SLICES = ELSA_SLICES, KB = ELSA_KB;
-constexpr int THREADS = 32 * GROUPS * SLICES, ROWS = 16 * MT, ALL_ROWS = ROWS * GROUPS, COLS = 8 * TILES;
-constexpr int STEP = 32 * KB;
+constexpr int TILES = ELSA_TILES, MT = ELSA_MT, SLICES = ELSA_SLICES;
+constexpr int THREADS = 32 * SLICES, ROWS = 16 * MT, COLS = 8 * TILES;
+constexpr int STEP = 32 * SLICES, FLUSH = 8;
 static_assert((SLICES & (SLICES - 1)) == 0, "the slices are added as a tree");
 
 typedef unsigned int u32;
@@ -59,9 +61,10 @@ __device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-__device__ __forceinline__ void product(float (&c)[4], const Fragment& w, const u32 (&x)[4]) {
-  mma(c, w.low.x, w.high.x, w.low.y, w.high.y, x[0], x[1]);
-  mma(c, w.low.z, w.high.z, w.low.w, w.high.w, x[2], x[3]);
+// c0 and c1 are of the first and the second 16 of K.
+__device__ __forceinline__ void product(float (&c0)[4], float (&c1)[4], const Fragment& w, const u32 (&x)[4]) {
+  mma(c0, w.low.x, w.high.x, w.low.y, w.high.y, x[0], x[1]);
+  mma(c1, w.low.z, w.high.z, w.low.w, w.high.w, x[2], x[3]);
 }
 
 __device__ __forceinline__ float power_of_two(int e) {  // below 2^-126 it stays there
@@ -93,68 +96,84 @@ __device__ __forceinline__ float split(const float4& a, const float4& b, u32 (&h
   return __int_as_float((e - 14) << 23);
 }
 
-struct Warp {
-  int group, slice, g, t;  // g: row of W within 8, and row of X within 8; t: which eight of 32 of K
-};
-
 struct Planes {
   Fragment hi[MT], lo[MT];
 };
 
-__device__ __forceinline__ void load(const Params& p, i64 (&rows)[MT][2], int k, Planes& w) {
-  const bool inside = k < p.K;
+struct Rows {  // this thread's rows of W: g and g + 8 of every 16
+  i64 offset[MT][2];
+  bool mine[MT][2];  // in the block's share; of others nothing is read, and zeros are multiplied
+};
+
+__device__ __forceinline__ uint4 stream_or_zero(const unsigned short* from, bool wanted) {
   const uint4 zero = {0, 0, 0, 0};
+  return wanted ? stream(from) : zero;
+}
+
+__device__ __forceinline__ void load(const Params& p, const Rows& rows, int k, Planes& w) {
+  const bool inside = k < p.K;
 #pragma unroll
   for (int i = 0; i < MT; i++) {
-    w.hi[i].low = inside ? stream(p.w_hi + rows[i][0] + k) : zero;
-    w.hi[i].high = inside ? stream(p.w_hi + rows[i][1] + k) : zero;
-    w.lo[i].low = inside ? stream(p.w_lo + rows[i][0] + k) : zero;
-    w.lo[i].high = inside ? stream(p.w_lo + rows[i][1] + k) : zero;
+    w.hi[i].low = stream_or_zero(p.w_hi + rows.offset[i][0] + k, inside && rows.mine[i][0]);
+    w.hi[i].high = stream_or_zero(p.w_hi + rows.offset[i][1] + k, inside && rows.mine[i][1]);
+    w.lo[i].low = stream_or_zero(p.w_lo + rows.offset[i][0] + k, inside && rows.mine[i][0]);
+    w.lo[i].high = stream_or_zero(p.w_lo + rows.offset[i][1] + k, inside && rows.mine[i][1]);
   }
 }
 
-__device__ __forceinline__ void accumulate(const Params& p, const Warp& at, const float4 (&x)[TILES][2], const Planes& w,
+__device__ __forceinline__ void accumulate(int t, const float4 (&x)[TILES][2], const Planes& w,
                                            float (&acc)[MT][TILES][4]) {
 #pragma unroll
   for (int j = 0; j < TILES; j++) {
     u32 hi[4], lo[4];
     const float down = split(x[j][0], x[j][1], hi, lo);
     // This thread's results belong to rows 2t and 2t + 1 of X, whose scales lanes 8t and 8t + 4 hold.
-    const float first = __shfl_sync(~0u, down, 8 * at.t), second = __shfl_sync(~0u, down, 8 * at.t + 4);
+    const float first = __shfl_sync(~0u, down, 8 * t), second = __shfl_sync(~0u, down, 8 * t + 4);
 #pragma unroll
     for (int i = 0; i < MT; i++) {
-      float part[4] = {0.f, 0.f, 0.f, 0.f};
-      product(part, w.hi[i], lo);
-      product(part, w.lo[i], hi);
-      product(part, w.hi[i], hi);
-      acc[i][j][0] = fmaf(part[0], first, acc[i][j][0]);
-      acc[i][j][1] = fmaf(part[1], second, acc[i][j][1]);
-      acc[i][j][2] = fmaf(part[2], first, acc[i][j][2]);
-      acc[i][j][3] = fmaf(part[3], second, acc[i][j][3]);
+      float c0[4] = {0.f, 0.f, 0.f, 0.f}, c1[4] = {0.f, 0.f, 0.f, 0.f};
+      product(c0, c1, w.hi[i], lo);
+      product(c0, c1, w.lo[i], hi);
+      product(c0, c1, w.hi[i], hi);
+#pragma unroll
+      for (int c = 0; c < 4; c++) acc[i][j][c] = fmaf(c0[c] + c1[c], c % 2 ? second : first, acc[i][j][c]);
     }
   }
 }
 
-// One element as FP32 arithmetic has it, Inf and NaN included, by one warp.
+// Adds what has been summed to this thread's place in shared memory, and starts anew.
+__device__ __forceinline__ void flush(float (*sums)[COLS + 1], int g, int t, float (&acc)[MT][TILES][4]) {
+#pragma unroll
+  for (int i = 0; i < MT; i++)
+#pragma unroll
+    for (int j = 0; j < TILES; j++)
+#pragma unroll
+      for (int c = 0; c < 4; c++) {
+        sums[16 * i + 8 * (c / 2) + g][8 * j + 2 * t + c % 2] += acc[i][j][c];
+        acc[i][j][c] = 0.f;
+      }
+}
+
+// One element as FP32 arithmetic has it, Inf and NaN included, by one warp; in FP64, for it is rare.
 __device__ float exact(const Params& p, int m, int n, int lane) {
   const int e = p.w_exponent[n];
-  float sum = 0.f;
+  double sum = 0.;
   for (int k = lane; k < p.K; k += 32) {
     const u32 both = p.w_hi[(i64)n * p.K + k] | (u32)p.w_lo[(i64)n * p.K + k] << 16;
     const float2 w = unpack(both);
-    sum = fmaf(p.x[m * p.x_stride + k], apply_exponent(w.x + w.y, e), sum);
+    sum += (double)p.x[m * p.x_stride + k] * apply_exponent(w.x + w.y, e);
   }
 #pragma unroll
   for (int d = 16; d; d >>= 1) sum += __shfl_xor_sync(~0u, sum, d);
-  return sum;
+  return (float)sum;
 }
 
 // Adds the slices, applies exponents and bias, stores; keeps count of the results that are not finite.
-__device__ __forceinline__ void finish(const Params& p, float (*sums)[ALL_ROWS][COLS + 1], int row0, int* again,
+__device__ __forceinline__ void finish(const Params& p, float (*sums)[ROWS][COLS + 1], int row0, int rows, int* again,
                                        int* count) {
-  for (int i = threadIdx.x; i < ALL_ROWS * COLS; i += THREADS) {
-    const int r = i % ALL_ROWS, m = i / ALL_ROWS, n = row0 + r;
-    if (m >= p.M || n >= p.N) continue;
+  for (int i = threadIdx.x; i < ROWS * COLS; i += THREADS) {
+    const int r = i % ROWS, m = i / ROWS, n = row0 + r;
+    if (m >= p.M || r >= rows) continue;
     float v[SLICES];
 #pragma unroll
     for (int s = 0; s < SLICES; s++) v[s] = sums[s][r][m];
@@ -171,55 +190,55 @@ __device__ __forceinline__ void finish(const Params& p, float (*sums)[ALL_ROWS][
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, ELSA_MIN_BLOCKS) linear_few(const Params p) {
-  __shared__ float sums[SLICES][ALL_ROWS][COLS + 1];
-  __shared__ int again[ALL_ROWS * COLS], count;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const Warp at = {warp / SLICES, warp % SLICES, lane / 4, lane % 4};
-  const int row0 = blockIdx.x * ALL_ROWS;
-  i64 rows[MT][2];  // offsets of this thread's rows of W; past the end the last row again, whose results are dropped
+  __shared__ float sums[SLICES][ROWS][COLS + 1];
+  __shared__ int again[ROWS * COLS], count;
+  const int lane = threadIdx.x % 32, slice = threadIdx.x / 32;
+  const int g = lane / 4, t = lane % 4;  // g: row of W within 8, and row of X within 8; t: which eight of 32 of K
+  const int row0 = (i64)blockIdx.x * p.N / gridDim.x;
+  const int share = (i64)(blockIdx.x + 1) * p.N / gridDim.x - row0;
+  Rows rows;
 #pragma unroll
   for (int i = 0; i < MT; i++)
 #pragma unroll
-    for (int h = 0; h < 2; h++) rows[i][h] = (i64)min(row0 + at.group * ROWS + 16 * i + 8 * h + at.g, p.N - 1) * p.K;
+    for (int h = 0; h < 2; h++) {
+      rows.offset[i][h] = (i64)(row0 + 16 * i + 8 * h + g) * p.K;
+      rows.mine[i][h] = 16 * i + 8 * h + g < share;
+    }
   const float* x_rows[TILES];
 #pragma unroll
-  for (int j = 0; j < TILES; j++) x_rows[j] = p.x + min(8 * j + at.g, p.M - 1) * p.x_stride;
+  for (int j = 0; j < TILES; j++) x_rows[j] = p.x + min(8 * j + g, p.M - 1) * p.x_stride;
   if (threadIdx.x == 0) count = 0;
+  for (int i = lane; i < ROWS * (COLS + 1); i += 32) sums[slice][0][i] = 0.f;
+  __syncwarp();
 
   float acc[MT][TILES][4] = {};
-  Planes w[KB];
-  int k = at.slice * STEP + 8 * at.t;
+  Planes w;
+  int k = 32 * slice + 8 * t, summed = 0;
+  load(p, rows, k, w);
+  for (int base = 32 * slice; base < p.K; base += STEP, k += STEP) {
+    float4 x[TILES][2];
+    const bool inside = k < p.K;
+    const float4 zero = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
-  for (int b = 0; b < KB; b++) load(p, rows, k + 32 * b, w[b]);
-  for (int base = at.slice * STEP; base < p.K; base += SLICES * STEP, k += SLICES * STEP) {
-#pragma unroll
-    for (int b = 0; b < KB; b++) {
-      float4 x[TILES][2];
-      const bool inside = k + 32 * b < p.K;
-      const float4 zero = {0.f, 0.f, 0.f, 0.f};
-#pragma unroll
-      for (int j = 0; j < TILES; j++) {
-        const float4* from = reinterpret_cast<const float4*>(x_rows[j] + k + 32 * b);
-        x[j][0] = inside ? __ldg(from) : zero;
-        x[j][1] = inside ? __ldg(from + 1) : zero;
-      }
-      const Planes now = w[b];
-      load(p, rows, k + SLICES * STEP + 32 * b, w[b]);
-      accumulate(p, at, x, now, acc);
+    for (int j = 0; j < TILES; j++) {
+      const float4* from = reinterpret_cast<const float4*>(x_rows[j] + k);
+      x[j][0] = inside ? __ldg(from) : zero;
+      x[j][1] = inside ? __ldg(from + 1) : zero;
+    }
+    const Planes now = w;
+    load(p, rows, k + STEP, w);
+    accumulate(t, x, now, acc);
+    if (++summed == FLUSH) {
+      flush(sums[slice], g, t, acc);
+      summed = 0;
     }
   }
-#pragma unroll
-  for (int i = 0; i < MT; i++)
-#pragma unroll
-    for (int j = 0; j < TILES; j++)
-#pragma unroll
-      for (int c = 0; c < 4; c++)
-        sums[at.slice][at.group * ROWS + 16 * i + 8 * (c / 2) + at.g][8 * j + 2 * at.t + c % 2] = acc[i][j][c];
+  flush(sums[slice], g, t, acc);
   __syncthreads();
-  finish(p, sums, row0, again, &count);
+  finish(p, sums, row0, share, again, &count);
   __syncthreads();
-  for (int i = warp; i < count; i += GROUPS * SLICES) {
-    const int n = row0 + again[i] % ALL_ROWS, m = again[i] / ALL_ROWS;
+  for (int i = slice; i < count; i += SLICES) {
+    const int n = row0 + again[i] % ROWS, m = again[i] / ROWS;
     const float y = exact(p, m, n, lane);
     if (lane == 0) p.out[(i64)m * p.N + n] = p.bias ? y + p.bias[n] : y;
   }

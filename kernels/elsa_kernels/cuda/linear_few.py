@@ -14,34 +14,33 @@ from elsa_kernels.cuda import driver, nvrtc
 OLDEST = 80  # mma.m16n8k16 and conversions to FP16 pairs
 
 
+SLICES = 8  # warps that share K; part of the result's definition, like FLUSH in the kernel
+
+
 @dataclass(frozen=True, slots=True)
 class FewTile:
-    """16·MT rows of W a warp, GROUPS such groups a block; SLICES warps share K, KB·32 of it a step."""
+    """Up to 16·MT rows of W a block, `blocks_per_sm` of them on a multiprocessor. No result depends on either."""
 
-    MT: int = 1
-    GROUPS: int = 1
-    SLICES: int = 8
-    KB: int = 2
-    blocks_per_sm: int = 2
+    MT: int
+    blocks_per_sm: int
 
     def defines(self, tiles: int) -> dict[str, int]:
         return {
             "ELSA_TILES": tiles,
             "ELSA_MT": self.MT,
-            "ELSA_GROUPS": self.GROUPS,
-            "ELSA_SLICES": self.SLICES,
-            "ELSA_KB": self.KB,
+            "ELSA_SLICES": SLICES,
             "ELSA_MIN_BLOCKS": self.blocks_per_sm,
         }
 
-    @property
-    def threads(self) -> int:
-        return 32 * self.GROUPS * self.SLICES
+    def blocks(self, N: int, multiprocessors: int) -> int:
+        """Blocks among which N rows are shared evenly: whole waves of the device, of shares no smaller than 8 rows."""
+        fewest = -(-N // (16 * self.MT))
+        slots = self.blocks_per_sm * multiprocessors
+        return max(fewest, min(-(-fewest // slots) * slots, -(-N // 8)))
 
-    @property
-    def rows(self) -> int:
-        """Rows of W of one block."""
-        return 16 * self.MT * self.GROUPS
+
+def tile_of(M: int) -> FewTile:
+    return FewTile(2, 2) if M <= 16 else FewTile(1, 2)
 
 
 class Params(ctypes.Structure):
@@ -98,7 +97,6 @@ def run(
     tile: FewTile | None = None,
 ) -> None:
     """x [M ≤ 32, K] float32, hi and lo [N, K] float16, exponent [N] int32, bias [N] or None: out [M, N] float32."""
-    tile = tile or FewTile()
     (M, N), K = out.shape, x.shape[1]
     if x.stride(0) % 4 or x.data_ptr() % 16:
         x = x.contiguous() if x.stride(0) % 4 else x.clone()
@@ -109,6 +107,13 @@ def run(
         x.data_ptr(), bias.data_ptr() if bias is not None else None, out.data_ptr(), hi.data_ptr(), lo.data_ptr(),
         exponent.data_ptr(), x.stride(0), M, N, K,
     )  # fmt: skip
+    tile = tile or tile_of(M)
     with torch.cuda.device(x.device):
-        function = kernel(torch.cuda.current_device(), tile, tiles_of(M))
-        driver.launch(function, -(-N // tile.rows), tile.threads, 0, params)
+        device = torch.cuda.current_device()
+        blocks = tile.blocks(N, _multiprocessors(device))
+        driver.launch(kernel(device, tile, tiles_of(M)), blocks, 32 * SLICES, 0, params)
+
+
+@functools.cache
+def _multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -82,3 +82,16 @@ def gated_kernel(gate, up, out, F, gate_stride, up_stride, BLOCK: tl.constexpr, 
     g = g / (1.0 + tl.exp(-y))
     u = tl.load(up + row * up_stride + columns, mask=mask, other=0.0).to(tl.float32)
     tl.store(out + row * F + columns, (g.to(raw.dtype).to(tl.float32) * u).to(raw.dtype), mask=mask)
+
+
+@triton.jit
+def copy_heads_kernel(
+    target, source, T, D, target_h, target_t, source_h, source_t, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """target [H, T, D] = source [H, T, D], each with its own strides: a program has ROWS tokens of one head."""
+    head = tl.program_id(1).to(tl.int64)
+    tokens = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    mask = (tokens < T)[:, None] & (columns < D)[None, :]
+    value = tl.load(source + head * source_h + tokens[:, None] * source_t + columns[None, :], mask=mask)
+    tl.store(target + head * target_h + tokens[:, None] * target_t + columns[None, :], value, mask=mask)

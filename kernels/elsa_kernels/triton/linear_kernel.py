@@ -7,27 +7,31 @@ import triton.language as tl
 
 
 @triton.jit
-def split_rows_kernel(x, hi, lo, exponent, nonfinite, K, stride, BLOCK: tl.constexpr):
+def split_rows_kernel(x, hi, lo, exponent, nonfinite, K, stride, BLOCK: tl.constexpr, ONE: tl.constexpr):
     """x [R, K] FP32 → hi, lo [R, K] FP16 and exponent [R] with x = (hi + lo)·2^exponent; one program a row.
 
     The row's largest finite value lands in [2^14, 2^15), so that lo keeps eleven bits below hi's eleven down to 2^-39
-    of it. An Inf or NaN stays in hi, with lo = 0, and sets nonfinite [R].
+    of it. An Inf or NaN stays in hi, with lo = 0, and sets nonfinite [R]. ONE: a block holds the row, read once.
     """
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
+    x += row * stride
     largest = tl.zeros([BLOCK], tl.float32)
     special = tl.zeros([BLOCK], tl.int32)
-    for start in range(0, K, BLOCK):
-        value = tl.load(x + row * stride + start + columns, mask=start + columns < K, other=0.0)
+    value = tl.load(x + columns, mask=columns < K, other=0.0)
+    for start in range(0, BLOCK if ONE else K, BLOCK):
+        if not ONE:
+            value = tl.load(x + start + columns, mask=start + columns < K, other=0.0)
         finite = tl.abs(value) < float("inf")
         largest = tl.maximum(largest, tl.where(finite, tl.abs(value), 0.0))
         special = special | tl.where(finite, 0, 1)
     # From the float's bits; clamped so that 2^(14 - e) is a normal number: below 2^-112 the scale stays.
     e = tl.maximum(tl.max(largest, axis=0).to(tl.int32, bitcast=True) >> 23, 15) - 127
     up = ((141 - e) << 23).to(tl.float32, bitcast=True)
-    for start in range(0, K, BLOCK):
+    for start in range(0, BLOCK if ONE else K, BLOCK):
         mask = start + columns < K
-        value = tl.load(x + row * stride + start + columns, mask=mask, other=0.0)
+        if not ONE:
+            value = tl.load(x + start + columns, mask=mask, other=0.0)
         finite = tl.abs(value) < float("inf")
         scaled = tl.where(finite, value * up, value)
         high = scaled.to(tl.float16)
