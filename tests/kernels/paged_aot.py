@@ -42,14 +42,14 @@ def variant(target: str, form: str, of: PagedProblem, features: dict[str, bool],
         cuts = {f"{c.form}{c.rows_max if c.form == 'dot' else ''}": c for c in launch.decode_launches(of, mode, target)}
         cut = cuts[form]
         kernel, tile = decode_kernel, cut.tile
-        rows = triton.next_power_of_2(cut.rows_max)
+        rows = cut.rows_max
         constants |= {
-            "ROWS": rows, "BN": tile.BN, "CHUNK": tile.CHUNK, "FAN": tile.FAN, "FORM": cut.form, "MIN_ROWS": cut.above,
-            "MAX_ROWS": cut.rows_max,
+            "ROWS": rows, "BN": tile.BN, "CHUNK": tile.CHUNK, "FAN": tile.FAN, "RB": min(tile.merge_rows, rows),
+            "FORM": cut.form, "MIN_ROWS": cut.above, "MAX_ROWS": cut.rows_max,
         }  # fmt: skip
     constants["STAGES"] = override.pop("num_stages", tile.num_stages)
     num_warps = override.pop("num_warps", tile.num_warps)
-    maxnreg = override.pop("maxnreg", None)
+    maxnreg = override.pop("maxnreg", getattr(tile, "registers", 0) or None)
     constants |= override
     element = NAMES[of.dtype]
     cache = element if fp8 == "none" else "*fp8e4nv" if fp8 == "native" else "*u8"
@@ -65,7 +65,7 @@ def variant(target: str, form: str, of: PagedProblem, features: dict[str, bool],
     return compile_kernel(kernel, pointers, constants, target, num_warps, maxnreg)
 
 
-def compile_kernel(kernel, pointers: dict[str, str], constants: dict, target: str, num_warps: int, maxnreg=None):
+def compile_kernel(kernel, pointers: dict[str, str], constants: dict, target: str, num_warps: int, maxnreg: int | None):
     signature, constexprs, aligned = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
         name = parameter.name

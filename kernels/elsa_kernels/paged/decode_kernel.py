@@ -5,7 +5,7 @@ head and all queries under it. Its state (m, l, W) goes to memory; the program t
 an integer counter tells it, merges the node's states in their order, and the one that completes the last node merges
 the nodes. Who that is changes from run to run, what is computed does not: bits depend on the sequence alone.
 
-FORM "lanes": FP32 products without tensor cores, for single queries (`lanes_walk`). FORM "dot": tensor-core tiles of
+FORM "lanes": FP32 products without tensor cores, for single rows (`lanes_walk`). FORM "dot": tensor-core tiles of
 BM rows. Sequences whose packed rows lie outside (MIN_ROWS, MAX_ROWS] are left to other launches.
 """
 
@@ -14,56 +14,57 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from elsa_kernels.paged.tiles_kernel import LN2, LOG2E, dot_walk, is_broken, lanes_walk, merge_lanes, row_by_row
+from elsa_kernels.paged.tiles_kernel import LN2, LOG2E, dot_walk, is_broken, lanes_walk, row_by_row
 
 
 @triton.jit
-def join_sink(m, l, acc, SINKS, head):
-    """The monoid's product of a row's state and its sink (sink, 1, 0)."""
-    sink = tl.load(SINKS + head).to(tl.float32) * LOG2E
-    top = tl.maximum(m, sink)
-    anchor = tl.where(top == float("-inf"), 0.0, top)
-    decay = tl.exp2(m - anchor)
-    return top, l * decay + tl.exp2(sink - anchor), acc * decay
-
-
-@triton.jit
-def finish_row(m, l, acc, OUT, LSE, SINKS, v_factor, i_q, head, H, sot, soh, D: tl.constexpr, BD: tl.constexpr,
-               HAS_LSE: tl.constexpr, HAS_SINKS: tl.constexpr):  # fmt: skip
-    """Write one row's output and logsumexp."""
-    cols = tl.arange(0, BD)
-    if HAS_SINKS:
-        m, l, acc = join_sink(m, l, acc, SINKS, head)
-    out = acc / tl.where(l == 0.0, 1.0, l) * v_factor
-    o_out = i_q.to(tl.int64) * sot + head * soh
-    tl.store(OUT + o_out + cols, out.to(OUT.dtype.element_ty), mask=cols < D)
-    if HAS_LSE:
-        tl.store(LSE + i_q.to(tl.int64) * H + head, (m + tl.log2(l)) * LN2)
-
-
-@triton.jit
-def merge_row(PM, PL, PW, slot0, Hkv, first, n0, n1, r, STEP: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr,
-              FAN: tl.constexpr):  # fmt: skip
-    """Row r's state over the nodes n0 … n1 (of STEP chunks each) of a sequence whose chunk `first` lies at slot0."""
+def merge_states(PM, PL, PW, slot0, Hkv, first, n0, n1, rows, STEP: tl.constexpr, ROWS: tl.constexpr,
+                 RB: tl.constexpr, BD: tl.constexpr, FAN: tl.constexpr):  # fmt: skip
+    """States of `rows` [RB] over the nodes n0 … n1, of STEP chunks each; the sequence's chunk `first` lies at slot0."""
     cols, fan = tl.arange(0, BD), tl.arange(0, FAN)
-    m = float("-inf")
-    l = 0.0
-    acc = tl.zeros([BD], tl.float32)
+    m = tl.full([RB], float("-inf"), tl.float32)
+    l = tl.zeros([RB], tl.float32)
+    acc = tl.zeros([RB, BD], tl.float32)
     for c0 in range(n0, n1, FAN):
         c = c0 + fan
         there = c < n1
         slot = slot0 + (tl.maximum(c * STEP, first) - first).to(tl.int64) * Hkv
-        m_c = tl.load(PM + slot * ROWS + r, mask=there, other=float("-inf"), cache_modifier=".cg")
-        l_c = tl.load(PL + slot * ROWS + r, mask=there, other=0.0, cache_modifier=".cg")
-        o_w = (slot * ROWS + r)[:, None] * BD + cols[None, :]
-        w_c = tl.load(PW + o_w, mask=there[:, None], other=0.0, cache_modifier=".cg")
+        at = (slot * ROWS)[:, None] + rows[None, :]
+        # Other programs wrote them: read from the L2 cache.
+        m_c = tl.load(PM + at, mask=there[:, None], other=float("-inf"), cache_modifier=".cg")
+        l_c = tl.load(PL + at, mask=there[:, None], other=0.0, cache_modifier=".cg")
+        o_w = (at * BD)[:, :, None] + cols[None, None, :]
+        w_c = tl.load(PW + o_w, mask=there[:, None, None], other=0.0, cache_modifier=".cg")
         top = tl.maximum(m, tl.max(m_c, 0))
         anchor = tl.where(top == float("-inf"), 0.0, top)
-        weight, decay = tl.exp2(m_c - anchor), tl.exp2(m - anchor)
+        weight, decay = tl.exp2(m_c - anchor[None, :]), tl.exp2(m - anchor)
         l = l * decay + tl.sum(weight * l_c, 0)
-        acc = acc * decay + tl.sum(weight[:, None] * w_c, 0)
+        acc = acc * decay[:, None] + tl.sum(weight[:, :, None] * w_c, 0)
         m = top
     return m, l, acc
+
+
+@triton.jit
+def finish(m, l, acc, rows, OUT, LSE, SINKS, v_factor, q0, n_rows, i_hk, H, sot, soh, GROUP: tl.constexpr,
+           D: tl.constexpr, BD: tl.constexpr, HAS_LSE: tl.constexpr, HAS_SINKS: tl.constexpr):  # fmt: skip
+    """Join the sinks, once, and write output and logsumexp of packed `rows`."""
+    cols = tl.arange(0, BD)
+    valid = rows < n_rows
+    i_q, head = q0 + rows // GROUP, i_hk * GROUP + rows % GROUP
+    if HAS_SINKS:
+        sink = tl.load(SINKS + head, mask=valid, other=float("-inf")).to(tl.float32) * LOG2E
+        top = tl.maximum(m, sink)
+        anchor = tl.where(top == float("-inf"), 0.0, top)
+        decay = tl.exp2(m - anchor)
+        l = l * decay + tl.exp2(sink - anchor)
+        acc *= decay[:, None]
+        m = top
+    out = acc / tl.where(l == 0.0, 1.0, l)[:, None] * v_factor
+    o_out = i_q.to(tl.int64) * sot + head * soh
+    m_out = valid[:, None] & (cols[None, :] < D)
+    tl.store(OUT + o_out[:, None] + cols[None, :], out.to(OUT.dtype.element_ty), mask=m_out)
+    if HAS_LSE:
+        tl.store(LSE + i_q.to(tl.int64) * H + head, (m + tl.log2(l)) * LN2, mask=valid)
 
 
 @triton.jit
@@ -87,10 +88,10 @@ def decode_kernel(
     Q, K, V, CU, USED, TABLE, OUT, LSE, PM, PL, PW, COUNT, SLOPES, SINKS, K_SCALE, V_SCALE,
     sqt, sqh, skb, skp, skh, svb, svp, svh, stb, sot, soh, B, T, Hkv, window, top0, scale, softcap,
     GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BB: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr,
-    PAGE: tl.constexpr, CHUNK: tl.constexpr, FAN: tl.constexpr, STAGES: tl.constexpr, FORM: tl.constexpr,
-    MODE: tl.constexpr, FP8: tl.constexpr, MIN_ROWS: tl.constexpr, MAX_ROWS: tl.constexpr, HEAD_SCALES: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, HAS_SINKS: tl.constexpr,
-    HAS_LSE: tl.constexpr, SCALED: tl.constexpr,
+    PAGE: tl.constexpr, CHUNK: tl.constexpr, FAN: tl.constexpr, RB: tl.constexpr, STAGES: tl.constexpr,
+    FORM: tl.constexpr, MODE: tl.constexpr, FP8: tl.constexpr, MIN_ROWS: tl.constexpr, MAX_ROWS: tl.constexpr,
+    HEAD_SCALES: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
+    HAS_SINKS: tl.constexpr, HAS_LSE: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """All units in turn, unit i for program i % programs. States PM, PL [slots, ROWS], PW [slots, ROWS, BD]."""
     H = Hkv * GROUP
@@ -128,11 +129,11 @@ def decode_kernel(
         o_table = s.to(tl.int64) * stb
         o_k, o_v = i_hk.to(tl.int64) * skh, i_hk.to(tl.int64) * svh
         if FORM == "lanes":
-            m, l, acc = lanes_walk(
-                q.to(tl.float32), unit_scale, slopes[:, None], start, lo, end, K, V, TABLE, o_table, o_k, o_v, skb, skp,
-                svb, svp, window, softcap, ROWS, D, BD, BN, PAGE, STAGES, FP8, CAUSAL, WINDOW, SOFTCAP, ALIBI,
+            m_r, l_r, acc_r = lanes_walk(
+                tl.sum(q.to(tl.float32), 0), unit_scale, tl.sum(slopes, 0), start, lo, end, K, V, TABLE, o_table, o_k,
+                o_v, skb, skp, svb, svp, window, softcap, D, BD, BN, PAGE, STAGES, FP8, CAUSAL, WINDOW, SOFTCAP, ALIBI,
             )  # fmt: skip
-            m, l, acc = merge_lanes(m, l, acc)
+            m, l, acc = tl.zeros([1], tl.float32) + m_r, tl.zeros([1], tl.float32) + l_r, acc_r[None, :]
         else:
             factor = tl.zeros([ROWS], tl.float32) + unit_scale
             if MODE != "half":
@@ -140,10 +141,19 @@ def decode_kernel(
             m = tl.full([ROWS], float("-inf"), tl.float32)
             l = tl.zeros([ROWS], tl.float32)
             acc = tl.zeros([ROWS, BD], tl.float32)
+            whole = lo  # keys before it are in whole tiles that all rows see
+            if not WINDOW:
+                whole = tl.minimum(end, start + 1) if CAUSAL else end
+                whole = tl.maximum(whole // BN * BN, lo)
+                m, l, acc = dot_walk(
+                    m, l, acc, q, factor, slopes, start + rows // GROUP, lo, whole, K, V, TABLE, o_table, o_k, o_v, skb,
+                    skp, svb, svp, window, softcap, ROWS, D, BD, BN, PAGE, STAGES, MODE, False, FP8, CAUSAL, WINDOW,
+                    SOFTCAP, ALIBI,
+                )  # fmt: skip
             m, l, acc = dot_walk(
-                m, l, acc, q, factor, slopes, start + rows // GROUP, lo, end, K, V, TABLE, o_table, o_k, o_v, skb, skp,
-                svb, svp, window, softcap, ROWS, D, BD, BN, PAGE, STAGES, MODE, True, FP8, CAUSAL, WINDOW, SOFTCAP,
-                ALIBI,
+                m, l, acc, q, factor, slopes, start + rows // GROUP, whole, end, K, V, TABLE, o_table, o_k, o_v, skb,
+                skp, svb, svp, window, softcap, ROWS, D, BD, BN, PAGE, STAGES if WINDOW else 1, MODE, True, FP8, CAUSAL,
+                WINDOW, SOFTCAP, ALIBI,
             )  # fmt: skip
             if is_broken(l, acc) > 0:
                 m, l, acc = row_by_row(
@@ -151,20 +161,8 @@ def decode_kernel(
                     svb, svp, window, softcap, GROUP, ROWS, D, BD, PAGE, FP8, CAUSAL, WINDOW, SOFTCAP, ALIBI,
                 )  # fmt: skip
         if chunks == 1:
-            if HAS_SINKS:
-                sink = tl.load(SINKS + i_h, mask=valid, other=float("-inf")).to(tl.float32) * LOG2E
-                top = tl.maximum(m, sink)
-                anchor = tl.where(top == float("-inf"), 0.0, top)
-                decay = tl.exp2(m - anchor)
-                l = l * decay + tl.exp2(sink - anchor)
-                acc *= decay[:, None]
-                m = top
-            out = acc / tl.where(l == 0.0, 1.0, l)[:, None] * v_factor
-            o_out = i_q.to(tl.int64) * sot + i_h * soh
-            m_out = valid[:, None] & (cols[None, :] < D)
-            tl.store(OUT + o_out[:, None] + cols[None, :], out.to(OUT.dtype.element_ty), mask=m_out)
-            if HAS_LSE:
-                tl.store(LSE + i_q.to(tl.int64) * H + i_h, (m + tl.log2(l)) * LN2, mask=valid)
+            finish(m, l, acc, rows, OUT, LSE, SINKS, v_factor, q0, n_rows, i_hk, H, sot, soh, GROUP, D, BD, HAS_LSE,
+                   HAS_SINKS)  # fmt: skip
         else:
             slot0 = unit0.to(tl.int64) * Hkv + i_hk  # of the sequence's first chunk
             slot = slot0 + (chunk - first).to(tl.int64) * Hkv
@@ -179,24 +177,31 @@ def decode_kernel(
             if tl.atomic_add(COUNT + node_slot, 1, sem="acq_rel") == n1 - n0 - 1:
                 tl.store(COUNT + node_slot, 0)
                 if nodes1 - nodes0 == 1:
-                    for r in range(n_rows):
-                        m_r, l_r, w_r = merge_row(PM, PL, PW, slot0, Hkv, first, n0, n1, r, 1, ROWS, BD, FAN)
-                        finish_row(m_r, l_r, w_r, OUT, LSE, SINKS, v_factor, q0 + r // GROUP, i_hk * GROUP + r % GROUP,
-                                   H, sot, soh, D, BD, HAS_LSE, HAS_SINKS)  # fmt: skip
+                    for r0 in range(0, n_rows, RB):
+                        block = r0 + tl.arange(0, RB)
+                        m_b, l_b, w_b = merge_states(
+                            PM, PL, PW, slot0, Hkv, first, n0, n1, block, 1, ROWS, RB, BD, FAN
+                        )  # fmt: skip
+                        finish(m_b, l_b, w_b, block, OUT, LSE, SINKS, v_factor, q0, n_rows, i_hk, H, sot, soh, GROUP,
+                               D, BD, HAS_LSE, HAS_SINKS)  # fmt: skip
                 else:
-                    for r in range(n_rows):
-                        m_r, l_r, w_r = merge_row(PM, PL, PW, slot0, Hkv, first, n0, n1, r, 1, ROWS, BD, FAN)
+                    for r0 in range(0, n_rows, RB):
+                        block = r0 + tl.arange(0, RB)
+                        m_b, l_b, w_b = merge_states(
+                            PM, PL, PW, slot0, Hkv, first, n0, n1, block, 1, ROWS, RB, BD, FAN
+                        )  # fmt: skip
                         tl.debug_barrier()  # everyone has read the slot that is written next
-                        tl.store(PM + node_slot * ROWS + r, m_r)
-                        tl.store(PL + node_slot * ROWS + r, l_r)
-                        tl.store(PW + (node_slot * ROWS + r) * BD + cols, w_r)
+                        tl.store(PM + node_slot * ROWS + block, m_b)
+                        tl.store(PL + node_slot * ROWS + block, l_b)
+                        tl.store(PW + (node_slot * ROWS + block)[:, None] * BD + cols[None, :], w_b)
                     tl.debug_barrier()
                     top_slot = top0.to(tl.int64) + s * Hkv + i_hk
                     if tl.atomic_add(COUNT + top_slot, 1, sem="acq_rel") == nodes1 - nodes0 - 1:
                         tl.store(COUNT + top_slot, 0)
-                        for r in range(n_rows):
-                            m_r, l_r, w_r = merge_row(
-                                PM, PL, PW, slot0, Hkv, first, nodes0, nodes1, r, FAN, ROWS, BD, FAN
-                            )
-                            finish_row(m_r, l_r, w_r, OUT, LSE, SINKS, v_factor, q0 + r // GROUP,
-                                       i_hk * GROUP + r % GROUP, H, sot, soh, D, BD, HAS_LSE, HAS_SINKS)  # fmt: skip
+                        for r0 in range(0, n_rows, RB):
+                            block = r0 + tl.arange(0, RB)
+                            m_b, l_b, w_b = merge_states(
+                                PM, PL, PW, slot0, Hkv, first, nodes0, nodes1, block, FAN, ROWS, RB, BD, FAN
+                            )  # fmt: skip
+                            finish(m_b, l_b, w_b, block, OUT, LSE, SINKS, v_factor, q0, n_rows, i_hk, H, sot, soh,
+                                   GROUP, D, BD, HAS_LSE, HAS_SINKS)  # fmt: skip

@@ -1,7 +1,7 @@
 """From a paged problem to launches. Nothing here reads a tensor: grids follow from shapes and bounds.
 
 Each class of sequences has a kernel of its own, chosen by the packed rows (queries × heads of a group) of the sequence
-alone: single queries, up to 16 rows, up to 64 rows, more. A batch gets the launches that its bounds allow, and each
+alone: single rows, up to 16 rows, up to 64 rows, more. A batch gets the launches that its bounds allow, and each
 passes over the sequences of the other classes: so the bits of a sequence do not depend on its neighbours.
 """
 
@@ -73,10 +73,9 @@ def _run_dense(problem: PagedProblem, operands: PagedOperands) -> frozenset[int]
 def decode_launches(problem: PagedProblem, mode: str, arch: str) -> list[Launch]:
     """The classes of few rows, of which a sequence belongs to one at most."""
     launches, above = [], 0
-    if problem.group <= tuning.lanes_up_to(mode, arch):
-        rows = triton.next_power_of_2(problem.group)
-        launches.append(Launch("lanes", 0, problem.group, tuning.decode_tile("lanes", mode, rows, problem, arch)))
-        above = problem.group
+    if problem.group == 1:
+        launches.append(Launch("lanes", 0, 1, tuning.decode_tile("lanes", mode, 1, problem, arch)))
+        above = 1
     for rows in DECODE_ROWS:
         if rows > above:
             launches.append(Launch("dot", above, rows, tuning.decode_tile("dot", mode, rows, problem, arch)))
@@ -130,11 +129,10 @@ def _launch_decode(
     problem: PagedProblem, operands: PagedOperands, cut: Launch, mode: str, arguments: dict[str, object]
 ) -> None:
     tile = cut.tile
-    rows = triton.next_power_of_2(cut.rows_max) if cut.form == "lanes" else cut.rows_max
     slots = decode_slots(problem.B, problem.Hkv, problem.max_seqlen_k, tile.CHUNK)
     device = problem.device
-    m, l = (torch.empty((slots, rows), dtype=torch.float32, device=device) for _ in range(2))
-    W = torch.empty((slots, rows, arguments["BD"]), dtype=torch.float32, device=device)  # type: ignore[arg-type]
+    m, l = (torch.empty((slots, cut.rows_max), dtype=torch.float32, device=device) for _ in range(2))
+    W = torch.empty((slots, cut.rows_max, arguments["BD"]), dtype=torch.float32, device=device)  # type: ignore[arg-type]
     counters = operands.counters
     needed = slots + problem.B * problem.Hkv
     if counters is None:
@@ -145,9 +143,9 @@ def _launch_decode(
             f"{needed} int32 on {device}: see decode_counters"
         )
     decode_kernel[(min(slots, tile.programs),)](
-        **arguments, PM=m, PL=l, PW=W, COUNT=counters, top0=slots,
-        ROWS=rows, BN=tile.BN, CHUNK=tile.CHUNK, FAN=tile.FAN, STAGES=tile.num_stages, FORM=cut.form, MODE=mode,
-        MIN_ROWS=cut.above, MAX_ROWS=cut.rows_max, num_warps=tile.num_warps,
+        **arguments, PM=m, PL=l, PW=W, COUNT=counters, top0=slots, ROWS=cut.rows_max, BN=tile.BN, CHUNK=tile.CHUNK,
+        FAN=tile.FAN, RB=min(tile.merge_rows, cut.rows_max), STAGES=tile.num_stages, FORM=cut.form, MODE=mode,
+        MIN_ROWS=cut.above, MAX_ROWS=cut.rows_max, num_warps=tile.num_warps, **tile.limits(),
     )  # fmt: skip
 
 

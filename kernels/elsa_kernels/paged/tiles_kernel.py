@@ -11,7 +11,7 @@ import triton.language as tl
 
 from elsa_kernels.triton.forward import LN2, LOG2E, tanh
 
-__all__ = ["LN2", "LOG2E", "dot_walk", "is_broken", "lanes_walk", "merge_lanes", "row_by_row"]
+__all__ = ["LN2", "LOG2E", "dot_walk", "is_broken", "lanes_walk", "row_by_row"]
 
 
 @triton.jit
@@ -31,11 +31,19 @@ def widen(x, FP8: tl.constexpr):
 
 
 @triton.jit
-def pages_of(TABLE, o_table, keys, exists, PAGE: tl.constexpr, MASKED: tl.constexpr):
-    """The page of each of `keys`, int64."""
+def rows_of(TABLE, o_table, j0, exists, s_block, s_place, t_block, t_place, BN: tl.constexpr, PAGE: tl.constexpr,
+            MASKED: tl.constexpr):  # fmt: skip
+    """Where the keys j0 … j0 + BN of a sequence begin in two caches, in elements; j0 is a multiple of BN."""
+    lane = tl.arange(0, BN)
+    if BN % PAGE == 0:  # what does not depend on j0 is the same in every turn of a loop
+        at, place = TABLE + o_table + j0 // PAGE + lane // PAGE, lane % PAGE
+    else:
+        at, place = TABLE + o_table + (j0 + lane) // PAGE, (j0 + lane) % PAGE
     if MASKED:
-        return tl.load(TABLE + o_table + keys // PAGE, mask=exists, other=0).to(tl.int64)
-    return tl.load(TABLE + o_table + keys // PAGE).to(tl.int64)
+        page = tl.load(at, mask=exists, other=0).to(tl.int64)
+    else:
+        page = tl.load(at).to(tl.int64)
+    return page * s_block + place * s_place, page * t_block + place * t_place
 
 
 @triton.jit
@@ -61,54 +69,70 @@ def visible(keys, positions, first, end, window, CAUSAL: tl.constexpr, WINDOW: t
 
 
 @triton.jit
-def lanes_walk(
-    q, factor, slopes, position, lo, end, K, V, TABLE, o_table, o_k, o_v, skb, skp, svb, svp, window, softcap,
-    R: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, PAGE: tl.constexpr, STAGES: tl.constexpr,
-    FP8: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
+def lanes_loop(
+    m, l, acc, q, factor, slope, position, lo, end, K, V, TABLE, o_table, o_k, o_v, skb, skp, svb, svp, softcap,
+    D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, PAGE: tl.constexpr, STAGES: tl.constexpr,
+    MASKED: tl.constexpr, FP8: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
 ):  # fmt: skip
-    """Rows q [R, BD] at one position over the keys [lo, end), all products in FP32 without tensor cores.
-
-    Every one of BN lanes keeps a state of its own over the keys that fall to it, so that within the loop nothing is
-    exchanged between warps. A key with logit −∞ adds nothing, whatever its value. Returns m, l [R, BN],
-    acc [R, BN, BD] for `merge_lanes`.
-    """
+    """Merge the keys [lo, end) into m, l [BN], acc [BN, BD]. Without MASKED both are multiples of BN."""
     lane, cols = tl.arange(0, BN), tl.arange(0, BD)
-    if CAUSAL:
-        end = tl.minimum(end, position + 1)
-    if WINDOW:
-        lo = tl.maximum(lo, position - window + 1)
-        end = tl.minimum(end, position + window)
-    m = tl.full([R, BN], float("-inf"), tl.float32)
-    l = tl.zeros([R, BN], tl.float32)
-    acc = tl.zeros([R, BN, BD], tl.float32)
     for j0 in tl.range(lo // BN * BN, end, BN, num_stages=STAGES):
         keys = j0 + lane
         seen = (keys >= lo) & (keys < end)
-        inside = seen[:, None] & (cols[None, :] < D) if BD != D else seen[:, None]
-        page, place = pages_of(TABLE, o_table, keys, seen, PAGE, True), keys % PAGE
-        at_k, at_v = o_k + page * skb + place * skp, o_v + page * svb + place * svp
-        k = widen(tl.load(K + at_k[:, None] + cols[None, :], mask=inside, other=0.0), FP8).to(tl.float32)
-        v = widen(tl.load(V + at_v[:, None] + cols[None, :], mask=inside, other=0.0), FP8).to(tl.float32)
-        s = tl.sum(q[:, None, :] * k[None, :, :], 2) * factor
-        s = logits(s, keys[None, :], position, slopes, softcap, SOFTCAP, ALIBI)
-        s = tl.where(seen[None, :], s, float("-inf"))
+        at_k, at_v = rows_of(TABLE, o_table, j0, seen, skb, skp, svb, svp, BN, PAGE, MASKED)
+        k_at, v_at = K + o_k + at_k[:, None] + cols[None, :], V + o_v + at_v[:, None] + cols[None, :]
+        if MASKED or BD != D:
+            inside = seen[:, None] & (cols[None, :] < D)
+            k, v = tl.load(k_at, mask=inside, other=0.0), tl.load(v_at, mask=inside, other=0.0)
+        else:
+            k, v = tl.load(k_at), tl.load(v_at)
+        s = tl.sum(q[None, :] * widen(k, FP8).to(tl.float32), 1) * factor
+        s = logits(s, keys, position, slope, softcap, SOFTCAP, ALIBI)
+        if MASKED:
+            s = tl.where(seen, s, float("-inf"))
         m_new = tl.maximum(m, s)
         anchor = tl.where(m_new == float("-inf"), 0.0, m_new)
         decay, p = tl.exp2(m - anchor), tl.exp2(s - anchor)
         l = l * decay + p
-        heard = tl.where((s != float("-inf"))[:, :, None], v[None, :, :], 0.0)
-        acc = acc * decay[:, :, None] + p[:, :, None] * heard
+        heard = tl.where((s != float("-inf"))[:, None], widen(v, FP8).to(tl.float32), 0.0)
+        acc = acc * decay[:, None] + p[:, None] * heard
         m = m_new
     return m, l, acc
 
 
 @triton.jit
-def merge_lanes(m, l, acc):
-    """The state of each row over all lanes: m, l [R], acc [R, BD]."""
-    top = tl.max(m, 1)
-    anchor = tl.where(top == float("-inf"), 0.0, top)
-    weight = tl.exp2(m - anchor[:, None])
-    return top, tl.sum(l * weight, 1), tl.sum(acc * weight[:, :, None], 1)
+def lanes_walk(
+    q, factor, slope, position, lo, end, K, V, TABLE, o_table, o_k, o_v, skb, skp, svb, svp, window, softcap,
+    D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, PAGE: tl.constexpr, STAGES: tl.constexpr,
+    FP8: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
+):  # fmt: skip
+    """One row q [BD] at its position over the keys [lo, end), all products in FP32 without tensor cores.
+
+    Every one of BN lanes keeps a state of its own over the keys that fall to it, so that within the loop nothing is
+    exchanged between warps. A key with logit −∞ adds nothing, whatever its value. Returns m, l, acc [BD].
+    """
+    if CAUSAL:
+        end = tl.minimum(end, position + 1)
+    if WINDOW:
+        lo = tl.maximum(lo, position - window + 1)
+        end = tl.minimum(end, position + window)
+    m = tl.full([BN], float("-inf"), tl.float32)
+    l = tl.zeros([BN], tl.float32)
+    acc = tl.zeros([BN, BD], tl.float32)
+    whole = lo  # keys before it are in whole tiles
+    if not WINDOW:
+        whole = tl.maximum(end // BN * BN, lo)
+        m, l, acc = lanes_loop(
+            m, l, acc, q, factor, slope, position, lo, whole, K, V, TABLE, o_table, o_k, o_v, skb, skp, svb, svp,
+            softcap, D, BD, BN, PAGE, STAGES, False, FP8, SOFTCAP, ALIBI,
+        )  # fmt: skip
+    m, l, acc = lanes_loop(
+        m, l, acc, q, factor, slope, position, whole, end, K, V, TABLE, o_table, o_k, o_v, skb, skp, svb, svp, softcap,
+        D, BD, BN, PAGE, STAGES if WINDOW else 1, True, FP8, SOFTCAP, ALIBI,
+    )  # fmt: skip
+    top = tl.max(m, 0)
+    weight = tl.exp2(m - tl.where(top == float("-inf"), 0.0, top))
+    return top, tl.sum(l * weight, 0), tl.sum(acc * weight[:, None], 0)
 
 
 @triton.jit
@@ -128,15 +152,13 @@ def dot_walk(
     for j0 in tl.range(lo // BN * BN, end, BN, num_stages=STAGES):
         keys = j0 + lane
         exists = (keys >= lo) & (keys < end)
-        inside = exists[:, None] & (cols[None, :] < D) if BD != D else exists[:, None]
-        page, place = pages_of(TABLE, o_table, keys, exists, PAGE, MASKED), keys % PAGE
-        at_k, at_v = o_k + page * skb + place * skp, o_v + page * svb + place * svp
+        at_k, at_v = rows_of(TABLE, o_table, j0, exists, skb, skp, svb, svp, BN, PAGE, MASKED)
+        k_at, v_at = K + o_k + at_k[:, None] + cols[None, :], V + o_v + at_v[:, None] + cols[None, :]
         if MASKED or BD != D:
-            k = tl.load(K + at_k[:, None] + cols[None, :], mask=inside, other=0.0)
-            v = tl.load(V + at_v[:, None] + cols[None, :], mask=inside, other=0.0)
+            inside = exists[:, None] & (cols[None, :] < D)
+            k, v = tl.load(k_at, mask=inside, other=0.0), tl.load(v_at, mask=inside, other=0.0)
         else:
-            k = tl.load(K + at_k[:, None] + cols[None, :])
-            v = tl.load(V + at_v[:, None] + cols[None, :])
+            k, v = tl.load(k_at), tl.load(v_at)
         k, v = widen(k, FP8).to(q.dtype), widen(v, FP8).to(q.dtype)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor[:, None]
         s = logits(s, keys[None, :], positions[:, None], slopes[:, None], softcap, SOFTCAP, ALIBI)
@@ -170,13 +192,11 @@ def row_by_row(
         factor_r = tl.sum(tl.where(mine, factor, 0.0), 0)
         slope_r = tl.sum(tl.where(mine, slopes, 0.0), 0)
         m_r, l_r, acc_r = lanes_walk(
-            q_r[None, :], factor_r, slope_r, start + (row0 + r) // GROUP, lo, end, K, V, TABLE, o_table, o_k, o_v, skb,
-            skp, svb, svp, window, softcap, 1, D, BD, 16, PAGE, 1, FP8, CAUSAL, WINDOW, SOFTCAP, ALIBI,
+            q_r, factor_r, slope_r, start + (row0 + r) // GROUP, lo, end, K, V, TABLE, o_table, o_k, o_v, skb, skp, svb,
+            svp, window, softcap, D, BD, 16, PAGE, 1, FP8, CAUSAL, WINDOW, SOFTCAP, ALIBI,
         )  # fmt: skip
-        m_r, l_r, acc_r = merge_lanes(m_r, l_r, acc_r)
-        m = tl.where(mine, tl.broadcast_to(m_r, (BM,)), m)
-        l = tl.where(mine, tl.broadcast_to(l_r, (BM,)), l)
-        acc = tl.where(mine[:, None], tl.broadcast_to(acc_r, (BM, BD)), acc)
+        m, l = tl.where(mine, m_r, m), tl.where(mine, l_r, l)
+        acc = tl.where(mine[:, None], acc_r[None, :], acc)
     return m, l, acc
 
 

@@ -15,13 +15,23 @@ SMALLEST_CHUNK = 256
 
 @dataclass(frozen=True, slots=True)
 class DecodeTile:
-    """CHUNK keys a unit of work, BN of them at a time, FAN chunks a node of the merge; at most `programs` launched."""
+    """CHUNK keys a unit of work, BN of them at a time, FAN chunks a node of the merge; at most `programs` launched.
+
+    merge_rows: packed rows that are merged at a time. registers: bound on those of a thread, which lets more programs
+    share an SM; 0 for none (and off CUDA).
+    """
 
     BN: int
     CHUNK: int
     num_warps: int
     num_stages: int
-    FAN: int = 16
+    FAN: int = 8
+    merge_rows: int = 4
+    registers: int = 0
+
+    def limits(self) -> dict[str, int]:
+        return {"maxnreg": self.registers} if self.registers else {}
+
     programs: int = 4096
 
 
@@ -50,18 +60,12 @@ def choose_mode(dtype: torch.dtype, precision: str, arch: str) -> str:
     return "ieee" if arch == "interpreter" else "bf16x6"
 
 
-def lanes_up_to(mode: str, arch: str) -> int:
-    """The largest group whose single queries are computed without tensor cores."""
-    return 1 if mode == "half" else 8
-
-
 def decode_tile(form: str, mode: str, rows: int, problem: PagedProblem, arch: str) -> DecodeTile:
     wide = problem.D > 128
     if arch == "interpreter":
         return DecodeTile(BN=16, CHUNK=SMALLEST_CHUNK, num_warps=4, num_stages=1, FAN=2)
     if form == "lanes":
-        size = 2 if mode == "half" else 1
-        return DecodeTile(BN=max(8, 32 * size // rows // (1 + wide)), CHUNK=512, num_warps=4, num_stages=1)
+        return DecodeTile(BN=16 if wide else 32, CHUNK=512, num_warps=4, num_stages=1)
     if mode == "half":
         return DecodeTile(BN=64 // (1 + wide), CHUNK=512, num_warps=4, num_stages=3 if rows <= 16 else 2)
     return DecodeTile(BN=16 if wide or rows > 16 else 32, CHUNK=512, num_warps=4, num_stages=1)
