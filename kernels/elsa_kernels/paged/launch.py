@@ -117,7 +117,7 @@ def _shared_arguments(problem: PagedProblem, operands: PagedOperands, arch: str)
         **dict(zip(("sot", "soh"), o.out.stride())),
         "B": problem.B, "T": problem.T, "Hkv": problem.Hkv, "window": problem.window or 0, "scale": problem.scale,
         "softcap": problem.softcap or 0.0, "GROUP": problem.group, "D": problem.D,
-        "BD": max(16, triton.next_power_of_2(problem.D)), "BB": max(16, triton.next_power_of_2(problem.B)),
+        "BD": max(16, triton.next_power_of_2(problem.D)), "BB": 1 if problem.B == 1 else max(16, triton.next_power_of_2(problem.B)),
         "PAGE": problem.page, "FP8": fp8, "HEAD_SCALES": k_scale is not None and k_scale.numel() > 1,
         "SCALED": k_scale is not None, "CAUSAL": problem.causal, "WINDOW": problem.window is not None,
         "SOFTCAP": problem.softcap is not None, "ALIBI": problem.has_alibi, "HAS_SINKS": problem.has_sinks,

@@ -67,7 +67,9 @@ def decode_tile(form: str, mode: str, rows: int, problem: PagedProblem, arch: st
     if form == "lanes":
         return DecodeTile(BN=16 if wide else 32, CHUNK=512, num_warps=4, num_stages=1)
     if mode == "half":
-        return DecodeTile(BN=64 // (1 + wide), CHUNK=512, num_warps=4, num_stages=3 if rows <= 16 else 2)
+        if rows <= 16:
+            return DecodeTile(BN=64 // (1 + wide), CHUNK=512, num_warps=2, num_stages=3)
+        return DecodeTile(BN=64 // (1 + wide), CHUNK=512, num_warps=4, num_stages=2)
     return DecodeTile(BN=16 if wide or rows > 16 else 32, CHUNK=512, num_warps=4, num_stages=1)
 
 
