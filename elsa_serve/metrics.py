@@ -33,9 +33,11 @@ from elsa_serve.stats import (
     CancelLatency,
     ClientDisconnected,
     Direction,
+    DiskReads,
     EngineStarted,
     EngineState,
     Gauges,
+    HostAttention,
     InterTokenLatency,
     MetricsSink,
     Outcome,
@@ -185,6 +187,11 @@ class Metrics:
         self.step_duration = self._histogram(
             "elsa_step_duration_seconds", "One pass over the layers.", STEP_S, phase=get_args(Phase)
         )
+        self.predicted = counter(
+            "elsa_step_predicted_seconds_total",
+            "What the planner expects the passes to take; elsa_step_duration_seconds_sum is what they took.",
+            phase=get_args(Phase),
+        )
         self.last_step = self._gauge(
             "elsa_last_step_timestamp_seconds", "End of the last pass, since the epoch; 0: none yet."
         )
@@ -200,6 +207,19 @@ class Metrics:
         one = {"object": get_args(TransferObject)}
         self.stall = counter("elsa_offload_stall_seconds_total", "Time that compute waited for copies.", **one)
         self.hidden = counter("elsa_offload_hidden_seconds_total", "Copy time covered by compute.", **one)
+        # Other work for the passes' sake: attribute of StepStats -> its bytes, its seconds, compute's wait for it.
+        self.beside = {
+            "host_attention": (
+                counter("elsa_host_attention_bytes_total", "KV in host memory that the CPU attended in place."),
+                counter("elsa_host_attention_seconds_total", "Time that attention took."),
+                counter("elsa_host_attention_stall_seconds_total", "Time that compute waited for it."),
+            ),
+            "disk": (
+                counter("elsa_disk_read_bytes_total", "Weights read from disk for the passes."),
+                counter("elsa_disk_read_seconds_total", "Time those reads took."),
+                counter("elsa_disk_stall_seconds_total", "Time that compute waited for them."),
+            ),
+        }
 
     def _memory(self) -> None:
         gauge = self._gauge
@@ -211,6 +231,11 @@ class Metrics:
         # The planner names the parts, and a part may move from one tier to the other with the budget.
         self.gpu_memory = gauge("elsa_gpu_memory_bytes", "GPU memory as planned, by use.", kind=())
         self.host_memory = gauge("elsa_host_memory_bytes", "Host memory as planned, by use.", kind=())
+        self.planned = gauge(
+            "elsa_plan_seconds",
+            "As planned: the first token of a prompt of the full context, and a token at its end.",
+            kind=("first_token", "token"),
+        )
 
     def _server(self) -> None:
         gauge = self._gauge
@@ -257,8 +282,15 @@ class Metrics:
         self.accepted_tokens.inc(record.accepted_tokens)
         self.backend_steps.labels(known(record.attention_backend.partition(".")[0], BACKENDS)).inc()
         self.last_step.set(time.time())
+        self.predicted.labels(record.phase).inc(record.predicted_s)
         for transfer in record.transfers:
             self._on_transfer(transfer)
+        for name, (nbytes, seconds, stall) in self.beside.items():
+            work: HostAttention | DiskReads | None = getattr(record, name)
+            if work is not None:
+                nbytes.inc(work.bytes)
+                seconds.inc(work.seconds)
+                stall.inc(work.stall_s)
 
     def _on_transfer(self, transfer: Transfer) -> None:
         labels = (transfer.object, transfer.direction)
@@ -279,6 +311,7 @@ class Metrics:
             (self.kv_cached, record.kv_cached_bytes),
             (self.gpu_memory, record.gpu_bytes),
             (self.host_memory, record.host_bytes),
+            (self.planned, record.planned_s),
         ):
             for label, value in values.items():
                 gauge.labels(label_of(label)).set(value)

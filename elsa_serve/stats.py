@@ -71,8 +71,17 @@ class HostAttention:
 
 
 @dataclass(frozen=True, slots=True)
+class DiskReads:
+    """Layers read from disk over one step: bytes, the reading threads' seconds, and for how long compute waited."""
+
+    bytes: int
+    seconds: float
+    stall_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class StepStats:
-    """One pass over the layers."""
+    """One pass over the layers. `predicted_s` is what the planner expects of it; 0: nothing."""
 
     phase: Phase
     duration_s: float
@@ -83,6 +92,8 @@ class StepStats:
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     host_attention: HostAttention | None = None
+    predicted_s: float = 0.0
+    disk: DiskReads | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +114,7 @@ class Gauges:
     kv_cached_bytes: dict[str, int] = field(default_factory=dict)  # kept for later prompts, free when needed
     gpu_bytes: dict[str, int] = field(default_factory=dict)  # weights, kv, workspace, free
     host_bytes: dict[str, int] = field(default_factory=dict)  # requested, pinned, pageable, cgroup_limit
+    planned_s: dict[str, float] = field(default_factory=dict)  # first_token of a full context, token at its end
 
 
 @dataclass(frozen=True, slots=True)

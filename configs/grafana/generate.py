@@ -212,6 +212,26 @@ def offload() -> list[dict[str, Any]]:
             "s",
             [(quantile(0.95, "elsa_step_duration_seconds", "phase"), "{{phase}}")],
         ),
+        panel(
+            "Passes: time taken over time predicted",
+            "percentunit",
+            [
+                (
+                    f"{rate('elsa_step_duration_seconds_sum', by='phase')} / "
+                    f"{rate('elsa_step_predicted_seconds_total', by='phase')}",
+                    "{{phase}}",
+                )
+            ],
+            "The planner's prediction, from rates measured on this machine: 100 % is as planned.",
+        ),
+        panel(
+            "Beside the passes: CPU attention and disk",
+            "s",
+            [
+                (rate("elsa_host_attention_stall_seconds_total"), "compute waited for CPU attention, s/s"),
+                (rate("elsa_disk_stall_seconds_total"), "compute waited for the disk, s/s"),
+            ],
+        ),
         panel("KV memory in use", "percentunit", [(f"elsa:kv_cache_used:ratio{ON}", "{{instance}} {{tier}}")], max=1),
         panel("KV memory", "bytes", [(f"sum by (tier) (elsa_kv_cache_used_bytes{ON})", "{{tier}}")]),
         panel("GPU memory as planned", "bytes", [(f"sum by (kind) (elsa_gpu_memory_bytes{ON})", "{{kind}}")]),

@@ -29,6 +29,7 @@ from elsa_serve.errors import CheckpointError
 from elsa_serve.offload.disk import PIECE, THREADS, Bounce, DirectFile
 from elsa_serve.offload.host import HostBuffer
 from elsa_serve.offload.streams import Copy
+from elsa_serve.stats import DiskReads
 
 BUFFERS = 3  # one that is read into, one that is full, one that is copied to the device
 
@@ -97,7 +98,8 @@ class DiskLayers:
         """Raises OSError for a file that cannot be opened."""
         self.layers = frozenset(extents)
         self.nbytes = sum(extent.nbytes for parts in extents.values() for extent in parts)
-        self.read_bytes, self.read_s, self.waited_s = 0, 0.0, 0.0  # since the beginning
+        self.read_bytes, self.read_s, self.waited_s = 0, 0.0, 0.0  # since the beginning; the last by the ring's thread
+        self._drained = DiskReads(0, 0.0, 0.0)
         self._extents, self._sizes = dict(extents), dict(sizes)
         self._checksums: dict[int, int] | None = {} if envs.checksums() else None
         self._files: dict[Path, DirectFile] = {}
@@ -128,6 +130,12 @@ class DiskLayers:
         read = Read(layer, self)
         self._orders.put(read)
         return read
+
+    def drain(self) -> DiskReads:
+        """What was read since the last call, what was read ahead included, and how long its results were waited for."""
+        now, last = DiskReads(self.read_bytes, self.read_s, self.waited_s), self._drained
+        self._drained = now
+        return DiskReads(now.bytes - last.bytes, now.seconds - last.seconds, now.stall_s - last.stall_s)
 
     def return_buffer(self, read: Read) -> None:
         read._over.wait()

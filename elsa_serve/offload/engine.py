@@ -19,6 +19,7 @@ from elsa_serve.offload import device as devices
 from elsa_serve.offload.loading import EngineOptions, LoadedModel, load
 from elsa_serve.offload.output import OutputText
 from elsa_serve.offload.plan import Plan
+from elsa_serve.offload.predict import Share, pass_time
 from elsa_serve.offload.prefix import PrefixCache
 from elsa_serve.offload.rounds import pass_tokens
 from elsa_serve.offload.sampling import Draw, Sampler
@@ -288,6 +289,7 @@ class OffloadEngine:
         if not work:
             return
         parts = [self._part(share) for share in work]
+        shares = [Share(part.kv.length, len(part.tokens)) for part in parts]
         start = time.monotonic()
         try:
             rows = self._loaded.runner.run(parts)
@@ -300,7 +302,9 @@ class OffloadEngine:
         self._last_step = self._alive = time.monotonic()
         done = [(share, rows[id(part)]) for share, part in zip(work, parts) if id(part) in rows]
         results = [self._draw(share, logits) for share, logits in done if share.rows]
-        self._record_step(self._last_step - start, work, [share for share, _ in done], results)
+        # The twin that copies and computes in turn is not what the planner predicts.
+        predicted = 0.0 if self._options.serial else pass_time(self.plan, shares).seconds
+        self._record_step(self._last_step - start, predicted, work, [share for share, _ in done], results)
         for share, _ in done:
             self._scheduler.computed(share.sequence)
         for result in results:
@@ -335,7 +339,9 @@ class OffloadEngine:
 
         return report
 
-    def _record_step(self, seconds: float, work: list[Work], done: list[Work], results: list[_Result]) -> None:
+    def _record_step(
+        self, seconds: float, predicted: float, work: list[Work], done: list[Work], results: list[_Result]
+    ) -> None:
         prefilling = sum(share.prefilling for share in work)
         phase: Phase = "decode" if not prefilling else "prefill" if prefilling == len(work) else "mixed"
         self._peak_device_used = self.memory().device_used
@@ -351,6 +357,8 @@ class OffloadEngine:
                 drafted_tokens=sum(len(result.share.draft) for result in drafts),
                 accepted_tokens=sum(max(0, len(result.tokens) - 1) for result in drafts),
                 host_attention=self._loaded.tiers.drain(),
+                predicted_s=predicted,
+                disk=self._loaded.weights.drain_disk(),
             )
         )
 
@@ -469,6 +477,7 @@ class OffloadEngine:
             kv_cached_bytes=self._loaded.pool.cached_bytes(),
             gpu_bytes=dict(self.plan.gpu_bytes),
             host_bytes=dict(self.plan.host_bytes),
+            planned_s={"first_token": self.plan.ttft_s, "token": self.plan.s_per_token},
         )
 
 

@@ -22,6 +22,7 @@ from elsa_serve.offload.checkpoint import Checkpoint, load_config
 from elsa_serve.offload.disk_layers import DiskLayers, Extent
 from elsa_serve.offload.host import HostBuffer
 from elsa_serve.offload.units import format_size
+from elsa_serve.stats import DiskReads
 
 LoadFormat = Literal["auto", "safetensors", "dummy"]
 ALIGNMENT = 256  # bytes; what CUDA's own allocator gives, and what every vector load and TMA descriptor needs
@@ -148,6 +149,10 @@ class ModelWeights:
     dtype: torch.dtype
     device_nbytes: int  # embeddings, final norm, head, buffers
     disk: DiskLayers | None = None  # the layers that are read from files
+
+    def drain_disk(self) -> DiskReads | None:
+        """What was read from disk since the last call; None without layers on disk."""
+        return self.disk.drain() if self.disk is not None else None
 
     def close(self) -> None:
         """Free the host buffers; the model can no longer run. Idempotent."""
