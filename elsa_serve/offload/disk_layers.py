@@ -237,14 +237,21 @@ class Feed:
         return position in self._reads and self._reads[position].done()
 
     def take(self, position: int) -> tuple[torch.Tensor, Read]:
-        """The layer at a position, which must be the first on disk not taken yet. Raises what its read raised."""
+        """The layer at a position, which must be the first on disk not taken yet.
+
+        A read that failed, perhaps long before it was needed, is tried once more. Raises what the second one raised.
+        """
         while position not in self._reads:  # every staging buffer is lent
             self._lent[0][0].synchronize()
             self._reclaim()
-        read = self._reads[position]
-        flat = read.result()
-        del self._reads[position]
-        return flat, read
+        try:
+            flat = self._reads[position].result()
+        except (OSError, CheckpointError) as error:
+            logger.warning("layer %d is read again: %s", self._layer(position), error)
+            self._reads[position].release()
+            self._reads[position] = self._disk.order(self._layer(position))
+            flat = self._reads[position].result()
+        return flat, self._reads.pop(position)
 
     def lend(self, copy: Copy, read: Read) -> None:
         """The copy of what `take` gave has been submitted."""
