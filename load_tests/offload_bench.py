@@ -50,7 +50,7 @@ RUN_KEYS = (
 # What tells one configuration from another in the results file; the rest of a row is what it gave.
 CONFIGURATION = (
     "system", "model", "layers", "dtype", "attention", "linear", "context", "batch", "serial", "fused", "gpu_cap",
-    "asked",
+    "asked", "case",
 )  # fmt: skip
 PLANNED = ("host_memory", "resident_layers", "slots", "chunk_tokens", "host_threads")  # recorded where set by hand
 WARM_UP_TOKENS = 3

@@ -104,6 +104,7 @@ class OffloadEngine:
             dtype=str(self._loaded.weights.dtype).removeprefix("torch."),
             attention=self._options.attention,
         )
+        self.make_lookup: Callable[..., PromptLookup] = PromptLookup  # whose guesses are verified
         self._draft_tokens = draft_tokens(plan, self._options.num_speculative_tokens)
         self._scheduler = Scheduler(
             self._loaded.pool,
@@ -145,7 +146,7 @@ class OffloadEngine:
             prompt, sampling = request.prompt_token_ids, request.sampling
             output = OutputText(self.tokenizer, prompt, sampling.stop, sampling.min_tokens)
             sampler = Sampler(sampling, self._loaded.eos_ids, self._options.seed + self._arrivals)
-            lookup = PromptLookup(prompt, sampling.max_tokens, self._draft_tokens) if self._draft_tokens else None
+            lookup = self.make_lookup(prompt, sampling.max_tokens, self._draft_tokens) if self._draft_tokens else None
             sequence = Sequence(request, on_event, sampler, output, time.monotonic(), lookup)
             try:
                 self._scheduler.add(sequence)

@@ -11,7 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from engine_models import generate, make_engine, prompt_of, request_of, save_checkpoint, tokens_of
+from engine_models import (
+    generate,
+    make_engine,
+    plan_as_for_a_cpu,
+    prompt_of,
+    request_of,
+    save_checkpoint,
+    tokens_of,
+)
 
 from elsa_serve.offload.engine import OffloadEngine
 from elsa_serve.offload.kv import KVPool, KVShape, RequestKV
@@ -355,19 +363,27 @@ def test_a_request_without_a_limit_leaves_room_for_others(make: Any, monkeypatch
     assert all(event.wait(20) for event in done)
 
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
 @pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("device", DEVICES)
 def test_any_mixture_of_requests_gives_the_tokens_of_each_alone(
-    make: Any, monkeypatch: pytest.MonkeyPatch, seed: int
+    make: Any, monkeypatch: pytest.MonkeyPatch, seed: int, device: str
 ) -> None:
     """Random prompts with shared beginnings, lengths, samplings, arrivals, cancels and limits, all features on."""
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+        monkeypatch.setattr("elsa_serve.offload.loading.make_plan", plan_as_for_a_cpu)
     random.seed(seed)
     monkeypatch.setattr("elsa_serve.offload.scheduler.FIRST_GROWTH", random.choice([16, 64]))
     engine = make(
         context=300, max_batch=random.randint(2, 6), gpu_memory=random.choice(["1100KiB", "2MiB"]),
         host_memory=random.choice(["850KiB", "1500KiB"]), prefill_round_tokens=random.choice([40, 100, 300]),
-        max_num_batched_tokens=random.choice([16, 64]), num_speculative_tokens=random.choice([0, 4, 15]), max_queue=100,
+        max_num_batched_tokens=random.choice([16, 64]), num_speculative_tokens=random.choice([0, 4, 15]), max_queue=100, device=device,
     )  # fmt: skip
-    plain = make(prefix_caching=False, context=300)
+    plain = make(prefix_caching=False, context=300, device=device)
     documents = [prompt_of(n, seed=n) for n in (70, 130, 200)]
     cases = []
     for i in range(14):

@@ -1,0 +1,36 @@
+"""The benchmark of reuse, on a tiny model: its rows, and a trace whose hits are those of prompt lookup."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from engine_models import make_config
+
+from kernels.bench import results_file
+from load_tests import reuse_bench
+
+
+def test_both_cases_become_rows(tmp_path: Path) -> None:
+    config = make_config("llama", num_key_value_heads=4).to_dict()
+    model, output = tmp_path / "tiny.json", tmp_path / "rows.json"
+    model.write_text(json.dumps(config))
+    flags = ["--model", model, "--device", "cpu", "--dtype", "float32", "--context", "150", "--tokens", "30",
+             "--gpu-memory", "2400KiB", "--host-kv", "4MiB", "--resident-layers", "0", "--requests", "3",
+             "--output", output]  # fmt: skip
+    assert reuse_bench.main([str(flag) for flag in flags]) == 0
+    plain, guessed, shared = results_file.read(output)["rows"]
+    assert guessed["tokens_equal"]
+    assert guessed["accepted_tokens"] > 10
+    assert guessed["passes"] == 29 - guessed["accepted_tokens"]
+    assert plain["cached_tokens"] == shared["cached_tokens"] == 128
+    assert shared["batch"] == 3
+    assert shared["tokens_equal"]
+    assert shared["tokens_per_s"] > 0
+
+
+def test_the_trace_is_copy_heavy_and_not_all_copy() -> None:
+    hits = reuse_bench.trace_hits(300)
+    drafted, accepted = (sum(column) for column in zip(*hits))
+    assert 0.4 * drafted < accepted < 0.95 * drafted
+    assert 3 < (accepted + len(hits)) / len(hits) < 12
