@@ -20,12 +20,13 @@ from elsa_kernels.elementwise import copy_heads
 
 from elsa_serve.offload.attention import Attend, AttendState, AttentionOptions
 from elsa_serve.offload.in_place import HostShare, InPlace
-from elsa_serve.offload.kv import RequestKV, Span, Tier
+from elsa_serve.offload.kv import Extent, RequestKV, Span, Tier
 from elsa_serve.offload.streams import Streams
 from elsa_serve.offload.working import Visit, WorkingKV, write_mapped
 from elsa_serve.stats import HostAttention
 
 Road = Literal["resident", "in place", "over the device"]
+SHARED_ROWS = 64  # pieces of so few rows are computed together where they share KV
 STATE_ROWS = 1024  # query rows whose float32 states over several spans are alive at once
 
 
@@ -51,6 +52,17 @@ class Piece:
     @property
     def last(self) -> int:
         return self.first + self.q.shape[2]
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """Tokens [low, high) of an extent, attended by the rows of one or more pieces; the first row is at `q_start`."""
+
+    extent: Extent
+    low: int
+    high: int
+    q_start: int
+    pieces: tuple[int, ...]
 
 
 class Tiers:
@@ -94,23 +106,60 @@ class Tiers:
 
     def attend(self, layer: int, pieces: Sequence[Piece], options: AttentionOptions) -> list[torch.Tensor]:
         """Store the pieces' keys and values and attend; [1, H, n, D] for each."""
-        shares = {
-            i: self._stage(layer, piece, options)
-            for i, piece in enumerate(pieces)
-            if self._roads[id(piece.kv)] == "in place"
-        }
-        staged = [share for found in shares.values() for share in found]
-        event = self._in_place.launch(staged) if staged and self._in_place else None
+        parts = {i: piece for i, piece in enumerate(pieces) if self._in_parts(piece)}
+        for piece in parts.values():
+            _store(layer, piece)
+        here, there = (self._jobs(parts, options, tier) for tier in ("gpu", "host"))
+        sunk: set[int] = set()  # pieces whose sinks have joined: once in all, on the device where it sees any token
+        sinks = [self._sinks(job, options, sunk) for job in (*here, *there)]
+        shares = [self._stage(layer, job, parts, s) for job, s in zip(there, sinks[len(here) :])]
+        event = self._in_place.launch(shares) if shares and self._in_place else None
         # While the host is at work: everything that is the device's alone.
-        results = [
-            self._device_state(layer, piece, options) if i in shares else self._whole(layer, piece, options)
-            for i, piece in enumerate(pieces)
-        ]
+        states = [self._device_state(layer, job, parts, s) for job, s in zip(here, sinks)]
+        outs = {i: self._whole(layer, piece, options) for i, piece in enumerate(pieces) if i not in parts}
         if event is not None:
             self._streams.wait(event)
-        return [
-            self._finish(result, shares.get(i, ()), piece) for i, (result, piece) in enumerate(zip(results, pieces))
-        ]
+        found: dict[int, list[State]] = {i: [] for i in parts}
+        for job, state in (*zip(here, states), *((job, share.state) for job, share in zip(there, shares))):
+            for i, part in zip(job.pieces, _of_each(state, [parts[i] for i in job.pieces])):
+                found[i].append(part)
+        outs |= {i: _merged(found[i], piece.q.dtype) for i, piece in parts.items()}
+        return [outs[i] for i in range(len(pieces))]
+
+    def _in_parts(self, piece: Piece) -> bool:
+        """Whether the piece's attention is merged from states over spans: in place, and of few rows over several spans,
+        or over one that other requests share."""
+        road, spans = self._roads[id(piece.kv)], piece.kv.spans
+        if road != "resident" or self._attend_state is None:
+            return road == "in place"
+        return piece.q.shape[2] <= SHARED_ROWS and (spans[0].last < piece.last or spans[0].extent.users > 1)
+
+    def _jobs(self, pieces: dict[int, Piece], options: AttentionOptions, tier: Tier) -> list[_Job]:
+        """What is to be attended on a tier. What several pieces share, and all their rows see whole, is read once for
+        all of them: the beginning of the extent that each of them has."""
+        holders: dict[int, list[tuple[int, Span]]] = {}
+        for i, piece in pieces.items():
+            oldest = 0 if options.window is None else max(0, piece.first - options.window + 1)
+            for span in piece.kv.spans_of(oldest, piece.last, tier):
+                holders.setdefault(id(span.extent), []).append((i, span))
+        jobs: list[_Job] = []
+        for found in holders.values():
+            common = min(min(span.tokens, pieces[i].first - span.first) for i, span in found)
+            together = len(found) > 1 and common > 0 and options.window is None and options.sinks is None
+            if together:
+                jobs.append(_Job(found[0][1].extent, 0, common, common, tuple(i for i, _ in found)))
+            low = common if together else 0
+            for i, span in found:
+                high = span.within(0, pieces[i].last).stop
+                if high > low:
+                    jobs.append(_Job(span.extent, low, high, pieces[i].first - span.first - low, (i,)))
+        return jobs
+
+    @staticmethod
+    def _sinks(job: _Job, options: AttentionOptions, sunk: set[int]) -> AttentionOptions:
+        first = not sunk & set(job.pieces)
+        sunk |= set(job.pieces)
+        return options if first else replace(options, sinks=None)
 
     def _whole(self, layer: int, piece: Piece, options: AttentionOptions) -> torch.Tensor:
         """Attention over keys that are all on the device."""
@@ -120,7 +169,7 @@ class Tiers:
             if kv.spans[0].last >= last:
                 block = kv.spans[0].extent.layers[layer]
             elif self._attend_state is not None:
-                return self._device_state_in_rows(layer, piece, options)
+                return self._in_rows(layer, piece, options)
             else:
                 spans = kv.spans_of(0, last)
                 block = torch.cat([span.extent.layers[layer][:, :, span.within(0, last)] for span in spans], 2)
@@ -131,55 +180,28 @@ class Tiers:
             self._working.give()
         return out
 
-    def _stage(self, layer: int, piece: Piece, options: AttentionOptions) -> list[HostShare]:
-        """Store the piece, each token in its tier, and hand its queries to the host, for each of its spans there."""
+    def _stage(self, layer: int, job: _Job, pieces: dict[int, Piece], options: AttentionOptions) -> HostShare:
+        """Hand a job's queries to the host."""
         assert self._in_place is not None
-        _store(layer, piece)
-        sinks = None if self._seen(piece, options, "gpu") else options.sinks
-        shares = []
-        for span in self._seen(piece, options, "host"):
-            keys = span.extent.layers[layer][:, :, span.within(0, piece.last)]
-            shares.append(self._in_place.stage(piece.q, keys, piece.first - span.first, options, sinks))
-            sinks = None
-        return shares
+        keys = job.extent.layers[layer][:, :, job.low : job.high]
+        return self._in_place.stage(_queries(job, pieces), keys, job.q_start, options, options.sinks)
 
-    def _device_state(self, layer: int, piece: Piece, options: AttentionOptions) -> State | None:
-        """The piece's state over the tokens on the device; None where none of them is seen."""
-        states = self._device_states(layer, piece, options)
-        return functools.reduce(State.merge, states) if states else None
-
-    def _device_states(self, layer: int, piece: Piece, options: AttentionOptions) -> list[State]:
-        """The same, span by span."""
+    def _device_state(self, layer: int, job: _Job, pieces: dict[int, Piece], options: AttentionOptions) -> State:
         assert self._attend_state is not None
-        states: list[State] = []
-        for span in self._seen(piece, options, "gpu"):
-            block = span.extent.layers[layer][:, :, span.within(0, piece.last)]
-            start = piece.first - span.first
-            states.append(self._attend_state(piece.q, block[None, 0], block[None, 1], options, start))
-            options = replace(options, sinks=None)  # they join once in all
-        return states
+        block = job.extent.layers[layer][:, :, job.low : job.high]
+        return self._attend_state(_queries(job, pieces), block[None, 0], block[None, 1], options, job.q_start)
 
-    def _device_state_in_rows(self, layer: int, piece: Piece, options: AttentionOptions) -> torch.Tensor:
-        """Attention over several spans on the device, few rows at a time, because states are in float32."""
+    def _in_rows(self, layer: int, piece: Piece, options: AttentionOptions) -> torch.Tensor:
+        """Attention over several spans on the device, some rows at a time, because states are in float32."""
         outs = []
         for low in range(0, piece.q.shape[2], STATE_ROWS):
             rows = slice(low, low + STATE_ROWS)
-            part = replace(piece, first=piece.first + low, q=piece.q[:, :, rows])
-            outs.append(_merged(self._device_states(layer, part, options), piece.q.dtype))
+            part = {0: replace(piece, first=piece.first + low, q=piece.q[:, :, rows])}
+            sunk: set[int] = set()
+            jobs = self._jobs(part, options, "gpu")
+            states = [self._device_state(layer, job, part, self._sinks(job, options, sunk)) for job in jobs]
+            outs.append(_merged(states, piece.q.dtype))
         return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
-
-    @staticmethod
-    def _seen(piece: Piece, options: AttentionOptions, tier: Tier) -> list[Span]:
-        """The spans of a tier with tokens that some row sees. Sinks join on the device if there are any, else on the
-        host: once in all."""
-        oldest = 0 if options.window is None else max(0, piece.first - options.window + 1)
-        return list(piece.kv.spans_of(oldest, piece.last, tier))
-
-    def _finish(self, result: torch.Tensor | State | None, shares: Sequence[HostShare], piece: Piece) -> torch.Tensor:
-        """Merge in a fixed order: the device's tokens, then the host's."""
-        if isinstance(result, torch.Tensor):
-            return result
-        return _merged([*([result] if result is not None else []), *(share.state for share in shares)], piece.q.dtype)
 
     def end(self) -> None:
         """Block until the tiers hold everything the pass computed. Raises what went wrong on the host."""
@@ -201,6 +223,19 @@ class Tiers:
         self._working.close()
         if self._in_place is not None:
             self._in_place.close()
+
+
+def _queries(job: _Job, pieces: dict[int, Piece]) -> torch.Tensor:
+    queries = [pieces[i].q for i in job.pieces]
+    return queries[0] if len(queries) == 1 else torch.cat(queries, 2)
+
+
+def _of_each(state: State, pieces: Sequence[Piece]) -> list[State]:
+    """A job's state, piece by piece."""
+    if len(pieces) == 1:
+        return [state]
+    sizes = [piece.q.shape[2] for piece in pieces]
+    return [State(*parts) for parts in zip(*(t.split(sizes, 2) for t in (state.m, state.S, state.W)))]
 
 
 def _merged(states: Sequence[State], dtype: torch.dtype) -> torch.Tensor:
