@@ -200,6 +200,39 @@ def test_kv_in_many_pieces(
         world.run([kv], [min(new, 200 - kv.length)], options)
 
 
+@pytest.mark.parametrize("split", [0, 60, 200], ids=["host", "both", "gpu"])
+@pytest.mark.parametrize("options", [PLAIN, replace(PLAIN, window=30)], ids=["plain", "window"])
+def test_requests_that_share_a_beginning(split: int, options: AttentionOptions, device: str) -> None:
+    """One request owns the document and goes on in the same extent; two others begin with it; a fourth has its own."""
+    world = World(device, limit=8)
+    owner, other = world.request(200, split), world.request(100, 50)
+    world.run([owner], [100], options)
+    kvs = [owner]
+    for tokens, spare in ((100, 0), (90, 20)):
+        kv = world.request(200, spare)
+        own = [Span(span.extent, tokens + span.first, span.tokens) for span in kv.spans]
+        kv.spans[:] = [
+            Span(s.extent, s.first, min(s.tokens, tokens - s.first)) for s in owner.spans_of(0, tokens)
+        ] + own
+        kv.length = tokens
+        for span in kv.spans:
+            span.extent.users += 1
+        world.given[id(kv)] = torch.nn.functional.pad(world.given[id(owner)], (0, 0, 0, 100))
+        kvs.append(kv)
+    for new in ([3, 1, 2, 5], [1, 1, 1, 1], [1, 70, 2, 1], [1, 1, 1, 1]):
+        world.tiers.drain()
+        world.run([*kvs, other], new, options)
+    done = world.tiers.drain()
+    if options.window is None:
+        read = (
+            sum(kv.host_tokens(kv.length) for kv in (*kvs, other))
+            - 2 * owner.host_tokens(90)
+            - (owner.host_tokens(100) - owner.host_tokens(90))
+        )
+        assert (done.bytes if done else 0) >= read * LAYERS * 2 * KV_HEADS * D * 4
+        assert (done.bytes if done else 0) <= (read + 10) * LAYERS * 2 * KV_HEADS * D * 4
+
+
 def test_both_roads_agree_at_the_switch_point(device: str) -> None:
     """The same tokens once in place and once over the device."""
     outs = []
