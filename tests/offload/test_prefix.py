@@ -379,10 +379,16 @@ def test_any_mixture_of_requests_gives_the_tokens_of_each_alone(
     random.seed(seed)
     monkeypatch.setattr("elsa_serve.offload.scheduler.FIRST_GROWTH", random.choice([16, 64]))
     engine = make(
-        context=300, max_batch=random.randint(2, 6), gpu_memory=random.choice(["1100KiB", "2MiB"]),
-        host_memory=random.choice(["850KiB", "1500KiB"]), prefill_round_tokens=random.choice([40, 100, 300]),
-        max_num_batched_tokens=random.choice([16, 64]), num_speculative_tokens=random.choice([0, 4, 15]), max_queue=100, device=device,
-    )  # fmt: skip
+        context=300,
+        max_batch=random.randint(2, 6),
+        gpu_memory=random.choice(["1100KiB", "2MiB"]),
+        host_memory=random.choice(["850KiB", "1500KiB"]),
+        prefill_round_tokens=random.choice([40, 100, 300]),
+        max_num_batched_tokens=random.choice([16, 64]),
+        num_speculative_tokens=random.choice([0, 4, 15]),
+        max_queue=100,
+        device=device,
+    )
     plain = make(prefix_caching=False, context=300, device=device)
     documents = [prompt_of(n, seed=n) for n in (70, 130, 200)]
     cases = []
