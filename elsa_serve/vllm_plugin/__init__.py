@@ -11,6 +11,7 @@ vLLM logs a plugin that fails to import and goes on without it, so nothing here 
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 NAME = "ELSA"
 BACKEND = "elsa_serve.vllm_plugin.backend.ElsaBackend"
@@ -38,6 +39,8 @@ def register() -> None:
 
     if NAME not in AttentionBackendEnum.__members__:
         register_backend(NAME, BACKEND)
+        # A spawned worker unpickles the configuration, this member in it, before it loads plugins.
+        AttentionBackendEnum[NAME].__reduce_ex__ = lambda protocol: (_registered, ())
     if refusal is None:
         from elsa_serve.vllm_plugin import fp32_linear  # registers --quantization elsa_fp32
 
@@ -49,6 +52,14 @@ def register() -> None:
             __version__,
             fp32_linear.NAME,
         )
+
+
+def _registered() -> Any:
+    """The enumeration's member, after registering it: what it is pickled as."""
+    register()
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    return AttentionBackendEnum[NAME]
 
 
 def cpu_platform() -> str | None:
