@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from elsa_kernels.paged import decode_counters
 
 from elsa_serve.vllm_plugin import NAME, compat, logger, metrics
 from elsa_serve.vllm_plugin.context_parallel import Share, local_lengths
@@ -47,6 +48,8 @@ EXPLANATIONS = {
     "(use a checkpoint with per-tensor scales, or --kv-cache-dtype auto)",
     "R-SWA not supported": "reference sliding-window attention is not in ELSA (--attention-backend triton_attn)",
     "PCP not supported": "prefill context parallel is not in ELSA (set --prefill-context-parallel-size 1)",
+    "attention type encoder_decoder not supported": "cross-attention to an encoder's keys: ELSA serves decoders and "
+    "encoder-only models (--attention-backend triton_attn)",
     "compute capability not supported": "compute capability {device_capability}: ELSA's kernels need 7.5 or newer",
 }
 
@@ -66,6 +69,7 @@ class ElsaMetadata:
     step: Step
     seqlens: tuple[tuple[int, int], ...] | None  # (queries, keys) of each request, where they help and are exact
     share: Share | None  # this rank's part of the KV under decode context parallelism
+    counters: torch.Tensor | None  # zeros that decode's programs count themselves with
 
 
 class ElsaBackend(AttentionBackend):
@@ -171,6 +175,20 @@ class ElsaMetadataBuilder(AttentionMetadataBuilder[ElsaMetadata]):
             self._dcp_interleave = vllm_config.parallel_config.cp_kv_cache_interleave_size
             rows = vllm_config.scheduler_config.max_num_seqs
             self._dcp_lens = torch.zeros(2, rows, dtype=torch.int32, device=device)
+        # Streams of microbatches have builders of their own, and so counters of their own.
+        self._counters_for = (
+            max(
+                vllm_config.scheduler_config.max_num_seqs,
+                vllm_config.compilation_config.max_cudagraph_capture_size or 0,
+            ),
+            vllm_config.model_config.max_model_len + self._decode_tokens_per_row,
+        )
+        self._counters: torch.Tensor | None = None
+        self._chunk: int | None = None
+        if device.type == "cuda" and impls:
+            rows, longest = self._counters_for
+            self._counters = decode_counters(rows, impls[0].num_kv_heads, longest, device)
+            self._chunk = decode_chunk(impls[0], kv_cache_spec, vllm_config.model_config.dtype, device)
         self._recorder = metrics.recorder()
         if ElsaMetadataBuilder._counting is None or ElsaMetadataBuilder._counting() is None:
             ElsaMetadataBuilder._counting = weakref.ref(self)
@@ -212,7 +230,8 @@ class ElsaMetadataBuilder(AttentionMetadataBuilder[ElsaMetadata]):
         )
         seqlens, fallback = self._seqlens(step, batch.max_query_len)
         if count:
-            self._recorder.step(step, 0, fallback)
+            splits = sum(-(-keys // self._chunk) for keys in step.decode_kv_lens) if self._chunk else 0
+            self._recorder.step(step, splits, fallback)
         return ElsaMetadata(
             num_tokens=batch.num_actual_tokens,
             real_tokens=int(batch.query_start_loc_cpu[-1]),
@@ -225,7 +244,12 @@ class ElsaMetadataBuilder(AttentionMetadataBuilder[ElsaMetadata]):
             step=step,
             seqlens=seqlens,
             share=self._share(batch) if self._dcp is not None else None,
+            counters=self._counters if self._fits(batch) else None,
         )
+
+    def _fits(self, batch: Any) -> bool:
+        rows, longest = self._counters_for
+        return batch.seq_lens.shape[0] <= rows and batch.max_seq_len <= longest
 
     def _seqlens(self, step: Step, longest: int) -> tuple[tuple[tuple[int, int], ...] | None, str | None]:
         """Lengths for the kernels where they matter, or the cause why they are withheld."""
@@ -250,6 +274,20 @@ class ElsaMetadataBuilder(AttentionMetadataBuilder[ElsaMetadata]):
         stripe = size * self._dcp_interleave
         longest = -(-batch.max_seq_len // stripe) * self._dcp_interleave
         return Share(group=self._dcp, seq_lens=lens, context_lens=before, max_seq_len=longest)
+
+
+def decode_chunk(impl: Any, kv_cache_spec: Any, dtype: torch.dtype, device: torch.device) -> int:
+    """Keys in one split of a row in decode, on a GPU."""
+    from elsa_kernels.paged import PagedProblem, tuning
+    from elsa_kernels.paged.launch import decode_launches
+
+    problem = PagedProblem(
+        T=1, B=1, H=impl.num_heads, Hkv=impl.num_kv_heads, D=impl.head_size, page=kv_cache_spec.block_size,
+        dtype=dtype, kv_dtype=dtype, device=device, precision="fp32", causal=True, scale=impl.scale,
+        window=None, softcap=None, max_seqlen_q=1, max_seqlen_k=1,
+    )  # fmt: skip
+    arch = tuning.architecture(device.index or 0)
+    return decode_launches(problem, tuning.choose_mode(dtype, "fp32", arch), arch)[0].tile.CHUNK
 
 
 def check_layers(vllm_config: Any, layer_names: list[str]) -> list[Any]:

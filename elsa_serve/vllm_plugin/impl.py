@@ -54,6 +54,11 @@ class ElsaImpl(AttentionImpl):
             raise ValueError(
                 f"sinks of shape {list(self.sinks.shape)}: ELSA takes one for each of {self.num_heads} heads"
             )
+        if self.dcp_world_size > 1 and self.num_kv_heads > 1:
+            raise NotImplementedError(
+                f"decode context parallelism with {self.num_kv_heads} key heads on a rank: gathered over the ranks, "
+                "query heads would not lie in the order of their key heads (use a larger --tensor-parallel-size)"
+            )
         if self.dcp_world_size > 1 and self.sliding_window is not None:
             raise NotImplementedError(
                 "decode context parallelism with a sliding window: a rank's share of the keys is not a window in ELSA "
@@ -157,6 +162,7 @@ class ElsaImpl(AttentionImpl):
             k_scale=k_scale,
             v_scale=v_scale,
             seqlens=step.seqlens,
+            counters=step.counters,
             out=out,
             **self._options(),
         )
@@ -204,6 +210,7 @@ class ElsaImpl(AttentionImpl):
             k_scale=k_scale,
             v_scale=v_scale,
             return_lse=True,
+            counters=step.counters,
             scale=self.scale,
             softcap=self.logits_soft_cap,
         )

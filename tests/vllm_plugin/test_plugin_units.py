@@ -4,11 +4,11 @@ import os
 import struct
 import subprocess
 import sys
-import threading
 
 import pytest
 import torch
 from elsa_kernels import State
+from vllm_support import ThreadGroup
 
 from elsa_serve import cli
 from elsa_serve.errors import UsageError
@@ -212,45 +212,6 @@ def test_local_lengths_share_out_every_token_once(size, interleave):
     for rank in range(size):
         counted = torch.cat([torch.zeros(1), (owner == rank).cumsum(0)[:-1]])
         assert torch.equal(shares[rank].float(), counted)
-
-
-class ThreadGroup:
-    """Ranks as threads: what vLLM's GroupCoordinator does, over shared memory."""
-
-    def __init__(self, size):
-        self.world_size = size
-        self.rank = threading.local()
-        self.slots = [None] * size
-        self.barrier = threading.Barrier(size)
-
-    @property
-    def rank_in_group(self):
-        return self.rank.value
-
-    def exchange(self, x):
-        self.slots[self.rank_in_group] = x
-        self.barrier.wait()
-        everyone = list(self.slots)
-        self.barrier.wait()
-        return everyone
-
-    def all_gather(self, input_, dim=-1):
-        return torch.cat(self.exchange(input_), dim)
-
-    def reduce_scatter(self, input_, dim=-1):
-        return torch.stack(self.exchange(input_)).sum(0).chunk(self.world_size, dim)[self.rank_in_group]
-
-    def run(self, function):
-        results = [None] * self.world_size
-
-        def one(rank):
-            self.rank.value = rank
-            results[rank] = function(rank)
-
-        threads = [threading.Thread(target=one, args=(rank,)) for rank in range(self.world_size)]
-        [thread.start() for thread in threads]
-        [thread.join(60) for thread in threads]
-        return results
 
 
 def test_outputs_over_shares_of_the_keys_merge_to_the_output_over_all():
