@@ -38,6 +38,7 @@ from load_tests import vllm_reference
 
 MODEL = Path(__file__).parent / "models" / "llama-13b.json"
 WARM_UP_TOKENS = 4096
+SLOW_S = 4.0  # a prompt slower than this is timed once
 Row = dict[str, Any]
 
 
@@ -116,7 +117,8 @@ def engine(args: argparse.Namespace, folder: str, backend: str, **changes: Any) 
         "enable_prefix_caching": False,
         "disable_log_stats": False,
         "seed": 0,
-        "gpu_memory_utilization": 0.9,
+        # What KV gets is stated below; vLLM would measure, and refuse where another process is on the GPU.
+        "gpu_memory_utilization": 0.05,
     }
     if torch.cuda.is_available():
         options["compilation_config"] = {
@@ -124,7 +126,7 @@ def engine(args: argparse.Namespace, folder: str, backend: str, **changes: Any) 
             "cudagraph_mode": "FULL_DECODE_ONLY",
             "cudagraph_capture_sizes": [1, 2, 4],
         }
-        options["kv_cache_memory_bytes"] = kv_bytes(args, folder, changes)
+        options["kv_cache_memory_bytes"] = kv_bytes(args, folder)
     llm = LLM(**(options | changes))
     try:
         yield llm
@@ -137,12 +139,12 @@ def engine(args: argparse.Namespace, folder: str, backend: str, **changes: Any) 
             torch.cuda.empty_cache()
 
 
-def kv_bytes(args: argparse.Namespace, folder: str, changes: Row) -> int:
-    """Room for two prompts, on each GPU: vLLM need not measure what is free."""
+def kv_bytes(args: argparse.Namespace, folder: str) -> int:
+    """Room for the prompts of any measurement here, on each GPU."""
     config = json.loads((Path(folder) / "config.json").read_text())
     width = 4 if args.dtype == "float32" else 2
     a_token = 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"] * width
-    return int(1.15 * (args.context + args.decode_tokens + 64) * a_token) + (256 << 20)
+    return int(1.6 * (args.context + args.decode_tokens + 64) * a_token) + (256 << 20)
 
 
 def prompt_of(length: int, vocabulary: int, seed: int = 0) -> list[int]:
@@ -196,7 +198,9 @@ def speed(args: argparse.Namespace, folder: str, config: Row) -> Iterator[Row]:
                 load_s = time.perf_counter() - start
                 vocabulary = config["vocab_size"]
                 generate(llm, [prompt_of(min(args.context, WARM_UP_TOKENS), vocabulary, 1)], 3)
-                runs = [timed(llm, prompt_of(args.context, vocabulary), args) for _ in range(args.prefills)]
+                runs = [timed(llm, prompt_of(args.context, vocabulary), args)]
+                while len(runs) < args.prefills and runs[-1]["prefill_s"] < SLOW_S:
+                    runs.append(timed(llm, prompt_of(args.context, vocabulary), args))
                 best = {key: min(run[key] for run in runs) for key in ("prefill_s", "decode_s_per_token")}
                 peak = torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None
                 return best | {"peak_gpu_bytes": peak, "load_s": round(load_s, 1)} | proved(backend)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -158,8 +157,8 @@ class ElsaMetadataBuilder(AttentionMetadataBuilder[ElsaMetadata]):
     # Draft steps replay the metadata of the first: all of it lies in vLLM's persistent tensors.
     supports_draft_decode_metadata_update = True
 
-    # Batches are counted once a step, not once a KV cache group: by the first builder of a process.
-    _counting: ClassVar[Callable[[], object] | None] = None
+    # Batches are counted once a step, not once a KV cache group: by the first builder of an engine.
+    _counting: ClassVar[weakref.WeakValueDictionary[int, ElsaMetadataBuilder]] = weakref.WeakValueDictionary()
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
@@ -190,10 +189,9 @@ class ElsaMetadataBuilder(AttentionMetadataBuilder[ElsaMetadata]):
             self._counters = decode_counters(rows, impls[0].num_kv_heads, longest, device)
             self._chunk = decode_chunk(impls[0], kv_cache_spec, vllm_config.model_config.dtype, device)
         self._recorder = metrics.recorder()
-        if ElsaMetadataBuilder._counting is None or ElsaMetadataBuilder._counting() is None:
-            ElsaMetadataBuilder._counting = weakref.ref(self)
-            self._recorder.set_layers(0)
-        self._recorder.set_layers(self._recorder.layers + len(impls))
+        self._counting.setdefault(id(vllm_config), self)
+        self._recorder.add_layers(len(impls))
+        weakref.finalize(self, self._recorder.add_layers, -len(impls)).atexit = False
         announce(impls, kv_cache_spec, device)
 
     @classmethod
@@ -210,7 +208,7 @@ class ElsaMetadataBuilder(AttentionMetadataBuilder[ElsaMetadata]):
         return self._metadata(common_attn_metadata, count=self._counts())
 
     def _counts(self) -> bool:
-        return ElsaMetadataBuilder._counting is not None and ElsaMetadataBuilder._counting() is self
+        return self._counting.get(id(self.vllm_config)) is self
 
     def update_draft_decode_metadata(self, metadata: ElsaMetadata) -> None:
         """Nothing to refresh."""

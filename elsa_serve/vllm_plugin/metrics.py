@@ -79,13 +79,9 @@ class Recorder:
         if fallback is not None:
             self.add("elsa_vllm_fallbacks", 1, cause=fallback)
 
-    @property
-    def layers(self) -> int:
-        """Attention layers of this process that run on ELSA."""
-        return int(self._values[len(SLOTS)])
-
-    def set_layers(self, count: int) -> None:
-        self._values[len(SLOTS)] = count
+    def add_layers(self, count: int) -> None:
+        """Attention layers of this process that now run on ELSA; negative where they are gone."""
+        self._values[len(SLOTS)] += count
 
     def value(self, name: str, **labels: str) -> float:
         return self._values[INDEX[name, tuple(labels.items())]]

@@ -80,7 +80,7 @@ def test_counters_of_several_processes_add_up_on_the_page(tmp_path):
     prometheus_client = pytest.importorskip("prometheus_client")
     for decode in (1, 5):
         recorder = metrics.Recorder(tmp_path)
-        recorder.set_layers(20)
+        recorder.add_layers(20)
         recorder.step(describe(tensor(0, 6, 7), tensor(6, decode), torch.tensor([True, False])), 3, "batch_invariant")
         recorder.add("elsa_vllm_attention_seconds", 0.25, phase="mixed")
     (tmp_path / "half-written.counters").write_bytes(b"\0" * 9)
@@ -131,7 +131,7 @@ def test_activity_is_proved_from_counters_and_its_lack_is_named(tmp_path, monkey
     with pytest.raises(verify.NotActive, match="no attention layer"):
         verify.assert_active()
     recorder = metrics.Recorder(tmp_path)
-    recorder.set_layers(5)
+    recorder.add_layers(5)
     with pytest.raises(verify.NotActive, match=r"5 attention layers .* no batch"):
         verify.assert_active()
     recorder.add("elsa_vllm_steps", 2, phase="prefill")

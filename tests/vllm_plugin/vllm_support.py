@@ -15,6 +15,9 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+# vLLM's own code and what it starts warn about this and that; ours may not.
+others_may_warn = pytest.mark.filterwarnings("ignore", "error:::elsa_.*")
+
 DEMO_MODEL = Path(__file__).parents[2] / "configs" / "demo_model"
 
 needs_vllm = pytest.mark.skipif(
