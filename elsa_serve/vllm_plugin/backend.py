@@ -168,12 +168,6 @@ class ElsaMetadataBuilder(AttentionMetadataBuilder[ElsaMetadata]):
         self._exact_lens = speculative is None
         self._batch_invariant = bool(vllm_envs.VLLM_BATCH_INVARIANT)
         impls = check_layers(vllm_config, layer_names)
-        self._dcp = impls[0].context_group() if impls else None
-        self._dcp_lens: torch.Tensor | None = None
-        if self._dcp is not None:
-            self._dcp_interleave = vllm_config.parallel_config.cp_kv_cache_interleave_size
-            rows = vllm_config.scheduler_config.max_num_seqs
-            self._dcp_lens = torch.zeros(2, rows, dtype=torch.int32, device=device)
         # Streams of microbatches have builders of their own, and so counters of their own.
         self._counters_for = (
             max(
@@ -182,6 +176,11 @@ class ElsaMetadataBuilder(AttentionMetadataBuilder[ElsaMetadata]):
             ),
             vllm_config.model_config.max_model_len + self._decode_tokens_per_row,
         )
+        self._dcp = impls[0].context_group() if impls else None
+        self._dcp_lens: torch.Tensor | None = None
+        if self._dcp is not None:
+            self._dcp_interleave = vllm_config.parallel_config.cp_kv_cache_interleave_size
+            self._dcp_lens = torch.zeros(2, self._counters_for[0], dtype=torch.int32, device=device)
         self._counters: torch.Tensor | None = None
         self._chunk: int | None = None
         if device.type == "cuda" and impls:
@@ -219,10 +218,12 @@ class ElsaMetadataBuilder(AttentionMetadataBuilder[ElsaMetadata]):
                 "ELSA takes one causal flag a batch, and this model asks for one a request: use --attention-backend "
                 "flash_attn for it"
             )
+        rows = batch.num_reqs
+        starts, lens = batch.query_start_loc_cpu[: rows + 1], batch.seq_lens_cpu_upper_bound
         step = describe(
-            batch.query_start_loc_cpu,
-            batch.seq_lens_cpu_upper_bound,
-            batch.is_prefilling,
+            starts,
+            None if lens is None else lens[:rows],
+            None if batch.is_prefilling is None else batch.is_prefilling[:rows],
             decode_tokens_per_row=self._decode_tokens_per_row,
             exact_decode_lens=self._exact_lens,
         )
@@ -232,12 +233,12 @@ class ElsaMetadataBuilder(AttentionMetadataBuilder[ElsaMetadata]):
             self._recorder.step(step, splits, fallback)
         return ElsaMetadata(
             num_tokens=batch.num_actual_tokens,
-            real_tokens=int(batch.query_start_loc_cpu[-1]),
+            real_tokens=int(starts[-1]),
             max_query_len=batch.max_query_len,
             max_seq_len=batch.max_seq_len,
-            query_start_loc=batch.query_start_loc,
-            seq_lens=batch.seq_lens,
-            block_table=batch.block_table_tensor,
+            query_start_loc=batch.query_start_loc[: rows + 1],
+            seq_lens=batch.seq_lens[:rows],
+            block_table=batch.block_table_tensor[:rows],
             causal=batch.causal,
             step=step,
             seqlens=seqlens,
@@ -247,7 +248,7 @@ class ElsaMetadataBuilder(AttentionMetadataBuilder[ElsaMetadata]):
 
     def _fits(self, batch: Any) -> bool:
         rows, longest = self._counters_for
-        return batch.seq_lens.shape[0] <= rows and batch.max_seq_len <= longest
+        return batch.num_reqs <= rows and batch.max_seq_len <= longest
 
     def _seqlens(self, step: Step, longest: int) -> tuple[tuple[tuple[int, int], ...] | None, str | None]:
         """Lengths for the kernels where they matter, or the cause why they are withheld."""
@@ -263,12 +264,13 @@ class ElsaMetadataBuilder(AttentionMetadataBuilder[ElsaMetadata]):
     def _share(self, batch: Any) -> Share:
         assert self._dcp is not None
         assert self._dcp_lens is not None
-        rows = batch.seq_lens.shape[0]
-        queries = batch.query_start_loc[1:] - batch.query_start_loc[:-1]
+        rows = batch.num_reqs
+        seq_lens, starts = batch.seq_lens[:rows], batch.query_start_loc[: rows + 1]
+        queries = starts[1:] - starts[:-1]
         lens, before = self._dcp_lens[0, :rows], self._dcp_lens[1, :rows]
         size, rank = self._dcp.world_size, self._dcp.rank_in_group
-        lens.copy_(local_lengths(batch.seq_lens, size, rank, self._dcp_interleave))
-        before.copy_(local_lengths(batch.seq_lens - queries, size, rank, self._dcp_interleave))
+        lens.copy_(local_lengths(seq_lens, size, rank, self._dcp_interleave))
+        before.copy_(local_lengths(seq_lens - queries, size, rank, self._dcp_interleave))
         stripe = size * self._dcp_interleave
         longest = -(-batch.max_seq_len // stripe) * self._dcp_interleave
         return Share(group=self._dcp, seq_lens=lens, context_lens=before, max_seq_len=longest)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from elsa_kernels import attention
-from vllm_support import ThreadGroup, needs_vllm
+from vllm_support import DEMO_MODEL, ThreadGroup, needs_vllm
 
 from elsa_serve.vllm_plugin import BACKEND, NAME, PLATFORM, compat, cpu_platform, register
 from elsa_serve.vllm_plugin.context_parallel import Share, local_lengths
@@ -351,7 +351,7 @@ def common(batch, **changes):
         "query_start_loc": layer.starts, "query_start_loc_cpu": layer.starts, "seq_lens": layer.lengths,
         "seq_lens_cpu_upper_bound": layer.lengths, "is_prefilling": None, "num_actual_tokens": len(layer.q),
         "max_query_len": max(n for _, n in batch), "max_seq_len": int(layer.lengths.max()),
-        "block_table_tensor": layer.table, "causal": True,
+        "block_table_tensor": layer.table, "causal": True, "num_reqs": len(batch),
     }  # fmt: skip
     return SimpleNamespace(**(values | changes))
 
@@ -393,3 +393,19 @@ def test_graphs_are_declared_for_uniform_decode():
     counted = builder._recorder.value("elsa_vllm_steps", phase="decode")
     assert builder.build_for_cudagraph_capture(common(((9, 1),))).num_tokens == 1
     assert builder._recorder.value("elsa_vllm_steps", phase="decode") == counted  # a capture is no step
+
+
+@pytest.mark.parametrize("name", ["32k", "32k-offload", "128k", "128k-offload"])
+def test_configurations_are_flags_that_vllm_takes(name):
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    register()
+    file = DEMO_MODEL.parent / f"vllm-llama-13b-{name}.yaml"
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    args = EngineArgs.from_cli_args(parser.parse_args(["--config", str(file), "--model", str(DEMO_MODEL)]))
+    assert args.attention_backend is not None
+    assert str(args.attention_backend).rpartition(".")[2].upper() == NAME
+    factor = args.hf_overrides["rope_parameters"]["factor"]
+    assert args.max_model_len == 4096 * factor
+    assert (args.offload_group_size > 0) == name.endswith("offload")
