@@ -21,7 +21,8 @@ others_may_warn = pytest.mark.filterwarnings("ignore", "error:::elsa_.*")
 DEMO_MODEL = Path(__file__).parents[2] / "configs" / "demo_model"
 
 needs_vllm = pytest.mark.skipif(
-    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here: run make test-vllm"
+    getattr(importlib.util.find_spec("vllm"), "origin", None) is None,
+    reason="vLLM is not installed here: run make test-vllm",
 )
 
 
