@@ -80,8 +80,6 @@ def ask(url, conversations):
     """Token texts and log-probabilities of concurrent chats, through the openai client."""
     from openai import OpenAI
 
-    client = OpenAI(base_url=url + "/v1", api_key="none", timeout=300)
-
     def one(messages):
         answer = client.chat.completions.create(
             model="demo", messages=messages, max_tokens=48, temperature=0, logprobs=True, seed=0,
@@ -89,7 +87,10 @@ def ask(url, conversations):
         ).choices[0]  # fmt: skip
         return answer.message.content, [(step.token, step.logprob) for step in answer.logprobs.content]
 
-    with concurrent.futures.ThreadPoolExecutor(len(conversations)) as pool:
+    with (
+        OpenAI(base_url=url + "/v1", api_key="none", timeout=300) as client,
+        concurrent.futures.ThreadPoolExecutor(len(conversations)) as pool,
+    ):
         return list(pool.map(one, conversations))
 
 
