@@ -33,9 +33,11 @@ from elsa_kernels.cpu.native import library
 
 from elsa_serve.errors import ElsaError
 from elsa_serve.offload import attention as attentions
+from elsa_serve.offload.device import indexed
 from elsa_serve.offload.engine import OffloadEngine
 from elsa_serve.offload.loading import DTYPES
 from elsa_serve.offload.machine import host_memory
+from elsa_serve.offload.measure import rates
 from elsa_serve.offload.split import CHOICES, split_linears
 from elsa_serve.offload.weights import ModelWeights, load_model
 from elsa_serve.protocol import GenerationRequest, SamplingParams, stream
@@ -70,6 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     runs = [parse_run(args, text) for text in args.run or [""]]
     rows: list[dict[str, Any]] = []
+    if args.measure:
+        device = indexed(torch.device(args.device))
+        rates(device, DTYPES[args.dtype], attention=args.attention, linear=args.linear, refresh=True)
     with tempfile.TemporaryDirectory() as folder, shared_weights(args, Path(folder)) as (directory, weights, load_s):
         bandwidth = read_bandwidth(weights)
         first_tokens: dict[str, list[int]] = {}
@@ -106,6 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--run", action="append", metavar="KEY=VALUE,…", help=f"one configuration; {', '.join(RUN_KEYS)}"
     )
+    parser.add_argument("--measure", action="store_true", help="measure this machine's rates again first")
     parser.add_argument("--output", type=Path, help="results file to append the rows to")
     return parser
 

@@ -21,7 +21,7 @@ from elsa_serve.offload.in_place import InPlace
 from elsa_serve.offload.kv import ALIGNMENT, KVPool, KVShape, RequestKV
 from elsa_serve.offload.machine import Rates
 from elsa_serve.offload.output import eos_token_ids
-from elsa_serve.offload.plan import Geometry, Plan, make_plan
+from elsa_serve.offload.plan import Geometry, Plan, check_rope, make_plan
 from elsa_serve.offload.predict import in_place_limit
 from elsa_serve.offload.ring import WeightStream
 from elsa_serve.offload.split import check_linear, split_linears
@@ -191,6 +191,7 @@ def _plan(options: EngineOptions, device: torch.device, config: Any, dtype: torc
         )
 
     chosen = plan(rates)
+    check_rope(config.get_text_config(), chosen.context)
     if chosen.disk_layers and rates is not None and here and options.rates is None:
         # The rate kept for this machine is that of another folder's disk.
         return plan(replace(rates, disk=checkpoint_rate(options.model_dir) or rates.disk))

@@ -20,7 +20,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import elsa_kernels
 import torch
+from elsa_kernels.checks import build_problem
+from elsa_kernels.cpu import native
+from elsa_kernels.cpu.native import library
+from elsa_kernels.registry import Operands
 
 from elsa_serve import __version__, envs
 from elsa_serve.errors import ElsaError
@@ -28,12 +33,16 @@ from elsa_serve.offload import attention as attentions
 from elsa_serve.offload.device import require_exact_matmul
 from elsa_serve.offload.disk import DirectFile, read_rate
 from elsa_serve.offload.host import HostBuffer
+from elsa_serve.offload.in_place import worker_threads
 from elsa_serve.offload.machine import Rates, assumed_rates, gpu_facts, host_memory
 from elsa_serve.offload.units import format_size
 from elsa_serve.protocol import GenerationRequest, SamplingParams, stream
 from elsa_serve.stats import Record, StepStats
 
+FORM = 2  # of the measurement: what an earlier form kept is measured again
 REPEATS = 5
+PAUSE_S = 2e-3  # between two layers' attention on the host
+WARM_UP_S = 0.3
 BESIDE_S = 0.4  # seconds for which copies and CPU attention run beside each other
 CPU_ROWS = 32  # query tokens that bind the CPU kernel by arithmetic
 HEADS, HEAD_DIM = 32, 128
@@ -62,7 +71,7 @@ def sizes_for(device: torch.device, dtype: torch.dtype) -> Sizes:
     if device.type == "cpu":
         kv = min(256 << 20, host_memory().available // 16)
         return Sizes(64 << 20, kv, 64 << 20, 512, (256, 1024, 1024), 256, 256)
-    kv = min(1 << 30, host_memory().available // 16)
+    kv = min(640 << 20, host_memory().available // 16)  # a layer of 32K tokens, beyond caches
     if gpu_facts(device).free < LARGE_DEVICE:
         return Sizes(64 << 20, kv, 64 << 20, 4096, (2048, 2048, 8192), 1024, 2048)
     attention = 8192 if dtype == torch.float32 else 16384
@@ -117,7 +126,7 @@ def _machine_key(device: torch.device) -> str:
     parts = [f"{cores} cores, {torch.get_num_threads()} threads, {format_size(host_memory().total)}"]
     if device.type == "cuda":
         parts.insert(0, f"{torch.cuda.get_device_name(device)}, driver {_driver()}")
-    return ", ".join([*parts, f"torch {torch.__version__}, elsa-serve {__version__}"])
+    return ", ".join([*parts, f"torch {torch.__version__}, elsa-serve {__version__}, form {FORM}"])
 
 
 def _driver() -> str:
@@ -176,18 +185,19 @@ def _memory_rates(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> dic
         host.tensor.fill_(1)  # pages that nobody has written are one page of zeros, read from the cache
         home.tensor.view(dtype).fill_(0.01)
         place = torch.zeros(sizes.copy, dtype=torch.uint8, device=device)
-        attend = _CpuAttention(home.tensor, dtype)
-        one, many = attend.call(1), attend.call(CPU_ROWS)
+        attention = _CpuAttention(device, home.tensor, dtype)
+        one, many = attention.call(1), attention.call(CPU_ROWS)
+        warm_up(one)
         h2d = sizes.copy / seconds(lambda: place.copy_(host.tensor, non_blocking=True), on_gpu)
         copies, beside = _both(device, place, host.tensor, one, h2d)
         return {
             "h2d": h2d,
             "d2h": sizes.copy / seconds(lambda: host.tensor.copy_(place, non_blocking=True), on_gpu),
             "host_memory": home.nbytes / seconds(lambda: _read(home.tensor), False),
-            "cpu_attention": attend.nbytes / seconds(one, False),
-            "cpu_attention_flops": attend.flops(CPU_ROWS) / seconds(many, False, repeats=2),
+            "cpu_attention": attention.nbytes / paused(one),
+            "cpu_attention_flops": attention.flops(CPU_ROWS) / seconds(many, False, repeats=2),
             "h2d_beside_cpu_attention": copies,
-            "cpu_attention_beside_h2d": attend.nbytes * beside,
+            "cpu_attention_beside_h2d": attention.nbytes / beside,
         }
     finally:
         host.close()
@@ -195,18 +205,25 @@ def _memory_rates(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> dic
 
 
 class _CpuAttention:
-    """Attention of some query tokens over K and V in host memory, by the kernel that the registry chooses."""
+    """Attention of some query tokens over K and V in host memory, as the engine runs it: its kernel, its threads."""
 
-    def __init__(self, storage: torch.Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, device: torch.device, storage: torch.Tensor, dtype: torch.dtype) -> None:
         tokens = storage.numel() // (2 * HEADS * HEAD_DIM * dtype.itemsize)
         self.nbytes = 2 * HEADS * HEAD_DIM * dtype.itemsize * tokens
         self.k, self.v = storage[: self.nbytes].view(dtype).view(2, 1, HEADS, tokens, HEAD_DIM)
+        self._pool = library.Pool(worker_threads(device)) if native.unavailable() is None else None
 
     def call(self, rows: int) -> Callable[[], object]:
-        import elsa_kernels
-
         q = torch.full((1, HEADS, rows, HEAD_DIM), 0.01, dtype=self.k.dtype)
-        return lambda: elsa_kernels.attention(q, self.k, self.v, causal=True, return_state=True)
+        options: dict[str, Any] = {"causal": True, "return_state": True}
+        pool = self._pool
+        if pool is None:
+            return lambda: elsa_kernels.attention(q, self.k, self.v, impl="cpu", **options)
+        operands = Operands(q, self.k, self.v)
+        problem = build_problem(
+            operands, scale=None, q_start=None, window=None, softcap=None, precision=None, **options
+        )
+        return lambda: pool.attend(problem, operands)
 
     def flops(self, rows: int) -> float:
         return 4.0 * HEADS * rows * self.k.shape[2] * HEAD_DIM
@@ -214,9 +231,6 @@ class _CpuAttention:
 
 def _read(data: torch.Tensor) -> object:
     """Every byte once, by all cores: the native kernel's threads where they are to be had, torch's sum elsewhere."""
-    from elsa_kernels.cpu import native
-    from elsa_kernels.cpu.native import library
-
     if native.unavailable() is None:
         return library.default_pool().read_seconds(data)
     return data[: data.numel() // 8 * 8].view(torch.int64).sum()
@@ -225,8 +239,7 @@ def _read(data: torch.Tensor) -> object:
 def _both(
     device: torch.device, place: torch.Tensor, host: torch.Tensor, attend: Callable[[], object], h2d: float
 ) -> tuple[float, float]:
-    """(bytes per second of copies, calls of `attend` per second) while both run."""
-    attend()
+    """(bytes per second of copies, seconds of a call of `attend`) while both run."""
     if device.type == "cuda":
         return _both_cuda(device, place, host, attend, h2d)
     return _both_cpu(place, host, attend)
@@ -239,19 +252,14 @@ def _both_cuda(
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     side = torch.cuda.Stream(device)
     torch.cuda.synchronize(device)
-    began = last = time.perf_counter()
-    calls = 0
     with torch.cuda.stream(side):
         start.record()
         for _ in range(copies):
             place.copy_(host, non_blocking=True)
         end.record()
-    while not calls or not end.query():
-        attend()
-        calls += 1
-        last = time.perf_counter()
+    taken = paused(attend, end.query)
     end.synchronize()
-    return copies * host.numel() / (start.elapsed_time(end) / 1e3), calls / (last - began)
+    return copies * host.numel() / (start.elapsed_time(end) / 1e3), taken
 
 
 def _both_cpu(place: torch.Tensor, host: torch.Tensor, attend: Callable[[], object]) -> tuple[float, float]:
@@ -266,16 +274,12 @@ def _both_cpu(place: torch.Tensor, host: torch.Tensor, attend: Callable[[], obje
             copied.append(time.perf_counter() - began)
 
     worker = threading.Thread(target=copy, name="elsa-measure", daemon=True)
-    began = time.perf_counter()
+    until = time.perf_counter() + BESIDE_S / 2
     worker.start()
-    calls = 0
-    while not calls or time.perf_counter() - began < BESIDE_S / 2:
-        attend()
-        calls += 1
-    elapsed = time.perf_counter() - began
+    taken = paused(attend, lambda: time.perf_counter() > until)
     over.set()
     worker.join()
-    return host.numel() * len(copied) / sum(copied), calls / elapsed
+    return host.numel() * len(copied) / sum(copied), taken
 
 
 def _device_rates(
@@ -354,6 +358,28 @@ def seconds(work: Callable[[], object], on_gpu: bool, repeats: int = REPEATS) ->
             torch.cuda.synchronize()
         taken.append(time.perf_counter() - start)
     return statistics.median(taken)
+
+
+def paused(work: Callable[[], object], over: Callable[[], bool] | None = None) -> float:
+    """The median of calls with pauses in between, in which threads fall asleep, as between the layers of a pass.
+
+    As many calls as fit before `over` says so, REPEATS without it; at least one.
+    """
+    taken: list[float] = []
+    while not taken or (len(taken) < REPEATS if over is None else not over()):
+        time.sleep(PAUSE_S)
+        began = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - began)
+    return statistics.median(taken)
+
+
+def warm_up(work: Callable[[], object]) -> None:
+    """Until the processor's clock has had time to rise."""
+    until = time.perf_counter() + WARM_UP_S
+    work()
+    while time.perf_counter() < until:
+        work()
 
 
 # --- the engine's own share ---------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from elsa_serve.errors import BudgetError
+from elsa_serve.errors import BudgetError, UsageError
 from elsa_serve.offload.disk_layers import BUFFERS
 from elsa_serve.offload.machine import Rates, assumed_rates
 from elsa_serve.offload.predict import Share, pass_time
@@ -116,6 +116,22 @@ def max_context(text_config: Any) -> int:
             original = parameters.get("original_max_position_embeddings") or stated
             scaled = max(scaled, int(original * float(parameters.get("factor") or 1.0)))
     return scaled
+
+
+def check_rope(text_config: Any, context: int) -> None:
+    """Raise UsageError for a rope scaling whose frequencies change with the longest request of a pass, where it would
+    act: a token's result would depend on its neighbours in the batch."""
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    by_layer_type = [value for value in rope.values() if isinstance(value, dict)]
+    for parameters in by_layer_type or [rope]:
+        kind = parameters.get("rope_type")
+        original = parameters.get("original_max_position_embeddings") or text_config.max_position_embeddings
+        if kind in ("dynamic", "longrope") and context > original:
+            raise UsageError(
+                f"rope_type {kind!r} turns every position by the length of the longest request of a pass beyond {original} "
+                f"tokens, so results would depend on the batch: pass --context {original} or less, or use rope_type "
+                "yarn or linear"
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from engine_models import COMMON, generate, make_engine, plan_as_for_a_cpu, prompt_of, save_tokenizer, tokens_of
 
+from elsa_serve.errors import UsageError
 from elsa_serve.offload.loading import EngineOptions, plan_only
 
 SHORT = {"max_position_embeddings": 64}  # stretched by the scaling to what the prompts need
@@ -31,6 +32,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": {
                 "rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 64,
             }
+        },
+    ),
+    "llama-dynamic": (
+        "llama",
+        {
+            "max_position_embeddings": 256,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
         },
     ),
     "mistral": ("mistral", {"sliding_window": None}),
@@ -116,3 +124,10 @@ def test_half_precision_stays_near_the_same_weights_in_fp32(name: str, dtype: to
     bound = 0.05 if dtype == torch.bfloat16 else 0.01  # several roundings of the dtype, as a part of the spread
     assert len(tokens) == COUNT
     assert bool((lost <= bound * spread).all()), (lost / spread).tolist()
+
+
+def test_a_rope_that_changes_with_the_batch_is_refused_where_it_would_act(tmp_path: Path) -> None:
+    save("llama-dynamic", tmp_path)
+    with pytest.raises(UsageError, match=r"rope_type 'dynamic' .* beyond 256 tokens, .*pass --context 256 or less"):
+        make_engine(tmp_path, context=257)
+    make_engine(tmp_path, context=256).shutdown()

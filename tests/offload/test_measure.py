@@ -25,6 +25,7 @@ TINY = measure.Sizes(
 def measured() -> Rates:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure, "BESIDE_S", 0.02)
+        patch.setattr(measure, "WARM_UP_S", 0.0)
         return measure.measure_rates(CPU, torch.float32, sizes=TINY)
 
 
