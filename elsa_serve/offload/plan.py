@@ -128,8 +128,8 @@ def check_rope(text_config: Any, context: int) -> None:
         original = parameters.get("original_max_position_embeddings") or text_config.max_position_embeddings
         if kind in ("dynamic", "longrope") and context > original:
             raise UsageError(
-                f"rope_type {kind!r} turns every position by the longest request of a pass beyond {original} tokens, so "
-                f"results would depend on the batch: pass --context {original} or less, or use rope_type "
+                f"rope_type {kind!r} turns every position by the longest request of a pass beyond {original} tokens: "
+                f"results would depend on the batch. Pass --context {original} or less, or use rope_type "
                 "yarn or linear"
             )
 

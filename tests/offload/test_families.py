@@ -128,6 +128,6 @@ def test_half_precision_stays_near_the_same_weights_in_fp32(name: str, dtype: to
 
 def test_a_rope_that_changes_with_the_batch_is_refused_where_it_would_act(tmp_path: Path) -> None:
     save("llama-dynamic", tmp_path)
-    with pytest.raises(UsageError, match=r"rope_type 'dynamic' .* beyond 256 tokens, .*pass --context 256 or less"):
+    with pytest.raises(UsageError, match=r"rope_type 'dynamic' .* beyond 256 tokens: .*Pass --context 256 or less"):
         make_engine(tmp_path, context=257)
     make_engine(tmp_path, context=256).shutdown()
