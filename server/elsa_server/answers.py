@@ -24,10 +24,15 @@ class ErrorResponse(Answer):
     error: ErrorDetail
 
 
+class PromptTokensDetails(Answer):
+    cached_tokens: int
+
+
 class Usage(Answer):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
 class TopLogprob(Answer):

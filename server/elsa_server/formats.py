@@ -16,6 +16,7 @@ class Choice:
     text: str = ""
     tokens: list[TokenEvent] = field(default_factory=list)  # those with a log-probability
     finish_reason: str | None = None
+    cached_tokens: int = 0
     offset: int = 0  # characters of the tokens with a log-probability so far
 
 
@@ -130,11 +131,13 @@ class ChatFormat:
         return {"token": token.text, "logprob": token.logprob, "bytes": list(token.text.encode())}
 
 
-def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
+    """`cached_tokens`: those of the prompt whose KV was found computed."""
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
     }
 
 

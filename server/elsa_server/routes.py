@@ -125,6 +125,7 @@ async def generate(
         ),
         prompt_tokens=prompt_tokens,
         choices=choices,
+        choices_per_prompt=asked.choices,
         eos_token_id=engine.tokenizer.eos_token_id,
         keep_alive_s=cycle.settings.keep_alive_interval_s,
         include_usage=bool(options and options.include_usage),

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-from elsa_server.prompts import Prompt, TokenIds, check_text, invalid
+from elsa_server.prompts import MAX_SEQUENCES, Prompt, TokenIds, check_text, invalid
 
 MAX_MESSAGES = 2048
 MAX_PARTS = 8192  # content parts of all messages together
@@ -65,13 +65,22 @@ def needs_stream(schema: dict[str, Any]) -> None:
     schema["then"] = {"required": ["stream"], "properties": {"stream": {"const": True}}}
 
 
+def needs_logprobs(schema: dict[str, Any]) -> None:
+    """What `ChatCompletionRequest.check_logprobs` demands, said in the schema too."""
+    needs_stream(schema)
+    condition = {"required": ["top_logprobs"], "properties": {"top_logprobs": {"type": "integer"}}}
+    schema["allOf"] = [
+        {"if": condition, "then": {"required": ["logprobs"], "properties": {"logprobs": {"const": True}}}}
+    ]
+
+
 class GenerationOptions(Model):
     """What both endpoints take."""
 
     model_config = ConfigDict(strict=True, extra="forbid", json_schema_extra=needs_stream)
 
     model: str = Field(min_length=1, max_length=512)
-    n: int | None = Field(1, ge=1, le=128)
+    n: int | None = Field(1, ge=1, le=128, description=f"Choices a prompt; prompts × n may be {MAX_SEQUENCES} at most.")
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     stop: StopText | Annotated[list[StopText], Field(max_length=4)] | None = None
@@ -166,6 +175,8 @@ class TextFormat(Model):
 
 
 class ChatCompletionRequest(GenerationOptions):
+    model_config = ConfigDict(strict=True, extra="forbid", json_schema_extra=needs_logprobs)
+
     messages: Messages
     max_tokens: int | None = Field(None, ge=1, lt=INT64)
     max_completion_tokens: int | None = Field(None, ge=1, lt=INT64)

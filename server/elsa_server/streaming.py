@@ -38,9 +38,14 @@ class Delivery:
     include_usage: bool = False
     include_progress: bool = False
     completion_tokens: int = field(default=0)
+    choices_per_prompt: int = 1
 
-    def usage(self) -> dict[str, int]:
-        return usage(self.prompt_tokens, self.completion_tokens)
+    def usage(self) -> dict[str, Any]:
+        """A prompt counts once, whatever the number of its choices; so do its tokens that the first of them found."""
+        found = [choice.cached_tokens for choice in self.choices]
+        each = self.choices_per_prompt
+        cached = sum(min(found[first : first + each]) for first in range(0, len(found), each))
+        return usage(self.prompt_tokens, self.completion_tokens, cached)
 
     def take(self, index: int, event: TokenEvent) -> list[TokenEvent]:
         """Count an event. Returns it as the list of tokens to report log-probabilities of: one or none.
@@ -51,6 +56,7 @@ class Delivery:
             raise ending(event)
         self.completion_tokens += event.token_id is not None
         self.choices[index].finish_reason = event.finish_reason
+        self.choices[index].cached_tokens = event.cached_tokens
         ended_by_eos = event.finish_reason == "stop" and event.token_id == self.eos_token_id
         return [event] if event.logprob is not None and not ended_by_eos else []
 

@@ -1,7 +1,8 @@
 """An engine of a few dozen lines for the server's tests: it answers with the words of the prompt, in order.
 
 A token is a word with the space before it, so texts are easy to foresee. Words of the prompt steer it: `slow` makes
-every token take 20 ms, `hang` reports progress and never gives a token, `fail` ends with an error after two tokens.
+every token take 20 ms, `cached` makes all of the prompt but one word count as found in a cache, `hang` reports progress
+and never gives a token, `fail` ends with an error after two tokens.
 """
 
 from __future__ import annotations
@@ -98,7 +99,9 @@ class FakeEngine:
             else:
                 reason = "length" if size >= sampling.max_tokens else "stop"
         self._finish(request, start, count, reason)
-        on_event(TokenEvent(request.request_id, None, finish_reason=reason, error=error))  # type: ignore[arg-type]
+        found = size - 1 if "cached" in words else 0
+        last = TokenEvent(request.request_id, None, finish_reason=reason, error=error, cached_tokens=found)  # type: ignore[arg-type]
+        on_event(last)
 
     def _token(self, request: GenerationRequest, word: str) -> TokenEvent:
         (token,) = self.tokenizer.encode(word)

@@ -65,6 +65,27 @@ def test_choices_have_seeds_of_their_own(running: Running) -> None:
     assert [request.sampling.seed for request in running.engine.requests[-4:]] == [7, 8, 7, 8]
 
 
+def test_usage_tells_what_was_found_computed(running: Running) -> None:
+    client = running.openai()
+    answer = client.completions.create(model="fake", prompt=["one cached two", "one", "a b c cached"], n=2)
+    assert answer.usage.prompt_tokens_details.cached_tokens == 2 + 0 + 3
+    chat = client.chat.completions.create(model="fake", messages=[{"role": "user", "content": "one two"}])
+    assert chat.usage.prompt_tokens_details.cached_tokens == 0
+    options = {"include_usage": True}
+    chunks = client.completions.create(model="fake", prompt="so cached", stream=True, stream_options=options)
+    assert [chunk.usage.prompt_tokens_details.cached_tokens for chunk in chunks if chunk.usage] == [1]
+
+
+def test_the_schema_knows_rules_across_parameters(running: Running) -> None:
+    schemas = running.http().get("/openapi.json").json()["components"]["schemas"]
+    chat = schemas["ChatCompletionRequest"]
+    assert chat["then"] == {"required": ["stream"], "properties": {"stream": {"const": True}}}
+    (rule,) = chat["allOf"]
+    assert rule["if"]["required"] == ["top_logprobs"]
+    assert rule["then"]["properties"] == {"logprobs": {"const": True}}
+    assert "128 at most" in schemas["CompletionRequest"]["properties"]["n"]["description"]
+
+
 def test_sampling_reaches_the_engine(running: Running) -> None:
     running.openai().chat.completions.create(
         model="fake",
