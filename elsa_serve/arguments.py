@@ -41,6 +41,15 @@ def add_memory_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--host-memory", metavar="SIZE", help="budget in host memory (default: 90%% of what the cgroup leaves free)"
     )
+    group.add_argument(
+        "--kv-disk", metavar="SIZE", help="KV that may lie on disk where host memory does not hold it (default: none)"
+    )
+    group.add_argument(
+        "--kv-disk-dir",
+        type=Path,
+        metavar="DIR",
+        help="folder for it, on a fast disk (default: that of temporary files)",
+    )
     group.add_argument("--max-batch", type=int, default=8, metavar="N", help="requests that share a pass (default: 8)")
     group.add_argument(
         "--resident-layers",
@@ -116,7 +125,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     """Keyword arguments of `OffloadEngine` from the flags above."""
     names = (
-        "dtype", "context", "load_format", "gpu_memory", "host_memory", "max_batch",
+        "dtype", "context", "load_format", "gpu_memory", "host_memory", "kv_disk", "kv_disk_dir", "max_batch",
         "resident_layers", "slots", "chunk_tokens", "attention", "linear", "fused", "serial", "device", "seed",
         "max_num_batched_tokens", "prefill_round_tokens", "num_speculative_tokens", "prefix_caching",
     )  # fmt: skip

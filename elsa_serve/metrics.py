@@ -57,7 +57,7 @@ from elsa_serve.stats import (
 ENDPOINTS = ("completions", "chat_completions", "generate", "other")
 BACKENDS = ("elsa", "sdpa", "eager", "other")
 REASONS = ("queue_full", "draining", "too_long", "body_size", "auth", "invalid")
-TIERS = ("gpu", "host")
+TIERS = ("gpu", "host", "disk")
 CONTEXTS = ((4096, "le_4k"), (32768, "le_32k"), (131072, "le_128k"))  # tokens, label
 CONTEXT_LABELS = (*(label for _, label in CONTEXTS), "gt_128k")
 

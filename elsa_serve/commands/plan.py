@@ -25,7 +25,17 @@ def run(args: argparse.Namespace) -> int:
     from elsa_serve.offload.loading import EngineOptions, plan_only
     from elsa_serve.offload.plan_text import render
 
-    names = ("device", "dtype", "gpu_memory", "host_memory", "context", "max_batch", "resident_layers", "slots")
+    names = (
+        "device",
+        "dtype",
+        "gpu_memory",
+        "host_memory",
+        "kv_disk",
+        "context",
+        "max_batch",
+        "resident_layers",
+        "slots",
+    )
     options = {name: getattr(args, name) for name in (*names, "chunk_tokens", "load_format")}
     print(render(plan_only(EngineOptions(model_dir=args.model, **options))))
     return 0

@@ -7,6 +7,9 @@ pages are mapped and then registered with CUDA, so a buffer costs its own size a
 from __future__ import annotations
 
 import mmap
+import os
+import tempfile
+from pathlib import Path
 
 import torch
 
@@ -52,6 +55,32 @@ class HostBuffer:
     def __del__(self) -> None:
         if getattr(self, "_pinned", False):
             self.close()
+
+
+class FileBuffer:
+    """`nbytes` of a file that has no name, in `directory`, mapped into memory as a flat uint8 tensor.
+
+    Its space is taken at once, so that a full disk is found here and not by a write. The kernel keeps its pages in
+    memory as far as there is room. The file is gone when the buffer and every view of its tensor are.
+    Raises BudgetError where the directory has no room, or cannot be written.
+    """
+
+    def __init__(self, nbytes: int, directory: Path) -> None:
+        try:
+            with tempfile.TemporaryFile(dir=directory) as file:
+                os.posix_fallocate(file.fileno(), 0, max(nbytes, 1))
+                memory = mmap.mmap(file.fileno(), max(nbytes, 1))
+        except OSError as error:
+            raise BudgetError(
+                f"{format_size(nbytes)} for KV cannot be had in {directory} ({error.strerror}): "
+                "name another folder with --kv-disk-dir, or a smaller --kv-disk"
+            ) from error
+        self.nbytes = nbytes
+        self.tensor = torch.frombuffer(memory, dtype=torch.uint8)[:nbytes]
+
+    def close(self) -> None:
+        """Give the disk's space back once no view of the tensor is left. Idempotent."""
+        self.tensor = torch.empty(0, dtype=torch.uint8)
 
 
 class _DeviceView:

@@ -21,7 +21,7 @@ from elsa_serve.offload.units import format_size
 
 ALIGNMENT = 256  # bytes: what vector loads and the copy engines like
 
-Tier = Literal["gpu", "host"]
+Tier = Literal["gpu", "host", "disk"]  # in the order in which requests fill them
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +96,8 @@ class Extent:
 
     tier: Tier
     capacity: int
-    layers: list[torch.Tensor]  # [2, Hkv, capacity, D], on the device or in host memory
-    mapped: list[torch.Tensor]  # the same memory as the device addresses it
+    layers: list[torch.Tensor]  # [2, Hkv, capacity, D], on the device, in host memory or in a mapped file
+    mapped: list[torch.Tensor]  # the same memory as the device addresses it; a file's pages it does not
     blocks: list[Block]
     users: int = 0
     keepers: int = 0
@@ -105,6 +105,10 @@ class Extent:
     @property
     def nbytes(self) -> int:
         return sum(block.nbytes for block in self.blocks)
+
+    @property
+    def on_device(self) -> bool:
+        return self.tier == "gpu"
 
     @property
     def exclusive(self) -> bool:
@@ -146,53 +150,65 @@ class RequestKV:
     @property
     def split(self) -> int:
         """Tokens from the first on that lie on the device."""
-        return next((span.first for span in self.spans if span.extent.tier == "host"), self.capacity)
+        return next((span.first for span in self.spans if not span.extent.on_device), self.capacity)
 
     def host_tokens(self, last: int) -> int:
-        """How many of the first `last` tokens lie in host memory."""
-        return sum(min(span.tokens, last - span.first) for span in self.spans_of(0, last, "host"))
+        """How many of the first `last` tokens lie in host memory or on disk."""
+        return sum(min(span.tokens, last - span.first) for span in self.spans_of(0, last, on_device=False))
 
-    def spans_of(self, first: int, last: int, tier: Tier | None = None) -> Iterator[Span]:
-        """The spans that hold some of the tokens [first, last), of one tier or of both, in order."""
+    def spans_of(self, first: int, last: int, on_device: bool | None = None) -> Iterator[Span]:
+        """The spans that hold some of the tokens [first, last), in order: on the device, elsewhere, or all."""
         for span in self.spans:
-            if span.first < last and first < span.last and tier in (None, span.extent.tier):
+            if span.first < last and first < span.last and on_device in (None, span.extent.on_device):
                 yield span
 
 
 class KVPool:
-    """Extents for requests, in all layers or none. `gpu` and `host` are flat uint8 tensors."""
+    """Extents for requests, in all layers or none. `gpu`, `host` and `disk` are flat uint8 tensors."""
 
     def __init__(
-        self, shape: KVShape, gpu: torch.Tensor, host: torch.Tensor, mapped: torch.Tensor | None = None
+        self,
+        shape: KVShape,
+        gpu: torch.Tensor,
+        host: torch.Tensor,
+        mapped: torch.Tensor | None = None,
+        disk: torch.Tensor | None = None,
     ) -> None:
-        """`mapped`: `host` as the device addresses it, where that is another tensor."""
+        """`mapped`: `host` as the device addresses it, where that is another tensor. `disk`: a mapped file."""
         self.shape = shape
         self.arenas: dict[Tier, Arena] = {"gpu": Arena(gpu), "host": Arena(host)}
+        if disk is not None:
+            self.arenas["disk"] = Arena(disk)
         self._mapped = host if mapped is None else mapped
-        self._idle: dict[Tier, int] = {"gpu": 0, "host": 0}  # bytes that only the prefix cache holds
+        self._idle: dict[Tier, int] = dict.fromkeys(self.arenas, 0)  # bytes that only the prefix cache holds
 
     def check(self, capacity: int) -> None:
         """Raise BudgetError with numbers when `capacity` tokens do not fit even into empty pools."""
-        sizes = self.capacity_bytes()
-        split = largest(capacity, lambda tokens: self._nbytes(tokens) <= sizes["gpu"])
-        if self._nbytes(capacity - split) > sizes["host"]:
+        sizes, left = self.capacity_bytes(), capacity
+        for size in sizes.values():
+            left -= largest(left, lambda tokens, size=size: self._nbytes(tokens) <= size)  # type: ignore[misc]
+        if left:
             nbytes, layers = self.shape.block_nbytes(capacity), self.shape.layers
+            disk = f", {format_size(sizes['disk'])} on disk" if "disk" in sizes else ""
             raise BudgetError(
                 f"{capacity} tokens need {format_size(nbytes * layers)} of KV memory ({layers} layers of "
                 f"{format_size(nbytes)}), but the KV pools hold {format_size(sizes['gpu'])} on the device and "
-                f"{format_size(sizes['host'])} in host memory: ask for fewer tokens, or give more with --gpu-memory "
-                "or --host-memory"
+                f"{format_size(sizes['host'])} in host memory{disk}: ask for fewer tokens, or give more with "
+                "--gpu-memory or --host-memory"
             )
 
     def _nbytes(self, tokens: int) -> int:
         return self.shape.layers * self.shape.block_nbytes(tokens)
 
-    def allocate(self, capacity: int, prefix: RequestKV | None = None, shared: int = 0) -> RequestKV | None:
-        """KV for `capacity` tokens, on the device as far as there is room; None when it does not fit now.
+    def allocate(
+        self, capacity: int, prefix: RequestKV | None = None, shared: int = 0, disk: bool = True
+    ) -> RequestKV | None:
+        """KV for `capacity` tokens, on the device as far as there is room, then in host memory, then on disk if that is
+        allowed; None when it does not fit now.
 
         Its first `shared` tokens are those of `prefix`, in the same memory, and count as computed.
         """
-        own = self._extents(capacity - shared, shared)
+        own = self._extents(capacity - shared, shared, disk)
         if own is None:
             return None
         kv = RequestKV([], shared)
@@ -204,9 +220,9 @@ class KVPool:
             self._hold(span.extent, users=1)
         return kv
 
-    def extend(self, kv: RequestKV, capacity: int) -> bool:
+    def extend(self, kv: RequestKV, capacity: int, disk: bool = True) -> bool:
         """Room for `capacity` tokens. Takes nothing when it does not fit now."""
-        own = self._extents(capacity - kv.capacity, kv.capacity)
+        own = self._extents(capacity - kv.capacity, kv.capacity, disk)
         if own is None:
             return False
         kv.spans += own
@@ -214,29 +230,36 @@ class KVPool:
             self._hold(span.extent, users=1)
         return True
 
-    def _extents(self, tokens: int, first: int) -> list[Span] | None:
+    def _extents(self, tokens: int, first: int, disk: bool) -> list[Span] | None:
         """New extents for so many tokens from position `first` on."""
-        split = self.device_room(tokens)
-        sizes: tuple[tuple[Tier, int], ...] = (("gpu", split), ("host", tokens - split))
         spans: list[Span] = []
-        for tier, count in sizes:
-            if count > 0:
-                extent = self._extent(tier, count)
-                if extent is None:
-                    for span in spans:
-                        self._release(span.extent)
-                    return None
+        last = first + max(0, tokens)
+        for tier in self.arenas:
+            if tier == "disk" and not disk:
+                continue
+            count = self.room(tier, last - first)
+            extent = self._extent(tier, count) if count else None
+            if extent is not None:
                 spans.append(Span(extent, first, count))
                 first += count
-        return spans
+        if first == last:
+            return spans
+        for span in spans:
+            self._release(span.extent)
+        return None
 
-    def device_room(self, tokens: int) -> int:
-        """How many of so many tokens fit on the device now, in one extent."""
-        fits = self.arenas["gpu"].room_for
+    def room(self, tier: Tier, tokens: int) -> int:
+        """How many of so many tokens fit into a tier now, in one extent."""
+        fits = self.arenas[tier].room_for
         return largest(tokens, lambda count: fits(self.shape.block_nbytes(count)) >= self.shape.layers)
 
+    def device_room(self, tokens: int) -> int:
+        return self.room("gpu", tokens)
+
     def move(self, extent: Extent, tier: Tier) -> bool:
-        """Carry an extent that no request uses to the other tier. False when that has no room."""
+        """Carry an extent that no request uses to another tier. False when that has no room, or is not there."""
+        if tier not in self.arenas:
+            return False
         other = self._extent(tier, extent.capacity)
         if other is None:
             return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from elsa_serve.offload import machine, measure
 from elsa_serve.offload.checkpoint import Checkpoint, load_config
 from elsa_serve.offload.disk import checkpoint_rate
 from elsa_serve.offload.fused import Fused, fuse
-from elsa_serve.offload.host import HostBuffer
+from elsa_serve.offload.host import FileBuffer, HostBuffer
 from elsa_serve.offload.in_place import InPlace
 from elsa_serve.offload.kv import ALIGNMENT, KVPool, KVShape, RequestKV
 from elsa_serve.offload.machine import Rates
@@ -53,6 +54,8 @@ class EngineOptions:
     dtype: str | torch.dtype = "auto"
     gpu_memory: str | int | None = None
     host_memory: str | int | None = None
+    kv_disk: str | int | None = None  # KV that may lie on disk; None: none
+    kv_disk_dir: Path | None = None  # None: the folder for temporary files
     context: int | None = None
     max_batch: int = 8
     resident_layers: int | None = None
@@ -188,6 +191,7 @@ def _plan(options: EngineOptions, device: torch.device, config: Any, dtype: torc
             device_type=device.type,
             rates=rates,
             disk=disk,
+            kv_disk=_size(options.kv_disk) or 0,
         )
 
     chosen = plan(rates)
@@ -238,7 +242,12 @@ def _assemble(
     shape = KVShape(geometry.layers, geometry.kv_heads, geometry.head_dim, weights.dtype)
     gpu_pool = torch.empty(plan.kv_gpu_bytes, dtype=torch.uint8, device=device)
     host_buffer = HostBuffer(_padded(plan.kv_host_bytes), pin=device.type == "cuda")
-    pool = KVPool(shape, gpu_pool, host_buffer.tensor, host_buffer.mapped())
+    disk = (
+        FileBuffer(plan.kv_disk_bytes, options.kv_disk_dir or Path(tempfile.gettempdir()))
+        if plan.kv_disk_bytes
+        else None
+    )
+    pool = KVPool(shape, gpu_pool, host_buffer.tensor, host_buffer.mapped(), disk.tensor if disk else None)
     tiers = _tiers(options, plan, shape, streams)
     fused = _fuse(options, weights)
     runner = PassRunner(
@@ -276,7 +285,7 @@ def _fuse(options: EngineOptions, weights: ModelWeights) -> Fused | None:
 
 
 def _tiers(options: EngineOptions, plan: Plan, shape: KVShape, streams: Streams) -> Tiers:
-    on_host = bool(plan.kv_host_bytes)
+    on_host = bool(plan.kv_host_bytes or plan.kv_disk_bytes)
     attend_state = attentions.ATTEND_STATE.get(options.attention)
     geometry = plan.geometry
     weights = geometry.streamed_bytes(len(plan.resident_layers))

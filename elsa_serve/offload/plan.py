@@ -155,6 +155,7 @@ class Plan:
     kv_tokens: int
     kv_gpu_bytes: int
     kv_host_bytes: int
+    kv_disk_bytes: int
     gpu_budget: int
     host_budget: int
     gpu_bytes: dict[str, int]  # by item, in the order of placing
@@ -191,8 +192,14 @@ class Plan:
 
     @property
     def kv_host_tokens(self) -> int:
-        """The rest of such a request: tokens that every layer keeps in host memory."""
-        return self.context - self.kv_gpu_tokens
+        """Those that every layer keeps in host memory: the rest, as far as it holds them."""
+        rest = self.context - self.kv_gpu_tokens
+        return min(rest, self.geometry.kv_tokens(self.kv_host_bytes)) if self.kv_disk_bytes else rest
+
+    @property
+    def kv_disk_tokens(self) -> int:
+        """Those that every layer keeps on disk."""
+        return self.context - self.kv_gpu_tokens - self.kv_host_tokens
 
     def kv_layer_split(self, tokens: int | None = None) -> tuple[int, int]:
         """Bytes of one layer's keys and values (on the device, in host memory) of one request of `tokens` tokens
@@ -216,6 +223,7 @@ class _Request:
     device_type: str
     rates: Rates
     disk: bool
+    kv_disk: int
 
 
 def make_plan(
@@ -231,9 +239,11 @@ def make_plan(
     device_type: str = "cuda",
     rates: Rates | None = None,
     disk: bool = False,
+    kv_disk: int = 0,
 ) -> Plan:
     """Place a model. Budgets in bytes; context in tokens, prompt and output together (None: the model's maximum).
-    `disk`: layers may stay in the checkpoint's files where host memory does not hold them.
+    `disk`: layers may stay in the checkpoint's files where host memory does not hold them. `kv_disk`: bytes of KV that
+    may lie on disk.
 
     Raises BudgetError with numbers for what cannot fit, naming the largest context that would.
     """
@@ -260,6 +270,7 @@ def make_plan(
         device_type,
         rates or assumed_rates(geometry.dtype),
         disk,
+        kv_disk,
     )
     wanted = context or geometry.max_context
     try:
@@ -332,10 +343,14 @@ def _place_with(request: _Request, context: int, chunk: int, resident: int) -> P
             raise BudgetError(_device_message(request, items, slots, resident, working))
         kv_gpu = geometry.kv_bytes(geometry.kv_tokens(free))
     least = geometry.kv_bytes(context - min(context, geometry.kv_tokens(kv_gpu)))  # of one request of full length
+    least = geometry.kv_bytes(-(-max(0, least - request.kv_disk) // (geometry.layers * geometry.kv_token_bytes())))
     in_memory, staging = _host_layers(request, resident, least)
     weights = geometry.streamed_bytes(geometry.layers - in_memory)
     room = (request.host_budget - weights - staging) // ALIGNMENT * ALIGNMENT
     kv_host = max(least, min(wanted - kv_gpu, room))
+    if request.kv_disk:  # whole tokens, so that the rest of a request is what the disk has room for
+        kv_host = geometry.kv_bytes(geometry.kv_tokens(kv_host))
+    kv_disk = min(request.kv_disk, wanted - kv_gpu - kv_host)
     residents = spread(range(geometry.layers), resident)
     streamed = [index for index in range(geometry.layers) if index not in set(residents)]
     return Plan(
@@ -348,9 +363,10 @@ def _place_with(request: _Request, context: int, chunk: int, resident: int) -> P
         prefetch_depth=max(0, slots - 1),
         disk_layers=spread(streamed, len(streamed) - in_memory),
         chunk_tokens=chunk,
-        kv_tokens=(kv_gpu + kv_host) * context // geometry.kv_bytes(context),
+        kv_tokens=(kv_gpu + kv_host + kv_disk) * context // geometry.kv_bytes(context),
         kv_gpu_bytes=kv_gpu,
         kv_host_bytes=kv_host,
+        kv_disk_bytes=kv_disk,
         gpu_budget=request.gpu_budget,
         host_budget=request.host_budget,
         gpu_bytes={

@@ -46,16 +46,17 @@ def _picture(plan: Plan, device: str) -> list[str]:
     width = min(layers, WIDTH)
     marks = dict.fromkeys(plan.resident_layers, "#") | dict.fromkeys(plan.disk_layers, "o")
     weights = "".join(marks.get(i * layers // width, ".") for i in range(width))
-    tokens = "".join("#" if i * plan.context < plan.kv_gpu_tokens * width else "." for i in range(width))
+    ends = ((plan.kv_gpu_tokens, "#"), (plan.kv_gpu_tokens + plan.kv_host_tokens, "."), (plan.context, "o"))
+    tokens = "".join(next(mark for end, mark in ends if i * plan.context < end * width) for i in range(width))
     on_host = layers - len(plan.resident_layers) - len(plan.disk_layers)
     counts = [f"{len(plan.resident_layers)} on the {device}", f"{on_host} in host memory"]
     if plan.disk_layers:
         counts.append(f"{len(plan.disk_layers)} on disk")
     return [
-        f"# on the {device}   . in host memory" + ("   o on disk" if plan.disk_layers else ""),
+        f"# on the {device}   . in host memory" + ("   o on disk" if plan.disk_layers or plan.kv_disk_tokens else ""),
         f"  weights {weights}  of {layers} layers {', '.join(counts)}",
         f"  KV      {tokens}  of {plan.context} tokens {plan.kv_gpu_tokens} on the {device}, {plan.kv_host_tokens} in "
-        "host memory, in every layer",
+        f"host memory{f', {plan.kv_disk_tokens} on disk' if plan.kv_disk_tokens else ''}, in every layer",
     ]
 
 
@@ -66,7 +67,7 @@ def _times(plan: Plan) -> list[str]:
         else "not needed, all layers are resident"
     )
     rates = plan.rates
-    disk = f", disk {rates.disk / 1e9:.3g} GB/s" if plan.disk_layers else ""
+    disk = f", disk {rates.disk / 1e9:.3g} GB/s" if plan.disk_layers or plan.kv_disk_tokens else ""
     return [
         f"streaming ring: {ring}; prompts pass a layer in chunks of {plan.chunk_tokens} tokens",
         *_phase(plan, "prefill", f"first token after {plan.context} of prompt", plan.ttft_s),

@@ -101,12 +101,16 @@ def _work(plan: Plan, shares: Sequence[Share]) -> _Work:
     streamed, on_disk = plan.streamed_bytes, plan.disk_bytes
     room = plan.kv_pool_tokens  # tokens of KV on the device, shared in order of arrival
     to_device, to_host, in_place, in_place_flops = float(streamed), 0.0, 0.0, 0.0
+    host_room = geometry.kv_tokens(plan.kv_host_bytes)
     device_s = device_seconds(geometry, rates, [Share(0, share.new) for share in shares])
     hops = 0
     for share in shares:
         total = share.past + share.new
         on_device = min(total, room)
         room -= on_device
+        beyond = max(0, total - on_device - host_room)  # tokens on disk, read in place or to be copied
+        host_room = max(0, host_room - (total - on_device))
+        on_disk += beyond * token if share.past else 0
         old = max(0, share.past - on_device)  # of its past tokens, those in host memory
         new = max(0, total - max(on_device, share.past))  # of its new ones
         limit = in_place_limit(

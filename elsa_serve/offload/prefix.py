@@ -95,7 +95,7 @@ class PrefixCache:
         request will read again comes to the device, as far as it fits.
         """
         back = [span for span in found.spans if span.first < shared] if found is not None and found.kept else []
-        back = [span for span in back if span.extent.tier == "host" and not span.extent.users]
+        back = [span for span in back if not span.extent.on_device and not span.extent.users]
         wanted = tokens + sum(span.extent.capacity for span in back)
         others = sorted(
             (e for e in self._entries.values() if not e.running and e.kv is not found), key=lambda e: e.used
@@ -105,7 +105,7 @@ class PrefixCache:
             for extent in idle.values():
                 if self._pool.device_room(wanted) >= wanted:
                     break
-                if not self._pool.move(extent, "host"):
+                if not (self._pool.move(extent, "host") or self._pool.move(extent, "disk")):
                     self._drop(entry)
                     break
         for span in back:
@@ -124,11 +124,15 @@ class PrefixCache:
         self._pool.free(kv)
 
     def reclaim(self) -> bool:
-        """Give up the last span of the least recently used KV that no request owns. False where there is none."""
+        """Give up the last span of the least recently used KV that no request owns, in host memory by moving it to
+        disk if there is room. False where there is none."""
         kept = [entry for entry in self._entries.values() if not entry.running]
         if not kept:
             return False
         entry = min(kept, key=lambda e: e.used)
+        for span in reversed(entry.kv.spans):
+            if span.extent.tier == "host" and not span.extent.users and self._pool.move(span.extent, "disk"):
+                return True
         tokens = self._pool.drop_last_span(entry.kv)
         self._unlist(entry, tokens // BLOCK_TOKENS)
         if not entry.digests:

@@ -268,9 +268,9 @@ class Scheduler:
 
     def _extend(self, kv: RequestKV, capacity: int) -> bool:
         """Room for `capacity` tokens, for which the prefix cache gives up as much as that needs."""
-        while not self._pool.extend(kv, capacity):
+        while not self._pool.extend(kv, capacity, disk=False):
             if self._cache is None or not self._cache.reclaim():
-                return False
+                return self._pool.extend(kv, capacity)
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -324,12 +324,13 @@ class Scheduler:
                     return False
                 self._cache.forget(found)
                 continue
-            sequence.kv = self._pool.allocate(capacity, found, shared)
+            sequence.kv = self._pool.allocate(capacity, found, shared, disk=False)
             if sequence.kv is not None:
                 return True
             tight = found is not None and found.kept and self._cache.kept() == 1
             if not tight and not self._cache.reclaim():
-                return False
+                sequence.kv = self._pool.allocate(capacity, found, shared)
+                return sequence.kv is not None
 
     def _soon(self, sequence: Sequence, shared: int) -> bool:
         """Whether a running prompt is about to compute so much more of this one's beginning than the cache has, that it

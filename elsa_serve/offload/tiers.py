@@ -20,7 +20,7 @@ from elsa_kernels.elementwise import copy_heads
 
 from elsa_serve.offload.attention import Attend, AttendState, AttentionOptions
 from elsa_serve.offload.in_place import HostShare, InPlace
-from elsa_serve.offload.kv import Extent, RequestKV, Span, Tier
+from elsa_serve.offload.kv import Extent, RequestKV, Span
 from elsa_serve.offload.streams import Streams
 from elsa_serve.offload.working import Visit, WorkingKV, write_mapped
 from elsa_serve.stats import HostAttention
@@ -109,7 +109,7 @@ class Tiers:
         parts = {i: piece for i, piece in enumerate(pieces) if self._in_parts(piece)}
         for piece in parts.values():
             _store(layer, piece)
-        here, there = (self._jobs(parts, options, tier) for tier in ("gpu", "host"))
+        here, there = (self._jobs(parts, options, on_device) for on_device in (True, False))
         sunk: set[int] = set()  # pieces whose sinks have joined: once in all, on the device where it sees any token
         sinks = [self._sinks(job, options, sunk) for job in (*here, *there)]
         shares = [self._stage(layer, job, parts, s) for job, s in zip(there, sinks[len(here) :])]
@@ -134,13 +134,13 @@ class Tiers:
             return road == "in place"
         return piece.q.shape[2] <= SHARED_ROWS and (spans[0].last < piece.last or spans[0].extent.users > 1)
 
-    def _jobs(self, pieces: dict[int, Piece], options: AttentionOptions, tier: Tier) -> list[_Job]:
-        """What is to be attended on a tier. What several pieces share, and all their rows see whole, is read once for
-        all of them: the beginning of the extent that each of them has."""
+    def _jobs(self, pieces: dict[int, Piece], options: AttentionOptions, on_device: bool) -> list[_Job]:
+        """What is to be attended on the device, or on the host. What several pieces share, and all their rows see
+        whole, is read once for all of them: the beginning of the extent that each of them has."""
         holders: dict[int, list[tuple[int, Span]]] = {}
         for i, piece in pieces.items():
             oldest = 0 if options.window is None else max(0, piece.first - options.window + 1)
-            for span in piece.kv.spans_of(oldest, piece.last, tier):
+            for span in piece.kv.spans_of(oldest, piece.last, on_device):
                 holders.setdefault(id(span.extent), []).append((i, span))
         jobs: list[_Job] = []
         for found in holders.values():
@@ -198,7 +198,7 @@ class Tiers:
             rows = slice(low, low + STATE_ROWS)
             part = {0: replace(piece, first=piece.first + low, q=piece.q[:, :, rows])}
             sunk: set[int] = set()
-            jobs = self._jobs(part, options, "gpu")
+            jobs = self._jobs(part, options, on_device=True)
             states = [self._device_state(layer, job, part, self._sinks(job, options, sunk)) for job in jobs]
             outs.append(_merged(states, piece.q.dtype))
         return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
@@ -251,7 +251,9 @@ def _store(layer: int, piece: Piece) -> None:
         places, low = span.within(piece.first, piece.last), max(span.first - piece.first, 0)
         rows = slice(low, low + places.stop - places.start)
         for part, new in enumerate((piece.k, piece.v)):
-            if span.extent.tier == "gpu":
+            if span.extent.on_device:
                 copy_heads(span.extent.layers[layer][part, :, places], new[0, :, rows])
+            elif span.extent.tier == "disk":  # no kernel writes a file's pages: Python waits for this copy
+                span.extent.layers[layer][part, :, places].copy_(new[0, :, rows])
             else:
                 write_mapped(span.extent.mapped[layer][part, :, places], new[0, :, rows])

@@ -84,7 +84,7 @@ class WorkingKV:
                 self._streams.wait(left.copy)
             if run.filled is not None:
                 self._streams.wait(run.filled)
-            for span in kv.spans_of(0, kv.length, "gpu"):
+            for span in kv.spans_of(0, kv.length, on_device=True):
                 here = span.within(0, kv.length)
                 buffer[:, :, span.first : span.first + here.stop].copy_(span.extent.layers[layer][:, :, here])
         run.taken = True
@@ -101,9 +101,9 @@ class WorkingKV:
         for span in kv.spans_of(first, last):
             places, low = span.within(first, last), max(span.first, first)
             new = buffer[:, :, low : low + places.stop - places.start]
-            if span.extent.tier == "gpu":
+            if span.extent.on_device:
                 span.extent.layers[layer][:, :, places] = new
-            elif new.shape[2] <= SMALL_TOKENS:
+            elif new.shape[2] <= SMALL_TOKENS and span.extent.tier == "host":
                 write_mapped(span.extent.mapped[layer][:, :, places], new)
             else:
                 pairs = _runs(span.extent.layers[layer][:, :, places], new)
@@ -148,7 +148,7 @@ class WorkingKV:
             return
         kv = run.current.kv
         pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for span in kv.spans_of(0, kv.length, "host"):
+        for span in kv.spans_of(0, kv.length, on_device=False):
             places = span.within(0, kv.length)
             here = self._view(kv)[:, :, span.first : span.first + places.stop]
             pairs += _runs(here, span.extent.layers[run.current.layer][:, :, places])

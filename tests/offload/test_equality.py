@@ -119,6 +119,22 @@ def test_no_placement_changes_a_token(seed: int, device: str, checkpoints: dict[
     assert tokens == expected(family, prompt, count), (family, splits, options)
 
 
+def test_kv_on_disk_changes_no_token(device: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    prompt = prompt_of(170, seed=4)
+    options: dict[str, Any] = {
+        "context": 200, "gpu_memory": "880KiB", "resident_layers": 0, "slots": 2, "chunk_tokens": 16, "max_batch": 1,
+        "host_memory": "700KiB", "kv_disk": "1MiB", "kv_disk_dir": tmp_path,
+    }  # fmt: skip
+    engine = make_engine(checkpoints["llama"], **options, device=device)
+    try:
+        plan = engine.plan
+        assert min(plan.kv_gpu_tokens, plan.kv_host_tokens, plan.kv_disk_tokens) > 10
+        for _ in range(2):  # the second time, from what the prefix cache holds
+            assert tokens_of(generate(engine, prompt, max_tokens=10)) == expected("llama", prompt, 10)
+    finally:
+        engine.shutdown()
+
+
 def test_kv_really_lies_on_the_host(device: str, checkpoints: dict[str, Path]) -> None:
     engine = make_engine(checkpoints["llama"], **KV_ON_HOST, device=device)
     try:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from elsa_serve.errors import BudgetError
+from elsa_serve.offload.host import FileBuffer
 from elsa_serve.offload.kv import ALIGNMENT, Arena, Block, KVPool, KVShape, RequestKV
 from elsa_serve.offload.streams import Streams, make_streams
 from elsa_serve.offload.working import Visit, WorkingKV
@@ -21,10 +23,11 @@ def arena(nbytes: int) -> Arena:
     return Arena(torch.zeros(nbytes, dtype=torch.uint8))
 
 
-def pool(gpu_tokens: int, host_tokens: int) -> KVPool:
+def pool(gpu_tokens: int, host_tokens: int, disk_tokens: int = 0) -> KVPool:
     """Pools that hold so many tokens each. float32 of all ones is a NaN: what is read before it is written shows."""
-    sizes = (SHAPE.layers * SHAPE.block_nbytes(tokens) for tokens in (gpu_tokens, host_tokens))
-    return KVPool(SHAPE, *(torch.full((size,), 255, dtype=torch.uint8) for size in sizes))
+    sizes = (SHAPE.layers * SHAPE.block_nbytes(tokens) for tokens in (gpu_tokens, host_tokens, disk_tokens))
+    gpu, host, disk = (torch.full((size,), 255, dtype=torch.uint8) for size in sizes)
+    return KVPool(SHAPE, gpu, host, disk=disk if disk_tokens else None)
 
 
 def test_the_arena_counts_bytes_and_refuses_what_does_not_fit() -> None:
@@ -211,6 +214,32 @@ def test_what_can_never_fit_is_refused_with_numbers() -> None:
     memory.check(30)
     with pytest.raises(BudgetError, match=r"1000 tokens need 3\d\d KiB .*--gpu-memory or --host-memory"):
         memory.check(1000)
+
+
+def test_the_disk_takes_what_host_memory_does_not_hold() -> None:
+    memory = pool(gpu_tokens=4, host_tokens=4, disk_tokens=8)
+    kv = memory.allocate(14)
+    assert kv is not None
+    assert [(s.extent.tier, s.first, s.tokens) for s in kv.spans] == [("gpu", 0, 4), ("host", 4, 4), ("disk", 8, 6)]
+    assert (kv.split, kv.host_tokens(14)) == (4, 10)
+    assert memory.allocate(2, disk=False) is None
+    assert not memory.extend(kv, 16, disk=False)
+    assert memory.extend(kv, 16)
+    memory.check(16)
+    with pytest.raises(BudgetError, match=r"in host memory, .* on disk"):
+        memory.check(17)
+
+
+def test_a_file_takes_its_space_at_once_and_leaves_nothing(tmp_path: Path) -> None:
+    buffer = FileBuffer(100_000, tmp_path)
+    buffer.tensor.fill_(7)
+    assert int(buffer.tensor.sum()) == 700_000
+    assert list(tmp_path.iterdir()) == []
+    buffer.close()
+    with pytest.raises(BudgetError, match=r"16\.0 TiB for KV cannot be had.*--kv-disk-dir"):
+        FileBuffer(1 << 44, tmp_path)
+    with pytest.raises(BudgetError, match="No such file"):
+        FileBuffer(1, tmp_path / "missing")
 
 
 # --- over the device ----------------------------------------------------------------------------------------------

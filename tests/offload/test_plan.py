@@ -136,6 +136,22 @@ def test_a_slow_cpu_gets_less_kv_and_a_slow_bus_fewer_layers() -> None:
     assert resident(h2d=12e9, h2d_beside_cpu_attention=12e9) > even
 
 
+def test_kv_that_host_memory_does_not_hold_may_lie_on_disk() -> None:
+    with pytest.raises(BudgetError, match="--host-memory"):
+        plan_13b(host_budget=40 * GIB)
+    plan = plan_13b(host_budget=40 * GIB, kv_disk=20 * GIB)
+    assert plan.kv_gpu_tokens + plan.kv_host_tokens + plan.kv_disk_tokens == 32768
+    assert min(plan.kv_host_tokens, plan.kv_disk_tokens) > 0
+    assert sum(plan.host_bytes.values()) <= 40 * GIB
+    assert LLAMA_13B.kv_bytes(plan.kv_disk_tokens) <= plan.kv_disk_bytes <= 20 * GIB
+    assert plan.bottleneck is not None
+    assert plan.bottleneck["decode"] == "disk"
+    assert f"{plan.kv_disk_tokens} on disk" in render(plan)
+    assert plan_13b(kv_disk=20 * GIB).kv_disk_bytes == 0  # not needed
+    with pytest.raises(BudgetError, match="--host-memory"):
+        plan_13b(host_budget=26 * GIB, kv_disk=2 * GIB)
+
+
 def test_resident_layers_are_spread_evenly() -> None:
     layers = plan_13b(gpu_budget=36 * GIB, resident_layers=8).resident_layers
     assert layers == (0, 5, 10, 15, 20, 25, 30, 35)

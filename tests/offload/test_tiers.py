@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from elsa_kernels import attention
 from elsa_kernels.cpu import native
 
 from elsa_serve.offload.attention import AttentionOptions, elsa_attend, elsa_attend_state
+from elsa_serve.offload.host import FileBuffer, HostBuffer
 from elsa_serve.offload.in_place import InPlace
 from elsa_serve.offload.kv import KVPool, KVShape, RequestKV, Span
 from elsa_serve.offload.machine import Rates
@@ -48,14 +50,14 @@ class World:
         self.given: dict[int, torch.Tensor] = {}
         self.buffers: list[Any] = []
 
-    def request(self, capacity: int, split: int) -> RequestKV:
-        from elsa_serve.offload.host import HostBuffer
-
+    def request(self, capacity: int, split: int, disk: torch.Tensor | None = None) -> RequestKV:
+        """`split` of its tokens on the device, the rest in host memory but for what goes to `disk`."""
         on_gpu = self.streams.device.type == "cuda"
-        host = HostBuffer(LAYERS * self.shape.block_nbytes(capacity - split), pin=on_gpu)
+        on_disk = 0 if disk is None else disk.numel() // (LAYERS * self.shape.block_nbytes(1))
+        host = HostBuffer(LAYERS * self.shape.block_nbytes(capacity - split - on_disk), pin=on_gpu)
         host.tensor.fill_(255)  # NaN
         gpu = torch.full((LAYERS * self.shape.block_nbytes(split),), 255, dtype=torch.uint8, device=self.streams.device)
-        kv = KVPool(self.shape, gpu, host.tensor, host.mapped()).allocate(capacity)
+        kv = KVPool(self.shape, gpu, host.tensor, host.mapped(), disk).allocate(capacity)
         assert kv is not None
         assert kv.split == split
         self.buffers.append(host)
@@ -231,6 +233,16 @@ def test_requests_that_share_a_beginning(split: int, options: AttentionOptions, 
         )
         assert (done.bytes if done else 0) >= read * LAYERS * 2 * KV_HEADS * D * 4
         assert (done.bytes if done else 0) <= (read + 10) * LAYERS * 2 * KV_HEADS * D * 4
+
+
+@pytest.mark.parametrize("split", [0, 40])
+def test_tokens_on_disk_are_attended_like_the_others(split: int, device: str, tmp_path: Path) -> None:
+    world = World(device)
+    file = FileBuffer(60 * LAYERS * world.shape.block_nbytes(1), tmp_path)
+    kv = world.request(200, split, file.tensor)
+    assert [span.extent.tier for span in kv.spans][-2:] == ["host", "disk"]
+    for new in (110, 1, 8, 66, 1, 1):  # the last ones, whole and in part, go to disk
+        world.run([kv], [new])
 
 
 def test_both_roads_agree_at_the_switch_point(device: str) -> None:
