@@ -57,6 +57,8 @@ SWEEP_S = 0.05  # between two looks at the waiting requests while a pass runs
 STALL_S = 60.0  # without a sign of life from a pass: the engine calls itself stalled
 MAX_FAILURES = 3  # passes in a row that fail for another reason than memory: the engine gives up
 JOIN_S = 60.0  # for the engine's thread to end
+DRAFT_LOGITS = 64 << 20  # bytes that the logits of all drafted tokens of a pass may take
+LOGIT_BYTES = 10  # of a logit: in 16 bits as the model gives it, in FP32, and on its way to the host
 DRAFT_TOKENS = 15  # guessed at once at most: 16 rows, a tile of the tensor cores
 
 OUTCOMES: dict[FinishReason, Outcome] = {
@@ -111,6 +113,7 @@ class OffloadEngine:
             max_batch=self._options.max_batch,
             max_queue=max_queue,
             pass_tokens=pass_tokens(plan, self._options.prefill_round_tokens, self._options.max_num_batched_tokens),
+            draft_rows=DRAFT_LOGITS // (self._loaded.vocab_size * LOGIT_BYTES),
             cache=PrefixCache(self._loaded.pool, self._identity()) if self._options.prefix_caching else None,
         )
         # Guards state changes together with the records that tell of them, so that at every moment
@@ -288,6 +291,7 @@ class OffloadEngine:
             self._record_joining(planned)
         work = planned.work
         if not work:
+            self._end_stuck()
             return
         parts = [self._part(share) for share in work]
         shares = [Share(part.kv.length, len(part.tokens)) for part in parts]
@@ -312,6 +316,13 @@ class OffloadEngine:
             self._deliver(result)
         with self._lock:
             self._sink.record(self._gauges())
+
+    def _end_stuck(self) -> None:
+        """Nothing runs, and yet the head of the queue, whose memory was checked, cannot join: it never will."""
+        waiting = self._scheduler.waiting()
+        if waiting and not self._scheduler.running():
+            tokens = len(waiting[0].tokens)
+            self._end(waiting[0], "error", error=f"no KV memory for {tokens} tokens, although no request holds any")
 
     def _record_joining(self, planned: Pass) -> None:
         for lookup in planned.lookups:

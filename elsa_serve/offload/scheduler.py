@@ -176,9 +176,12 @@ class Scheduler:
         max_batch: int,
         max_queue: int,
         pass_tokens: PassTokens,
+        draft_rows: int = 1 << 30,
         cache: PrefixCache | None = None,
     ) -> None:
+        """`draft_rows`: drafted tokens of a pass at most, of all its sequences together."""
         self._pool, self._cache = pool, cache
+        self._draft_rows = draft_rows
         self._max_batch, self._max_queue, self._pass_tokens = max_batch, max_queue, pass_tokens
         self._lock = threading.RLock()
         self._waiting: deque[Sequence] = deque()
@@ -218,7 +221,11 @@ class Scheduler:
             for sequence in sorted(decoding, key=lambda s: s.received):
                 self._make_room(sequence, result)
             work = result.work
-            work += [self._decode(s) for s in decoding if s.kv is not None]
+            guesses = self._draft_rows
+            for sequence in decoding:
+                if sequence.kv is not None:
+                    work.append(self._decode(sequence, sequence.kv, guesses))
+                    guesses -= len(work[-1].draft)
             left = self._pass_tokens.beside_decode if work else self._pass_tokens.alone
             for sequence in [s for s in self._running if s.prefilling]:
                 if left > 0:
@@ -229,11 +236,11 @@ class Scheduler:
                 left -= len(work[-1].tokens)
         return result
 
-    def _decode(self, sequence: Sequence) -> Work:
+    def _decode(self, sequence: Sequence, kv: RequestKV, guesses: int) -> Work:
         draft: list[int] = []
-        if sequence.lookup is not None and sequence.kv is not None:
-            room = sequence.kv.capacity - len(sequence.tokens)
-            draft = sequence.lookup.draft(min(room, sequence.remaining - 1))
+        if sequence.lookup is not None:
+            room = kv.capacity - len(sequence.tokens)
+            draft = sequence.lookup.draft(min(room, sequence.remaining - 1, guesses))
         return Work(sequence, [sequence.tokens[-1], *draft], draft, False, 1 + len(draft))
 
     def _prompt(self, sequence: Sequence, most: int) -> Work:

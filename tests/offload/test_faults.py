@@ -1,109 +1,190 @@
-"""Faults under a running engine whose KV lies in part on the host: requests fail cleanly, the next are right."""
+"""What goes wrong for one request stays with it: memory that is not there, cancels in storms, samplers and tokenizers
+that raise. The others get the tokens that they get alone."""
 
 from __future__ import annotations
 
+import random
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from elsa_kernels.cpu import native
-from elsa_kernels.cpu.native import library
-from engine_models import generate, make_engine, prompt_of, save_checkpoint, tokens_of
+from engine_models import generate, make_engine, prompt_of, request_of, save_checkpoint, tokens_of
 
-from elsa_serve.errors import BudgetError
-from elsa_serve.offload import in_place, streams
 from elsa_serve.offload.engine import OffloadEngine
+from elsa_serve.offload.kv import KVPool
+from elsa_serve.offload.output import OutputText
+from elsa_serve.offload.sampling import Sampler
+from elsa_serve.protocol import Event, FinishReason, GenerationRequest, TokenEvent
 
-PROMPT = prompt_of(180, seed=3)  # three chunks, the second of which goes home by a copy
+WAIT = 60.0
+MARK = 299  # a token that no text decodes to, by which a test knows its own request
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OffloadEngine]:
-    directory: Path = save_checkpoint("llama", tmp_path_factory.mktemp("llama"))
-    made = make_engine(
-        directory, resident_layers=0, chunk_tokens=70, context=200, gpu_memory="1080KiB", prefix_caching=False
-    )
-    assert 0 < made.plan.kv_gpu_tokens <= 70
-    yield made
-    made.shutdown()
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint("llama", tmp_path_factory.mktemp("llama"))
 
 
-class Planted(Exception):
-    """A fault of this test."""
+@pytest.fixture
+def make(checkpoint: Path) -> Iterator[Callable[..., OffloadEngine]]:
+    engines: list[OffloadEngine] = []
+
+    def build(**options: Any) -> OffloadEngine:
+        engines.append(make_engine(checkpoint, **{"resident_layers": 0, "chunk_tokens": 16} | options))
+        return engines[-1]
+
+    yield build
+    for engine in engines:
+        engine.shutdown()
 
 
-def once(work: Callable[..., Any], fault: Callable[[Any], Any], skip: int) -> Callable[..., Any]:
-    """`work`, but what its call after `skip` others returns goes through `fault`."""
-    calls = [0]
+class Answer:
+    """A request on an engine and what comes of it."""
 
-    def wrapped(*arguments: Any, **options: Any) -> Any:
-        calls[0] += 1
-        result = work(*arguments, **options)
-        return fault(result) if calls[0] == skip + 1 else result
+    def __init__(self, engine: OffloadEngine, request: GenerationRequest) -> None:
+        self.request, self.tokens, self.over = request, [], threading.Event()
+        self.reason: FinishReason | None = None
+        self.error: str | None = None
+        engine.submit(request, self)
 
-    return wrapped
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, TokenEvent):
+            self.tokens += [event.token_id] if event.token_id is not None else []
+            if event.finish_reason is not None:
+                self.reason, self.error = event.finish_reason, event.error
+                self.over.set()
 
-
-def no_memory_on_the_host(patch: pytest.MonkeyPatch) -> None:
-    """The native attention cannot allocate the states of its chunks."""
-    patch.setattr(library, "_describe", once(library._describe, lambda found: _changed(found, "D", 1 << 58), 7))
-
-
-def a_thread_that_throws(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(library, "_describe", once(library._describe, lambda found: _changed(found, "dtype", 7), 7))
-
-
-def _changed(found: Any, field: str, value: int) -> Any:
-    setattr(found[0], field, value)
-    return found
+    def end(self) -> FinishReason | None:
+        assert self.over.wait(WAIT)
+        return self.reason
 
 
-def no_page_locked_memory(patch: pytest.MonkeyPatch) -> None:
-    """The staging buffer must grow, and cannot."""
-
-    def refuse(*_: Any, **__: Any) -> Any:
-        raise BudgetError("CUDA refused to page-lock 2.0 MiB of host memory (error 2)")
-
-    patch.setattr(in_place.Staging, "take", once(in_place.Staging.take, lambda _: refuse(), 9))
+def alone(make: Any, prompts: list[list[int]], **sampling: Any) -> list[list[int]]:
+    plain = make(prefix_caching=False, num_speculative_tokens=0)
+    return [tokens_of(generate(plain, prompt, **sampling)) for prompt in prompts]
 
 
-def a_copy_that_fails(patch: pytest.MonkeyPatch) -> None:
-    """A lane's copy raises on its thread, when the prompt's KV is carried home."""
-    run = streams._CpuCopy.run
-
-    def broken(copy: Any) -> None:
-        if copy.object == "kv":
-            copy._pairs = [(torch.empty(2), torch.empty(3))]
-        run(copy)
-
-    patch.setattr(streams._CpuCopy, "run", broken)
+def nothing_left(engine: OffloadEngine) -> bool:
+    """No memory is held but by the prefix cache, and all of that can be given up."""
+    used = set(engine.stats().kv_used_bytes.values())
+    engine._scheduler.forget_prefixes("")
+    return used == {0} == {arena.used_bytes for arena in engine._loaded.pool.arenas.values()}
 
 
-def the_device_is_full(patch: pytest.MonkeyPatch) -> None:
-    def refuse(_: Any) -> Any:
-        raise torch.cuda.OutOfMemoryError("planted")
-
-    patch.setattr(in_place, "build_problem", once(in_place.build_problem, refuse, 3))
+# --- memory -------------------------------------------------------------------------------------------------------
 
 
-FAULTS = [no_memory_on_the_host, a_thread_that_throws, no_page_locked_memory, a_copy_that_fails, the_device_is_full]
-
-
-@pytest.mark.skipif(native.unavailable() is not None, reason="needs a C++ compiler")
-@pytest.mark.parametrize("plant", FAULTS, ids=lambda fault: fault.__name__)
-def test_a_fault_ends_its_request_and_nothing_else(
-    engine: OffloadEngine, plant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("seed", range(2))
+def test_allocations_that_fail_now_and_then_delay_requests_and_nothing_else(
+    make: Any, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    expected = tokens_of(generate(engine, PROMPT, max_tokens=8))
-    assert len(expected) == 8
-    with monkeypatch.context() as patch:
-        plant(patch)
-        events = generate(engine, PROMPT, max_tokens=8)
-    assert events[-1].finish_reason == "error"
-    assert events[-1].error
-    assert tokens_of(events) == expected[: len(tokens_of(events))]
-    assert set(engine.stats().kv_used_bytes.values()) == {0}
-    for _ in range(2):
-        assert tokens_of(generate(engine, PROMPT, max_tokens=8)) == expected
+    monkeypatch.setattr("elsa_serve.offload.scheduler.FIRST_GROWTH", 16)
+    engine = make(context=300)
+    prompts = [prompt_of(20 + i, seed=i) for i in range(5)]
+    expected = alone(make, prompts, max_tokens=60)
+    luck, extent = random.Random(seed), KVPool._extent
+
+    def fails_sometimes(self: KVPool, tier: Any, capacity: int) -> Any:
+        return None if luck.random() < 0.5 and engine.stats().running else extent(self, tier, capacity)
+
+    monkeypatch.setattr(KVPool, "_extent", fails_sometimes)
+    answers = [Answer(engine, request_of(prompt, max_tokens=60)) for prompt in prompts]
+    assert [answer.end() for answer in answers] == ["length"] * 5
+    assert [answer.tokens for answer in answers] == expected
+    assert nothing_left(engine)
+
+
+def test_memory_that_never_comes_ends_the_request_and_not_the_engine(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make()
+    with monkeypatch.context() as broken:
+        broken.setattr(KVPool, "_extent", lambda self, tier, capacity: None)
+        answers = [Answer(engine, request_of(prompt_of(20))) for _ in range(2)]
+        assert [answer.end() for answer in answers] == ["error", "error"]
+    assert "no KV memory for 20 tokens" in (answers[0].error or "")
+    assert generate(engine, prompt_of(20))[-1].finish_reason == "length"
+
+
+# --- cancels ------------------------------------------------------------------------------------------------------
+
+
+def test_a_storm_of_cancels_leaves_the_others_as_they_are(make: Any) -> None:
+    """Forty requests over two documents, most of them cancelled from several threads, at any time."""
+    engine = make(context=400, max_batch=5, max_queue=100, prefill_round_tokens=48, gpu_memory="1300KiB")
+    documents = [prompt_of(130, seed=1), prompt_of(70, seed=2)]
+    prompts = [[*documents[i % 2], *prompt_of(1 + i % 9, seed=i)] for i in range(40)]
+    staying = [0, 7, 13, 22, 39]
+    expected = alone(make, [prompts[i] for i in staying], max_tokens=25)
+    answers = [Answer(engine, request_of(prompt, max_tokens=25)) for prompt in prompts]
+
+    def storm(first: int) -> None:
+        luck = random.Random(first)
+        for i in range(first, 40, 3):
+            time.sleep(luck.random() * 0.02)
+            if i not in staying:
+                engine.abort(answers[i].request.request_id)
+
+    threads = [threading.Thread(target=storm, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    reasons = [answer.end() for answer in answers]
+    assert set(reasons) <= {"cancelled", "length"}
+    assert reasons.count("cancelled") > 10
+    assert [answers[i].tokens for i in staying] == expected
+    assert nothing_left(engine)
+
+
+# --- one request's own faults -------------------------------------------------------------------------------------
+
+
+def bad_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = Sampler.draw
+
+    def broken(self: Sampler, logits: Any) -> Any:
+        if self._params.seed == MARK and self._drawn == 3:
+            raise IndexError("the sampler is broken")
+        return draw(self, logits)
+
+    monkeypatch.setattr(Sampler, "draw", broken)
+
+
+def bad_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    push = OutputText.push
+
+    def broken(self: OutputText, token_id: int, last: bool) -> tuple[str, bool]:
+        if self._min_tokens == 1 and self._count == 3:
+            raise IndexError("the tokenizer is broken")
+        return push(self, token_id, last)
+
+    monkeypatch.setattr(OutputText, "push", broken)
+    monkeypatch.setattr(OutputText, "flush", lambda self: 1 / 0)  # and it stays so, when the request ends
+
+
+@pytest.mark.parametrize("fault", [bad_sampler, bad_tokenizer])
+@pytest.mark.parametrize("speculative", [0, 8])
+def test_a_request_whose_token_cannot_be_drawn_fails_alone(
+    make: Any, monkeypatch: pytest.MonkeyPatch, fault: Callable[[pytest.MonkeyPatch], None], speculative: int
+) -> None:
+    engine = make(num_speculative_tokens=speculative)
+    prompts = [prompt_of(20 + i, seed=i) for i in range(3)]
+    expected = alone(make, prompts, max_tokens=20)
+    before = tokens_of(generate(engine, prompts[0], max_tokens=3))
+    fault(monkeypatch)
+    good = [Answer(engine, request_of(prompt, max_tokens=20)) for prompt in prompts]
+    bad = Answer(engine, request_of(prompts[0], max_tokens=20, seed=MARK, min_tokens=1))
+    assert bad.end() == "error"
+    assert "is broken" in (bad.error or "")
+    assert bad.tokens == before
+    assert [answer.end() for answer in good] == ["length"] * 3
+    assert [answer.tokens for answer in good] == expected
+    cancelled = Answer(engine, request_of(prompt_of(100), max_tokens=300))
+    engine.abort(cancelled.request.request_id)
+    assert cancelled.end() == "cancelled"
+    assert engine.stats().state == "ready"
+    assert nothing_left(engine)
