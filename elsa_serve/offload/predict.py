@@ -60,7 +60,7 @@ class _Work:
 
 def pass_time(plan: Plan, shares: Sequence[Share]) -> Prediction:
     """The pass of these requests' shares."""
-    return _time(_work(plan, shares), plan.rates)
+    return _time(_work(plan, shares), plan.rates, one_memory=plan.device_type == "cpu")
 
 
 def in_place_limit(rates: Rates, *, weights_bytes: int, kv_bytes: int, flops_per_token: float) -> int:
@@ -131,10 +131,11 @@ def _work(plan: Plan, shares: Sequence[Share]) -> _Work:
     return _Work(to_device, to_host, on_disk, in_place, in_place_flops, device_s, issue, hops)
 
 
-def _time(work: _Work, rates: Rates) -> Prediction:
-    own = max(work.device_s, work.issue_s) + work.hops * HOP_S
+def _time(work: _Work, rates: Rates, one_memory: bool) -> Prediction:
+    """`one_memory`: the device is the host's own processor, whose copies and computing take turns at its memory."""
     flops_s = work.in_place_flops / rates.cpu_attention_flops
     copying, attending = work.to_device / rates.h2d, max(work.in_place / rates.cpu_attention, flops_s)
+    own = max(work.device_s + (copying if one_memory else 0.0), work.issue_s) + work.hops * HOP_S
     for _ in range(ROUNDS if copying and attending else 0):
         # The part of either during which the other reads host memory, too.
         whole = max(copying, own + attending)
@@ -145,7 +146,7 @@ def _time(work: _Work, rates: Rates) -> Prediction:
     pipes = {
         TO_DEVICE: copying,
         HOST_ATTENTION: own + attending if attending else 0.0,
-        DEVICE: work.device_s,
+        DEVICE: own if one_memory else work.device_s,
         ISSUE: work.issue_s,
         TO_HOST: work.to_host / rates.d2h,
         DISK: work.from_disk / rates.disk,

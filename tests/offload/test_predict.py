@@ -78,6 +78,12 @@ def test_everything_on_the_device_is_bound_by_its_memory_or_by_the_host_that_iss
     assert slow.bottleneck == {"prefill": "compute", "decode": "issue by the host"}
 
 
+def test_without_a_gpu_copies_and_compute_take_turns() -> None:
+    made = plan(device_type="cpu", resident_layers=0, context=1024, rates=replace(RATES, layer_s=0.0, pass_s=0.0))
+    compute = device_seconds(GEOMETRY, RATES, [Share(1023, 1)])
+    assert made.s_per_token == pytest.approx(GEOMETRY.weights_bytes / 50e9 + compute, rel=0.01)
+
+
 def test_a_batch_shares_one_pass_over_the_weights() -> None:
     made = plan(context=1024, batch=8)
     one, eight = (pass_time(made, [Share(1000, 1)] * count).seconds for count in (1, 8))
