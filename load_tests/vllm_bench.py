@@ -103,6 +103,7 @@ def engine(args: argparse.Namespace, folder: str, backend: str, **changes: Any) 
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
+    release()  # an engine before this one is garbage only now that its user has returned
     longest = args.context + args.decode_tokens + 1
     options: Row = {
         "model": folder,
@@ -132,11 +133,13 @@ def engine(args: argparse.Namespace, folder: str, backend: str, **changes: Any) 
         yield llm
     finally:
         llm.llm_engine.engine_core.shutdown()
-        del llm
         cleanup_dist_env_and_memory()
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+
+
+def release() -> None:
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def kv_bytes(args: argparse.Namespace, folder: str) -> int:
