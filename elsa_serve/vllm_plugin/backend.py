@@ -29,7 +29,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 KV_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3")
 FP8_NAMES = ("fp8", "fp8_e4m3")
 HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
-# A prefill row of so many tokens is worth telling the kernels its lengths: they may gather it for the dense form.
+# Rows of so many tokens are what the kernels run in the dense form, where they are told the lengths.
 LONG_QUERY = 128
 
 # vLLM names what its base class refuses in a few words; here is what they mean for ELSA, and what to do.
@@ -67,6 +67,7 @@ class ElsaMetadata:
     causal: bool
     step: Step
     seqlens: tuple[tuple[int, int], ...] | None  # (queries, keys) of each request, where they help and are exact
+    fresh: bool  # all rows are long prompts without any cached key: what they attend to is at hand, beside the cache
     share: Share | None  # this rank's part of the KV under decode context parallelism
     counters: torch.Tensor | None  # zeros that decode's programs count themselves with
 
@@ -242,6 +243,7 @@ class ElsaMetadataBuilder(AttentionMetadataBuilder[ElsaMetadata]):
             causal=batch.causal,
             step=step,
             seqlens=seqlens,
+            fresh=seqlens is not None and all(keys == n and (n >= LONG_QUERY or n == 0) for n, keys in seqlens),
             share=self._share(batch) if self._dcp is not None else None,
             counters=self._counters if self._fits(batch) else None,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from elsa_kernels import State, attention_paged, attention_varlen, reshape_and_cache
+from elsa_kernels import State, attention, attention_paged, attention_varlen, reshape_and_cache
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from elsa_serve.vllm_plugin import context_parallel, metrics
@@ -114,10 +114,12 @@ class ElsaImpl(AttentionImpl):
         q, out = query[:tokens], output[:tokens]
         if self.attn_type != AttentionType.DECODER:
             self._encoder(q, key[:tokens], value[:tokens], attn_metadata, out)
-        elif attn_metadata.share is None:
-            self._paged(layer, q, kv_cache, attn_metadata, out)
-        else:
+        elif attn_metadata.share is not None:
             self._shared(layer, q, key[:tokens], value[:tokens], kv_cache, attn_metadata, out)
+        elif attn_metadata.fresh and not self._fp8 and key is not None:
+            self._fresh(q, key, value, attn_metadata, out)
+        else:
+            self._paged(layer, q, kv_cache, attn_metadata, out)
         self._stopwatch.stop(started, attn_metadata.step.phase)
         return output
 
@@ -166,6 +168,18 @@ class ElsaImpl(AttentionImpl):
             out=out,
             **self._options(),
         )
+
+    def _fresh(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: ElsaMetadata, out: torch.Tensor) -> None:
+        """Whole prompts: the dense kernels on their own keys. The bits are those that gathering them would give."""
+        start = 0
+        for queries, _ in step.seqlens or ():
+            rows = slice(start, start + queries)
+            start += queries
+            if queries:
+                one = attention(
+                    *(x[rows].transpose(0, 1).unsqueeze(0) for x in (q, k, v)), causal=step.causal, **self._options()
+                )
+                out[rows].copy_(one[0].transpose(0, 1))
 
     def _encoder(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: ElsaMetadata, out: torch.Tensor

@@ -198,7 +198,7 @@ class Layer:
         return ElsaMetadata(
             num_tokens=tokens, real_tokens=tokens, max_query_len=longest, max_seq_len=int(self.lengths.max()),
             query_start_loc=self.starts, seq_lens=self.lengths, block_table=self.table, causal=causal, step=step,
-            seqlens=tuple(zip(step.query_lens, step.kv_lens)), share=share, counters=None,
+            seqlens=tuple(zip(step.query_lens, step.kv_lens)), fresh=False, share=share, counters=None,
         )  # fmt: skip
 
     def expected(self, **options):
@@ -252,6 +252,16 @@ def test_what_models_ask_of_a_layer(options, reference):
     torch.testing.assert_close(
         run(layer, make_impl(**options)).double(), layer.expected(**reference), rtol=0, atol=2e-6
     )
+
+
+def test_whole_prompts_give_the_bits_that_their_pages_give():
+    layer = Layer(((0, 130), (0, 200)), H=4, Hkv=2)
+    gathered = run(layer, make_impl(), layer.metadata())
+    metadata = layer.metadata()
+    metadata.fresh = True
+    direct = run(layer, make_impl(), metadata)
+    assert torch.equal(direct, gathered)
+    torch.testing.assert_close(direct.double(), layer.expected(), rtol=0, atol=2e-6)
 
 
 def test_without_causality():
@@ -359,7 +369,11 @@ def common(batch, **changes):
 def test_lengths_go_to_the_kernels_where_they_help_and_are_exact():
     builder = builder_for(make_impl())
     assert builder.build(0, common(((9, 1), (5, 1)))).seqlens is None  # a decode: nothing to gain
-    assert builder.build(0, common(((9, 1), (0, 200)))).seqlens == ((1, 10), (200, 200))
+    mixed = builder.build(0, common(((9, 1), (0, 200))))
+    assert (mixed.seqlens, mixed.fresh) == (((1, 10), (200, 200)), False)
+    assert builder.build(0, common(((0, 150), (0, 200)))).fresh
+    assert not builder.build(0, common(((0, 150), (64, 200)))).fresh  # a cached prefix
+    assert not builder.build(0, common(((0, 20), (0, 200)))).fresh  # alone, the short one would run over its pages
     drafting = builder_for(make_impl(), speculative_config=SimpleNamespace(num_speculative_tokens=3))
     assert drafting.build(0, common(((9, 4), (0, 200)))).seqlens is None  # bounds, while drafts are in flight
     assert drafting.build(0, common(((0, 200),))).seqlens == ((200, 200),)
