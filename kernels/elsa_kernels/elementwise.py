@@ -41,7 +41,8 @@ def rms_norm(
     from elsa_kernels.triton.elementwise import rms_norm_kernel
 
     D = x.shape[-1]
-    rows = _rows(x, "x")
+    # Heads that lie transposed, as Gemma 3 normalises them, are no rows of one stride: those are copied.
+    rows = _rows(x if residual is not None else x.reshape(-1, D), "x")
     sums = rows if residual is None else _rows(residual, "residual")
     out = torch.empty(rows.shape, dtype=x.dtype, device=x.device)
     if out.numel():

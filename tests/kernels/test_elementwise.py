@@ -46,6 +46,8 @@ def check_norm(dtype, device, width):
     for unit_offset in (False, True):
         theirs = elementwise._rms_norm_torch(x, weight, 1e-5, unit_offset)
         close(elementwise.rms_norm(x.contiguous(), weight, 1e-5, unit_offset=unit_offset), theirs)
+    heads = draw(2, 3, 5, width, dtype=dtype, device=device).transpose(1, 2)  # no rows of one stride
+    close(elementwise.rms_norm(heads, weight, 1e-5), elementwise._rms_norm_torch(heads, weight, 1e-5, False))
     total = residual.contiguous()
     ours = elementwise.rms_norm(x.contiguous(), weight, 1e-5, residual=total)
     assert torch.equal(total, residual + x)
