@@ -31,6 +31,7 @@ class Rates:
     host_memory: float = 100e9  # bytes read by all cores
     flops: float = 500e12  # matrix products in the model's dtype
     attention_flops: float = 400e12  # causal attention of a long prompt on the device, useful FLOPs
+    device_attention: float = 2.5e12  # bytes of K and V that attention of one query token reads on the device
     cpu_attention: float = 90e9  # bytes of K and V that the CPU kernel reads for one query token, alone
     cpu_attention_beside_h2d: float = 50e9  # the same while copies to the device run
     h2d_beside_cpu_attention: float = 50e9  # copies to the device while the CPU kernel runs

@@ -39,7 +39,7 @@ from elsa_serve.offload.units import format_size
 from elsa_serve.protocol import GenerationRequest, SamplingParams, stream
 from elsa_serve.stats import Record, StepStats
 
-FORM = 2  # of the measurement: what an earlier form kept is measured again
+FORM = 3  # of the measurement: what an earlier form kept is measured again
 REPEATS = 5
 PAUSE_S = 2e-3  # between two layers' attention on the host
 WARM_UP_S = 0.3
@@ -148,7 +148,7 @@ def describe(rates: Rates) -> list[str]:
         f"CPU attention {rates.cpu_attention / giga:.1f} GB/s of KV; beside copies to the device {beside[0]} GB/s, and "
         f"the copies {beside[1]} GB/s; {rates.cpu_attention_flops / tera:.2f} TFLOP/s with many queries",
         f"matrix products {rates.flops / tera:.4g} TFLOP/s, attention {rates.attention_flops / tera:.4g} TFLOP/s, "
-        f"activations {rates.activations / giga:.1f} GB/s",
+        f"of one query {rates.device_attention / giga:.4g} GB/s of KV, activations {rates.activations / giga:.1f} GB/s",
         f"a layer of a decode pass {rates.layer_s * 1e3:.3f} ms, a pass besides {rates.pass_s * 1e3:.3f} ms",
         f"disk, past the page cache {rates.disk / giga:.2f} GB/s",
     ]
@@ -288,13 +288,13 @@ def _device_rates(
     """The device's memory, its matrix products and its attention, on random numbers: constants draw less power."""
     on_gpu = device.type == "cuda"
     options: dict[str, Any] = {"dtype": dtype, "device": device}
+    tokens, token_bytes = sizes.attention, 2 * HEADS * HEAD_DIM * dtype.itemsize
+    keys = sizes.copy // token_bytes
     work = {
         "device_memory": (2.0 * sizes.copy, _copy(sizes.copy, device)),
         "flops": (2.0 * math.prod(sizes.product), _product(linear, sizes.product, options)),
-        "attention_flops": (
-            2.0 * HEADS * HEAD_DIM * sizes.attention**2,
-            _attention(attention, sizes.attention, options),
-        ),
+        "attention_flops": (2.0 * HEADS * HEAD_DIM * tokens**2, _attention(attention, tokens, tokens, options)),
+        "device_attention": (1.0 * keys * token_bytes, _attention(attention, 1, keys, options)),
     }
     found = {name: amount / seconds(call, on_gpu) for name, (amount, call) in work.items()}
     work.clear()
@@ -321,8 +321,8 @@ def _product(linear: str, shape: tuple[int, int, int], options: dict[str, Any]) 
     return lambda: torch.nn.functional.linear(left, right)
 
 
-def _attention(name: str, tokens: int, options: dict[str, Any]) -> Callable[[], object]:
-    q, k, v = (torch.randn(1, HEADS, tokens, HEAD_DIM, **options) for _ in range(3))
+def _attention(name: str, queries: int, keys: int, options: dict[str, Any]) -> Callable[[], object]:
+    q, k, v = (torch.randn(1, HEADS, tokens, HEAD_DIM, **options) for tokens in (queries, keys, keys))
     attend, asked = attentions.ATTEND[name], attentions.AttentionOptions(HEAD_DIM**-0.5)
     return lambda: attend(q, k, v, asked)
 

@@ -91,7 +91,8 @@ def _attention_seconds(geometry: Geometry, rates: Rates, share: Share, keys: int
     """A share's attention over `keys` tokens, the newest of them its own."""
     seen = share.new * max(0.0, keys - share.new / 2)  # causal
     flops = 4.0 * geometry.layers * geometry.heads * geometry.head_dim * seen
-    return max(flops / rates.attention_flops, geometry.layers * geometry.kv_token_bytes() * keys / rates.device_memory)
+    nbytes = geometry.layers * geometry.kv_token_bytes() * keys
+    return max(flops / rates.attention_flops, nbytes / rates.device_attention)
 
 
 def _work(plan: Plan, shares: Sequence[Share]) -> _Work:

@@ -18,7 +18,8 @@ from elsa_serve.offload.predict import HOP_S, Share, device_seconds, pass_time
 
 GIB = 2**30
 RATES = Rates(
-    h2d=50e9, d2h=40e9, device_memory=3e12, host_memory=100e9, flops=500e12, attention_flops=400e12,
+    h2d=50e9, d2h=40e9, device_memory=3e12, device_attention=2e12, host_memory=100e9, flops=500e12,
+    attention_flops=400e12,
     cpu_attention=100e9, cpu_attention_beside_h2d=60e9, h2d_beside_cpu_attention=45e9, cpu_attention_flops=1e12,
     disk=2e9, activations=200e9, layer_s=1e-4, pass_s=1e-3, source="of this test",
 )  # fmt: skip
@@ -63,14 +64,14 @@ def test_pipes_that_share_the_hosts_memory_slow_each_other_down() -> None:
     assert resident.pipes is not None  # nothing is copied, so the host attends at its full rate
     host = resident.pipes["decode"]["attention on the host"]
     own = max(device_seconds(GEOMETRY, RATES, [Share(0, 1)]), GEOMETRY.layers * RATES.layer_s + RATES.pass_s)
-    attended = resident.kv_gpu_tokens * TOKEN / RATES.device_memory
+    attended = resident.kv_gpu_tokens * TOKEN / RATES.device_attention
     expected = resident.kv_host_tokens * TOKEN / 100e9 + own + 40 * HOP_S
     assert expected - attended < host < expected + 2 * attended
 
 
 def test_everything_on_the_device_is_bound_by_its_memory_or_by_the_host_that_issues() -> None:
     whole = plan(gpu_budget=100 * GIB)
-    read = (GEOMETRY.weights_bytes + GEOMETRY.outside_bytes + 32768 * TOKEN) / 3e12
+    read = (GEOMETRY.weights_bytes + GEOMETRY.outside_bytes) / 3e12 + 32768 * TOKEN / 2e12
     assert whole.s_per_token == pytest.approx(read, rel=0.01)
     assert whole.bottleneck == {"prefill": "compute", "decode": "compute"}
     slow = plan(gpu_budget=100 * GIB, rates=replace(RATES, layer_s=1e-3))
