@@ -75,16 +75,17 @@ class StepPlan:
 
     parts: tuple[Part, ...]
     chunks: tuple[Chunk, ...]
-    token_ids: list[int]
-    positions: list[int]
+    token_ids: torch.Tensor  # [rows] int64, on the CPU, like the positions
+    positions: torch.Tensor
     wanted: list[int]
 
     @staticmethod
     def build(parts: Sequence[Part], chunk_tokens: int) -> StepPlan:
         """Short parts (decode) come first and share chunks; each longer part is chunked by itself, in order."""
         ordered = sorted(parts, key=lambda part: len(part.tokens) > SHORT_TOKENS)
-        token_ids = [token for part in ordered for token in part.tokens]
-        positions = [part.kv.length + i for part in ordered for i in range(len(part.tokens))]
+        # Tensors at once: lists of a long prompt's tokens and positions take 10 ms, in which the device waits.
+        token_ids = torch.cat([torch.tensor(part.tokens, dtype=torch.int64) for part in ordered])
+        positions = torch.cat([part.kv.length + torch.arange(len(part.tokens)) for part in ordered])
         chunks: list[Chunk] = []
         wanted: list[int] = []
         low = row = 0
@@ -165,8 +166,7 @@ class PassRunner:
     def _forward(self, plan: StepPlan) -> torch.Tensor:
         """Logits [wanted rows, V] on the device."""
         device = self._streams.device
-        ids = torch.tensor([plan.token_ids], device=device)
-        positions = torch.tensor([plan.positions], device=device)
+        ids, positions = (rows[None].to(device) for rows in (plan.token_ids, plan.positions))
         output = self._model(input_ids=ids, position_ids=positions, use_cache=False)
         return output.logits[0]
 
