@@ -286,9 +286,8 @@ class OffloadEngine:
                 self._end(sequence, reason)
 
     def _pass(self) -> None:
-        with self._lock:
-            planned = self._scheduler.next_pass()
-            self._record_joining(planned)
+        planned = self._scheduler.next_pass()
+        self._record_joining(planned)
         work = planned.work
         if not work:
             self._end_stuck()
@@ -330,7 +329,8 @@ class OffloadEngine:
         if planned.preempted:
             self._sink.record(Preempted(planned.preempted))
         if planned.lookups or planned.preempted:
-            self._sink.record(self._gauges())
+            with self._lock:
+                self._sink.record(self._gauges())
 
     def _part(self, share: Work) -> Part:
         sequence = share.sequence

@@ -124,15 +124,15 @@ class PrefixCache:
         self._pool.free(kv)
 
     def reclaim(self) -> bool:
-        """Give up the last span of the least recently used KV that no request owns, in host memory by moving it to
-        disk if there is room. False where there is none."""
-        kept = [entry for entry in self._entries.values() if not entry.running]
-        if not kept:
-            return False
-        entry = min(kept, key=lambda e: e.used)
-        for span in reversed(entry.kv.spans):
+        """Free some memory of KV that no request owns, the least recently used first and from its end: what lies in
+        host memory goes to disk if there is room, else the oldest is given up. False where there is none."""
+        kept = sorted((entry for entry in self._entries.values() if not entry.running), key=lambda e: e.used)
+        for span in (span for entry in kept for span in reversed(entry.kv.spans)):
             if span.extent.tier == "host" and not span.extent.users and self._pool.move(span.extent, "disk"):
                 return True
+        if not kept:
+            return False
+        entry = kept[0]
         tokens = self._pool.drop_last_span(entry.kv)
         self._unlist(entry, tokens // BLOCK_TOKENS)
         if not entry.digests:

@@ -167,7 +167,7 @@ class PassTokens:
 
 
 class Scheduler:
-    """The waiting queue and the running set. Thread-safe; only the engine's thread moves sequences on."""
+    """The waiting queue and the running set. Thread-safe; the engine's thread alone moves sequences and touches KV."""
 
     def __init__(
         self,
@@ -214,26 +214,28 @@ class Scheduler:
             return sequence is not None
 
     def next_pass(self) -> Pass:
-        """Each running sequence's share, after waiting ones have joined as far as the limits allow."""
+        """Each running sequence's share, after waiting ones have joined as far as the limits allow.
+
+        KV may move between the tiers meanwhile, so the lock is held only where sequences change places.
+        """
         result = Pass()
-        with self._lock:
-            decoding = [s for s in self._running if not s.prefilling]
-            for sequence in sorted(decoding, key=lambda s: s.received):
-                self._make_room(sequence, result)
-            work = result.work
-            guesses = self._draft_rows
-            for sequence in decoding:
-                if sequence.kv is not None:
-                    work.append(self._decode(sequence, sequence.kv, guesses))
-                    guesses -= len(work[-1].draft)
-            left = self._pass_tokens.beside_decode if work else self._pass_tokens.alone
-            for sequence in [s for s in self._running if s.prefilling]:
-                if left > 0:
-                    work.append(self._prompt(sequence, left))
-                    left -= len(work[-1].tokens)
-            while left > 0 and (admitted := self._admit(result)) is not None:
-                work.append(self._prompt(admitted, left))
+        decoding = [s for s in self._running if not s.prefilling]
+        for sequence in sorted(decoding, key=lambda s: s.received):
+            self._make_room(sequence, result)
+        work = result.work
+        guesses = self._draft_rows
+        for sequence in decoding:
+            if sequence.kv is not None:
+                work.append(self._decode(sequence, sequence.kv, guesses))
+                guesses -= len(work[-1].draft)
+        left = self._pass_tokens.beside_decode if work else self._pass_tokens.alone
+        for sequence in [s for s in self._running if s.prefilling]:
+            if left > 0:
+                work.append(self._prompt(sequence, left))
                 left -= len(work[-1].tokens)
+        while left > 0 and (admitted := self._admit(result)) is not None:
+            work.append(self._prompt(admitted, left))
+            left -= len(work[-1].tokens)
         return result
 
     def _decode(self, sequence: Sequence, kv: RequestKV, guesses: int) -> Work:
@@ -282,8 +284,9 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         """Back to the head of the queue. Its KV stays in the prefix cache as long as nobody needs the memory."""
-        self._running.remove(sequence)
-        self._waiting.appendleft(sequence)
+        with self._lock:
+            self._running.remove(sequence)
+            self._waiting.appendleft(sequence)
         self._give_back(sequence, keep=True)
         self._full = True
 
@@ -306,7 +309,8 @@ class Scheduler:
             result.lookups.append(Lookup(len(head.tokens), head.kv.length))
         if head.admitted is None:
             head.admitted, head.cached_tokens = time.monotonic(), head.kv.length
-        self._running.append(self._waiting.popleft())
+        with self._lock:
+            self._running.append(self._waiting.popleft())
         return head
 
     def _allocate(self, sequence: Sequence, capacity: int) -> bool:

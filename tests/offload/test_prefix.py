@@ -37,16 +37,17 @@ def digests_of(tokens: list[int], root: bytes = b"model") -> list[bytes]:
     return known
 
 
-def pool(gpu_tokens: int, host_tokens: int = 0) -> KVPool:
-    sizes = (SHAPE.layers * SHAPE.block_nbytes(n) for n in (gpu_tokens, host_tokens))
-    return KVPool(SHAPE, *(torch.zeros(n, dtype=torch.uint8) for n in sizes))
+def pool(gpu_tokens: int, host_tokens: int = 0, disk_tokens: int = 0) -> KVPool:
+    sizes = (SHAPE.layers * SHAPE.block_nbytes(n) for n in (gpu_tokens, host_tokens, disk_tokens))
+    gpu, host, disk = (torch.zeros(n, dtype=torch.uint8) for n in sizes)
+    return KVPool(SHAPE, gpu, host, disk=disk if disk_tokens else None)
 
 
 class Texts:
     """Requests over a pool and its cache, as the scheduler runs them."""
 
-    def __init__(self, gpu_tokens: int, host_tokens: int = 0) -> None:
-        self.pool = pool(gpu_tokens, host_tokens)
+    def __init__(self, gpu_tokens: int, host_tokens: int = 0, disk_tokens: int = 0) -> None:
+        self.pool = pool(gpu_tokens, host_tokens, disk_tokens)
         self.cache = PrefixCache(self.pool, "model")
 
     def digests(self, tokens: list[int]) -> list[bytes]:
@@ -153,6 +154,24 @@ def test_the_device_is_cleared_for_a_request_and_given_back_to_what_it_reads_aga
     texts.cache.prepare(*texts.cache.match(texts.digests([1] * 4 * B), 4 * B), 0)
     assert old.split == 4 * B  # after the other was given up, for which the host had no room
     assert texts.hit([2] * 5 * B) == 0
+
+
+def test_host_memory_goes_to_disk_before_anything_is_given_up() -> None:
+    texts = Texts(gpu_tokens=0, host_tokens=4 * B, disk_tokens=4 * B)
+    first, second, third = ([i] * 2 * B for i in range(3))
+    texts.cache.keep(texts.run(first))
+    texts.cache.keep(texts.run(second))
+    for tiers in ({"host": 2, "disk": 2}, {"host": 0, "disk": 4}):
+        assert texts.cache.reclaim()
+        block = SHAPE.layers * SHAPE.block_nbytes(B)
+        held = {tier: nbytes // block for tier, nbytes in texts.pool.cached_bytes().items()}
+        assert held == {"gpu": 0} | tiers
+    assert [texts.hit([*text, 9]) for text in (first, second)] == [2 * B, 2 * B]
+    texts.cache.keep(texts.run(third))
+    assert texts.cache.reclaim()  # the disk is full: the oldest goes
+    assert texts.cache.reclaim()  # and makes room for what lies in host memory
+    assert [texts.hit([*text, 9]) for text in (first, second, third)] == [0, 2 * B, 2 * B]
+    assert texts.pool.cached_bytes()["host"] == 0
 
 
 # --- the engine ---------------------------------------------------------------------------------------------------
