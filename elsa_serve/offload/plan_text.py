@@ -21,6 +21,7 @@ def render(plan: Plan) -> str:
         "",
         *_table(device, plan.gpu_bytes, plan.gpu_budget),
         *_table(_host_title(plan), plan.host_bytes, plan.host_budget),
+        *_disk(plan),
         *_picture(plan, device),
         "",
         *_times(plan),
@@ -38,6 +39,12 @@ def _table(title: str, items: dict[str, int], budget: int) -> list[str]:
     rows += [("in all", used), ("free", budget - used)]
     width = max(len(name) for name, _ in rows)
     return [f"{title}, budget {format_size(budget)}", *(f"  {n:<{width}} {format_size(b):>10}" for n, b in rows), ""]
+
+
+def _disk(plan: Plan) -> list[str]:
+    items = {"weights read again every pass": plan.disk_bytes, "KV": plan.kv_disk_bytes}
+    rows = [f"  {name:<29} {format_size(nbytes):>10}" for name, nbytes in items.items() if nbytes]
+    return ["disk", *rows, ""] if rows else []
 
 
 def _picture(plan: Plan, device: str) -> list[str]:

@@ -8,6 +8,7 @@ long as the slowest of these.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -21,7 +22,8 @@ HOP_S = 60e-6  # seconds a layer waits for queries to reach the host and for its
 ROUNDS = 20  # of the iteration for two pipes that slow each other down; it settles within a few
 
 TO_DEVICE, TO_HOST, DISK = "copies to the device", "copies to the host", "disk"
-DEVICE, HOST_ATTENTION, ISSUE = "compute", "attention on the host", "issue by the host"
+DEVICE, ISSUE = "compute", "issue by the host"
+HOST_ATTENTION, DISK_ATTENTION = "attention on the host", "attention over KV on disk"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,8 @@ class _Work:
     to_device: float
     to_host: float
     from_disk: float
-    in_place: float  # bytes of KV that the host attends where they lie
+    in_place: float  # bytes of KV that the host attends where they lie, in its memory
+    mapped: float  # and in a mapped file, which it reads as it attends
     in_place_flops: float
     device_s: float
     issue_s: float
@@ -99,20 +102,20 @@ def _work(plan: Plan, shares: Sequence[Share]) -> _Work:
     geometry, rates = plan.geometry, plan.rates
     token = geometry.layers * geometry.kv_token_bytes()
     row_flops = 4.0 * geometry.layers * geometry.heads * geometry.head_dim
-    streamed, on_disk = plan.streamed_bytes, plan.disk_bytes
+    streamed = plan.streamed_bytes
     room = plan.kv_pool_tokens  # tokens of KV on the device, shared in order of arrival
-    to_device, to_host, in_place, in_place_flops = float(streamed), 0.0, 0.0, 0.0
-    host_room = geometry.kv_tokens(plan.kv_host_bytes)
+    host_room = geometry.kv_tokens(plan.kv_host_bytes) if plan.kv_disk_bytes else sys.maxsize
+    to_device, to_host, from_disk = float(streamed), 0.0, float(plan.disk_bytes)
+    in_place, mapped, in_place_flops = 0.0, 0.0, 0.0
     device_s = device_seconds(geometry, rates, [Share(0, share.new) for share in shares])
     hops = 0
     for share in shares:
         total = share.past + share.new
         on_device = min(total, room)
         room -= on_device
-        beyond = max(0, total - on_device - host_room)  # tokens on disk, read in place or to be copied
-        host_room = max(0, host_room - (total - on_device))
-        on_disk += beyond * token if share.past else 0
-        old = max(0, share.past - on_device)  # of its past tokens, those in host memory
+        on_host = min(total - on_device, host_room)
+        host_room -= on_host
+        old = max(0, share.past - on_device)  # of its past tokens, those in host memory and on disk
         new = max(0, total - max(on_device, share.past))  # of its new ones
         limit = in_place_limit(
             rates, weights_bytes=streamed, kv_bytes=old * token, flops_per_token=max(1.0, row_flops * old)
@@ -120,16 +123,18 @@ def _work(plan: Plan, shares: Sequence[Share]) -> _Work:
         to_host += new * token
         device_s -= _attention_seconds(geometry, rates, Share(0, share.new), share.new)
         if total > on_device and share.past and share.new <= limit:
-            in_place += (total - on_device) * token
+            in_place += on_host * token
+            mapped += (total - on_device - on_host) * token
             in_place_flops += row_flops * share.new * (total - on_device)
             device_s += _attention_seconds(geometry, rates, share, on_device)
             hops = geometry.layers
         else:
             to_device += old * token
+            from_disk += max(0, old - on_host) * token
             device_s += _attention_seconds(geometry, rates, share, total)
     chunks = max(1, -(-sum(share.new for share in shares) // plan.chunk_tokens))
     issue = geometry.layers * chunks * rates.layer_s + rates.pass_s
-    return _Work(to_device, to_host, on_disk, in_place, in_place_flops, device_s, issue, hops)
+    return _Work(to_device, to_host, from_disk, in_place, mapped, in_place_flops, device_s, issue, hops)
 
 
 def _time(work: _Work, rates: Rates, one_memory: bool) -> Prediction:
@@ -144,9 +149,11 @@ def _time(work: _Work, rates: Rates, one_memory: bool) -> Prediction:
         copying = work.to_device / _between(rates.h2d, rates.h2d_beside_cpu_attention, beside_attention)
         reading = _between(rates.cpu_attention, rates.cpu_attention_beside_h2d, beside_copies)
         attending = max(work.in_place / reading, flops_s)
+    paging = work.mapped / rates.disk
+    chain, attending = HOST_ATTENTION if attending >= paging else DISK_ATTENTION, attending + paging
     pipes = {
         TO_DEVICE: copying,
-        HOST_ATTENTION: own + attending if attending else 0.0,
+        chain: own + attending if attending else 0.0,
         DEVICE: own if one_memory else work.device_s,
         ISSUE: work.issue_s,
         TO_HOST: work.to_host / rates.d2h,

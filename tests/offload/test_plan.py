@@ -145,7 +145,7 @@ def test_kv_that_host_memory_does_not_hold_may_lie_on_disk() -> None:
     assert sum(plan.host_bytes.values()) <= 40 * GIB
     assert LLAMA_13B.kv_bytes(plan.kv_disk_tokens) <= plan.kv_disk_bytes <= 20 * GIB
     assert plan.bottleneck is not None
-    assert plan.bottleneck["decode"] == "disk"
+    assert plan.bottleneck["decode"] == "attention over KV on disk"
     assert f"{plan.kv_disk_tokens} on disk" in render(plan)
     assert plan_13b(kv_disk=20 * GIB).kv_disk_bytes == 0  # not needed
     with pytest.raises(BudgetError, match="--host-memory"):

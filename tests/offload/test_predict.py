@@ -127,6 +127,17 @@ def test_the_device_takes_layers_before_the_disk_does() -> None:
     assert plan(disk=True).disk_layers == ()
 
 
+def test_kv_on_disk_is_read_as_it_is_attended() -> None:
+    memory: dict[str, Any] = {"resident_layers": 0, "host_budget": 36 * GIB}
+    made = plan(kv_disk=40 * GIB, **memory)
+    assert made.kv_disk_tokens > 0
+    read = made.kv_disk_tokens * TOKEN / RATES.disk
+    assert made.s_per_token > read > 1
+    assert made.s_per_token == pytest.approx(read + made.kv_host_tokens * TOKEN / 100e9, rel=0.05)
+    assert made.bottleneck["decode"] == "attention over KV on disk"  # type: ignore[index]
+    assert "o on disk" in render(made)
+
+
 def test_host_memory_too_small_even_for_the_staging() -> None:
     with pytest.raises(BudgetError, match=r"1\.0 GiB in host memory.*staging for layers on disk 1\.8 GiB"):
         plan(disk=True, context=512, host_budget=1 * GIB)
