@@ -12,9 +12,10 @@ windows, softcap and sinks, static, dynamic and sliding caches, and encoders. Pa
 windows reach the kernels as numbers; other masks as a dense bias.
 """
 
+from elsa_serve.fp32_linear import use_fp32_linear
 from elsa_serve.hf.masks import DenseMaskWarning, StructuredMask
 from elsa_serve.hf.registration import NAMES, register, use_attention
 
-__all__ = ["NAMES", "DenseMaskWarning", "StructuredMask", "register", "use_attention"]
+__all__ = ["NAMES", "DenseMaskWarning", "StructuredMask", "register", "use_attention", "use_fp32_linear"]
 
 register()

@@ -6,6 +6,10 @@ All round where transformers' modules round: FP32 inside, the tensors' dtype bet
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
 import torch
 import torch.nn.functional as F
 
@@ -17,10 +21,24 @@ try:
 except ImportError as error:
     _TRITON_MISSING = str(error)
 
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
 FEW_TOKENS = 64  # up to which torch's copy is the quicker one to launch
 ACTIVATIONS = ("silu", "gelu_tanh")
 
 
+def _on_device(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Launches go to the device of the first argument, whichever is current."""
+
+    @functools.wraps(function)
+    def guarded(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        with torch.cuda.device_of(args[0]):
+            return function(*args, **kwargs)
+
+    return guarded
+
+
+@_on_device
 def rms_norm(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -91,6 +109,7 @@ def _rotate_half(x: torch.Tensor) -> torch.Tensor:
     return torch.cat((-second, first), -1)
 
 
+@_on_device
 def gated(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
     """activation(gate) · up for gate and up [..., F]: a new tensor. The activation is one of ACTIVATIONS."""
     if activation not in ACTIVATIONS:
@@ -112,6 +131,7 @@ def gated(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor
     return out.view(gate.shape)
 
 
+@_on_device
 def copy_heads(target: torch.Tensor, source: torch.Tensor) -> None:
     """target [H, T, D] = source [H, T, D] where one lies head by head and the other token by token.
 

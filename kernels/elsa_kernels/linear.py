@@ -7,10 +7,14 @@ tensor core and added in FP32 outside it. Error against FP64 at or under that of
 from __future__ import annotations
 
 import functools
+import warnings
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+
+from elsa_kernels import gluon
+from elsa_kernels.registry import FallbackWarning
 
 try:
     import triton
@@ -20,6 +24,7 @@ try:
 except ImportError as error:
     _TRITON_MISSING = str(error)
 
+_announced: set[tuple[str, str]] = set()  # (form, reason) of fallbacks
 FORMS = ("cuda", "gluon", "triton", "torch")  # in order of preference
 GROUP = 8  # rows of tiles that share W's tiles in L2
 ROW_IN_REGISTERS = 16384  # elements of a row up to which splitting reads it once
@@ -61,10 +66,11 @@ def split_rows(x: torch.Tensor) -> SplitMatrix:
 
         whole = triton.next_power_of_2(inner)
         one = whole <= ROW_IN_REGISTERS
-        split_rows_kernel[(rows,)](
-            x, hi, lo, exponent, nonfinite, inner, x.stride(0),
-            BLOCK=whole if one else 4096, ONE=one, num_warps=16 if one and whole > 8192 else 8,
-        )  # fmt: skip
+        with torch.cuda.device_of(x):
+            split_rows_kernel[(rows,)](
+                x, hi, lo, exponent, nonfinite, inner, x.stride(0),
+                BLOCK=whole if one else 4096, ONE=one, num_warps=16 if one and whole > 8192 else 8,
+            )  # fmt: skip
     else:
         exponent.zero_(), nonfinite.zero_()
     return SplitMatrix(hi, lo, exponent, nonfinite)
@@ -122,7 +128,8 @@ def linear(
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
     out = torch.empty(rows.shape[0], N, dtype=torch.float32, device=x.device)
     if out.numel():
-        _run(rows, split, bias, out, impl)
+        with torch.cuda.device_of(x):
+            _run(rows, split, bias, out, impl)
     return out.view(*x.shape[:-1], N)
 
 
@@ -151,13 +158,35 @@ def matmul(a: torch.Tensor, b: torch.Tensor, *, impl: str | None = None) -> torc
 
 def _choose(x: torch.Tensor, K: int, impl: str | None) -> str:
     if impl is None:
-        return next(name for name in FORMS if _refusal(name, x, K) is None)
+        return _preferred(x, K)
     if impl not in FORMS:
         raise ValueError(f"unknown implementation {impl!r} of linear; known: {', '.join(FORMS)}")
     reason = _refusal(impl, x, K)
     if reason is not None:
         raise ValueError(f"implementation {impl!r} of linear does not take this problem: {reason}")
     return impl
+
+
+def _preferred(x: torch.Tensor, K: int) -> str:
+    """The first form that takes the problem. Where one that is meant for it refuses, that is said, once a reason."""
+    for name in FORMS[:-1]:
+        reason = _refusal(name, x, K)
+        if reason is None:
+            return name
+        if _meant_for(name, x, K) and (name, reason) not in _announced:
+            _announced.add((name, reason))
+            message = f"elsa_kernels.linear: {name} refused ({reason}); another form runs instead"
+            warnings.warn(message, FallbackWarning, stacklevel=4)
+    return "torch"
+
+
+def _meant_for(name: str, x: torch.Tensor, K: int) -> bool:
+    if x.device.type != "cuda" or not x.numel():
+        return False
+    few = x.numel() <= SKINNY * K
+    if name == "gluon":
+        return not few and torch.cuda.get_device_capability(x.device)[0] == 9
+    return few if name == "cuda" else name == "triton"
 
 
 def _refusal(name: str, x: torch.Tensor, K: int) -> str | None:
@@ -176,9 +205,11 @@ def _refusal(name: str, x: torch.Tensor, K: int) -> str | None:
     if name == "gluon":
         if capability[0] != 9:
             return f"needs compute capability 9.0, the device has {capability[0]}.{capability[1]}"
+        if gluon._missing():
+            return gluon._missing()
         if K % 8:
             return f"K = {K} is not a multiple of 8, as the tensor memory accelerator needs"
-        if x.numel() // K <= SKINNY:
+        if x.numel() <= SKINNY * K:
             return f"at most {SKINNY} rows: the forms with small tiles read the weights faster"
     elif capability < (8, 0):
         return f"needs compute capability 8.0, the device has {capability[0]}.{capability[1]}"

@@ -24,7 +24,9 @@ IDS = token_ids(1, 9)
 
 
 def test_public_names():
-    assert set(elsa_serve.hf.__all__) == {"NAMES", "DenseMaskWarning", "StructuredMask", "register", "use_attention"}
+    assert set(elsa_serve.hf.__all__) == {
+        "NAMES", "DenseMaskWarning", "StructuredMask", "register", "use_attention", "use_fp32_linear",
+    }  # fmt: skip
 
 
 def test_registering_again_changes_nothing():

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import triton
+from elsa_kernels import FallbackWarning
 from elsa_kernels import linear as elsa
 
 SHAPES = [(1, 33, 64), (17, 40, 200), (40, 70, 136)]
@@ -209,6 +210,15 @@ def test_non_finite_on_the_gpu(rows):
     out, expected = elsa.linear(x, w), x @ w.t()
     assert torch.equal(out.isnan(), expected.isnan())
     assert torch.equal(out[expected.isinf()], expected[expected.isinf()])
+
+
+def test_a_refusal_of_the_form_meant_for_a_problem_is_said_once(monkeypatch):
+    monkeypatch.setattr(elsa, "_meant_for", lambda name, x, K: name == "cuda")
+    monkeypatch.setattr(elsa, "_announced", set())
+    x = torch.randn(4, 16)
+    with pytest.warns(FallbackWarning, match="cuda refused"):
+        elsa._preferred(x, 16)
+    elsa._preferred(x, 16)  # warnings are errors here
 
 
 @pytest.mark.gpu
