@@ -28,9 +28,17 @@ struct Work {
 
 constexpr int64_t MOST_AT_ONCE = 8;
 
+inline void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#else
+    std::this_thread::yield();
+#endif
+}
+
 class Pool {
   public:
-    Pool(int threads, const Kernels &kernels) : kernels(kernels) {
+    Pool(int threads, const Kernels &kernels, int64_t spin_us) : kernels(kernels), spin(spin_us) {
         try {
             for (int i = 0; i < threads; ++i) scratch.emplace_back(new Scratch);
             for (int i = 0; i < threads; ++i) workers.emplace_back([this, i] { work(*scratch[i]); });
@@ -48,6 +56,7 @@ class Pool {
         work.started = work.ended = std::chrono::steady_clock::now();
         if (work.tasks == 0) return;
         queue.push_back(&work);
+        called.fetch_add(1, std::memory_order_release);
         wake.notify_all();
     }
     void wait(Work &work) {
@@ -66,6 +75,7 @@ class Pool {
         std::fesetenv(FE_DFL_ENV);  // subnormals are kept, whatever the creating thread had set
         std::unique_lock<std::mutex> guard(lock);
         while (true) {
+            if (queue.empty() && !stopping) watch(guard);
             wake.wait(guard, [&] { return stopping || !queue.empty(); });
             if (queue.empty()) return;
             Work &job = *queue.front();
@@ -84,6 +94,18 @@ class Pool {
             }
         }
     }
+    // Stay awake for some time: where calls follow each other closely, waking every thread again costs more of each
+    // call than anything else but reading.
+    void watch(std::unique_lock<std::mutex> &guard) {
+        if (spin.count() == 0) return;
+        const uint64_t seen = called.load(std::memory_order_relaxed);
+        guard.unlock();
+        const auto until = std::chrono::steady_clock::now() + spin;
+        do {
+            for (int i = 0; i < 32; ++i) pause();
+        } while (called.load(std::memory_order_acquire) == seen && std::chrono::steady_clock::now() < until);
+        guard.lock();
+    }
     // A task that throws ends neither its thread nor the process: its job is marked as failed.
     static bool run(Work &job, int64_t first, int64_t n, Scratch &own) {
         try {
@@ -97,11 +119,14 @@ class Pool {
         {
             std::lock_guard<std::mutex> guard(lock);
             stopping = true;
+            called.fetch_add(1, std::memory_order_release);
         }
         wake.notify_all();
         for (auto &worker : workers) worker.join();
     }
 
+    const std::chrono::microseconds spin;  // for which an idle thread looks out for work before it sleeps
+    std::atomic<uint64_t> called{0};       // submissions so far
     std::mutex lock;
     std::condition_variable wake, done;
     std::deque<Work *> queue;
@@ -283,9 +308,9 @@ int64_t elsa_problem_size() { return sizeof(Problem); }
 int elsa_level_works(int level) { return kernels_of(level) != nullptr; }
 
 // Null if threads or memory are short.
-void *elsa_pool_new(int threads, int level) {
+void *elsa_pool_new(int threads, int level, int64_t spin_us) {
     try {
-        return new Pool(threads, *kernels_of(level));
+        return new Pool(threads, *kernels_of(level), spin_us);
     } catch (...) {
         return nullptr;
     }
