@@ -9,6 +9,7 @@ python -m kernels.bench.decode --output kernels/bench/results/decode-h200.json
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import importlib
 import sys
@@ -179,7 +180,7 @@ def prepare(name: str, case: DecodeCase, sets: list[Inputs]) -> tuple[measure.Ti
     # vLLM's Triton kernel multiplies FP32 as TF32: it is shown with its error, and ours are held to theirs.
     if name.startswith("elsa") and not error <= GATE[case.dtype]:
         raise ValueError(f"relative error {error:.1e} is beyond {GATE[case.dtype]:.0e}")
-    return measure.Timed([lambda x=x: call(x) for x in sets], graph=True), error  # type: ignore[misc]
+    return measure.Timed([functools.partial(call, x) for x in sets], graph=True), error
 
 
 def run_case(case: DecodeCase, only: list[str] | None = None) -> list[results_file.Row]:

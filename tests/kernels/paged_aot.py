@@ -33,7 +33,7 @@ def variant(target: str, form: str, of: PagedProblem, features: dict[str, bool],
     fp8 = "none" if of.kv_dtype != FP8 else "native" if tuning.converts_fp8(target) else "bits"
     constants = features | {
         "GROUP": of.group, "D": of.D, "BD": max(16, triton.next_power_of_2(of.D)), "BB": 4, "PAGE": of.page,
-        "MODE": mode, "FP8": fp8, "HEAD_SCALES": features["SCALED"], "CAUSAL": True,
+        "MODE": mode, "FP8": fp8, "ALIKE": True, "HEAD_SCALES": features["SCALED"], "CAUSAL": True,
     }  # fmt: skip
     if form == "prefill":
         kernel, tile = prefill_kernel, tuning.prefill_tile(mode, of.D, target)

@@ -89,9 +89,9 @@ def decode_kernel(
     sqt, sqh, skb, skp, skh, svb, svp, svh, stb, sot, soh, B, T, Hkv, window, top0, scale, softcap,
     GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BB: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr,
     PAGE: tl.constexpr, CHUNK: tl.constexpr, FAN: tl.constexpr, RB: tl.constexpr, STAGES: tl.constexpr,
-    FORM: tl.constexpr, MODE: tl.constexpr, FP8: tl.constexpr, MIN_ROWS: tl.constexpr, MAX_ROWS: tl.constexpr,
-    HEAD_SCALES: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
-    HAS_SINKS: tl.constexpr, HAS_LSE: tl.constexpr, SCALED: tl.constexpr,
+    FORM: tl.constexpr, MODE: tl.constexpr, ALIKE: tl.constexpr, FP8: tl.constexpr, MIN_ROWS: tl.constexpr,
+    MAX_ROWS: tl.constexpr, HEAD_SCALES: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_LSE: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """All units in turn, unit i for program i % programs. States PM, PL [slots, ROWS], PW [slots, ROWS, BD]."""
     H = Hkv * GROUP
@@ -131,7 +131,8 @@ def decode_kernel(
         if FORM == "lanes":
             m_r, l_r, acc_r = lanes_walk(
                 tl.sum(q.to(tl.float32), 0), unit_scale, tl.sum(slopes, 0), start, lo, end, K, V, TABLE, o_table, o_k,
-                o_v, skb, skp, svb, svp, window, softcap, D, BD, BN, PAGE, STAGES, FP8, CAUSAL, WINDOW, SOFTCAP, ALIBI,
+                o_v, skb, skp, svb, svp, window, softcap, D, BD, BN, PAGE, STAGES, ALIKE, FP8, CAUSAL, WINDOW,
+                SOFTCAP, ALIBI,
             )  # fmt: skip
             m, l, acc = tl.zeros([1], tl.float32) + m_r, tl.zeros([1], tl.float32) + l_r, acc_r[None, :]
         else:
@@ -147,18 +148,18 @@ def decode_kernel(
                 whole = tl.maximum(whole // BN * BN, lo)
                 m, l, acc = dot_walk(
                     m, l, acc, q, factor, slopes, start + rows // GROUP, lo, whole, K, V, TABLE, o_table, o_k, o_v, skb,
-                    skp, svb, svp, window, softcap, ROWS, D, BD, BN, PAGE, STAGES, MODE, False, FP8, CAUSAL, WINDOW,
-                    SOFTCAP, ALIBI,
+                    skp, svb, svp, window, softcap, ROWS, D, BD, BN, PAGE, STAGES, MODE, ALIKE, False, FP8, CAUSAL,
+                    WINDOW, SOFTCAP, ALIBI,
                 )  # fmt: skip
             m, l, acc = dot_walk(
                 m, l, acc, q, factor, slopes, start + rows // GROUP, whole, end, K, V, TABLE, o_table, o_k, o_v, skb,
-                skp, svb, svp, window, softcap, ROWS, D, BD, BN, PAGE, STAGES if WINDOW else 1, MODE, True, FP8, CAUSAL,
-                WINDOW, SOFTCAP, ALIBI,
+                skp, svb, svp, window, softcap, ROWS, D, BD, BN, PAGE, STAGES if WINDOW else 1, MODE, ALIKE, True, FP8,
+                CAUSAL, WINDOW, SOFTCAP, ALIBI,
             )  # fmt: skip
             if is_broken(l, acc) > 0:
                 m, l, acc = row_by_row(
                     m, l, acc, q, factor, slopes, start, 0, n_rows, lo, end, K, V, TABLE, o_table, o_k, o_v, skb, skp,
-                    svb, svp, window, softcap, GROUP, ROWS, D, BD, PAGE, FP8, CAUSAL, WINDOW, SOFTCAP, ALIBI,
+                    svb, svp, window, softcap, GROUP, ROWS, D, BD, PAGE, ALIKE, FP8, CAUSAL, WINDOW, SOFTCAP, ALIBI,
                 )  # fmt: skip
         if chunks == 1:
             finish(m, l, acc, rows, OUT, LSE, SINKS, v_factor, q0, n_rows, i_hk, H, sot, soh, GROUP, D, BD, HAS_LSE,

@@ -13,9 +13,9 @@ def prefill_kernel(
     Q, K, V, CU, USED, TABLE, OUT, LSE, SLOPES, SINKS, K_SCALE, V_SCALE,
     sqt, sqh, skb, skp, skh, svb, svp, svh, stb, sot, soh, B, T, Hkv, window, scale, softcap,
     GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    PAGE: tl.constexpr, STAGES: tl.constexpr, MODE: tl.constexpr, FP8: tl.constexpr, MIN_ROWS: tl.constexpr,
-    HEAD_SCALES: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    ALIBI: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_LSE: tl.constexpr, SCALED: tl.constexpr,
+    PAGE: tl.constexpr, STAGES: tl.constexpr, MODE: tl.constexpr, ALIKE: tl.constexpr, FP8: tl.constexpr,
+    MIN_ROWS: tl.constexpr, HEAD_SCALES: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_LSE: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """Sequences of more than MIN_ROWS packed rows. Grid: (blocks, an upper bound; Hkv)."""
     i_hk, block = tl.program_id(1), tl.program_id(0)
@@ -75,21 +75,21 @@ def prefill_kernel(
     if WINDOW:
         m, l, acc = dot_walk(
             m, l, acc, q, factor, slopes, positions, lo, tl.minimum(full_lo, hi), K, V, TABLE, o_table, o_k, o_v, skb,
-            skp, svb, svp, window, softcap, BM, D, BD, BN, PAGE, STAGES, MODE, True, FP8, CAUSAL, WINDOW, SOFTCAP,
-            ALIBI,
+            skp, svb, svp, window, softcap, BM, D, BD, BN, PAGE, STAGES, MODE, ALIKE, True, FP8, CAUSAL, WINDOW,
+            SOFTCAP, ALIBI,
         )  # fmt: skip
     m, l, acc = dot_walk(
         m, l, acc, q, factor, slopes, positions, full_lo, full_hi, K, V, TABLE, o_table, o_k, o_v, skb, skp, svb,
-        svp, window, softcap, BM, D, BD, BN, PAGE, STAGES, MODE, False, FP8, CAUSAL, WINDOW, SOFTCAP, ALIBI,
+        svp, window, softcap, BM, D, BD, BN, PAGE, STAGES, MODE, ALIKE, False, FP8, CAUSAL, WINDOW, SOFTCAP, ALIBI,
     )  # fmt: skip
     m, l, acc = dot_walk(
         m, l, acc, q, factor, slopes, positions, full_hi, hi, K, V, TABLE, o_table, o_k, o_v, skb, skp, svb,
-        svp, window, softcap, BM, D, BD, BN, PAGE, STAGES, MODE, True, FP8, CAUSAL, WINDOW, SOFTCAP, ALIBI,
+        svp, window, softcap, BM, D, BD, BN, PAGE, STAGES, MODE, ALIKE, True, FP8, CAUSAL, WINDOW, SOFTCAP, ALIBI,
     )  # fmt: skip
     if is_broken(l, acc) > 0:
         m, l, acc = row_by_row(
             m, l, acc, q, factor, slopes, start, row0, n_rows, lo, hi, K, V, TABLE, o_table, o_k, o_v, skb, skp, svb,
-            svp, window, softcap, GROUP, BM, D, BD, PAGE, FP8, CAUSAL, WINDOW, SOFTCAP, ALIBI,
+            svp, window, softcap, GROUP, BM, D, BD, PAGE, ALIKE, FP8, CAUSAL, WINDOW, SOFTCAP, ALIBI,
         )  # fmt: skip
     if HAS_SINKS:
         sinks = tl.load(SINKS + i_h, mask=valid, other=float("-inf")).to(tl.float32) * LOG2E

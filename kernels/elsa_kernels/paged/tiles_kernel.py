@@ -31,19 +31,23 @@ def widen(x, FP8: tl.constexpr):
 
 
 @triton.jit
-def rows_of(TABLE, o_table, j0, exists, s_block, s_place, t_block, t_place, BN: tl.constexpr, PAGE: tl.constexpr,
-            MASKED: tl.constexpr):  # fmt: skip
-    """Where the keys j0 … j0 + BN of a sequence begin in two caches, in elements; j0 is a multiple of BN."""
+def pages_of(TABLE, o_table, j0, end, BN: tl.constexpr, PAGE: tl.constexpr):
+    """The pages of the keys j0 … j0 + BN of a sequence; 0 for those from `end` on."""
     lane = tl.arange(0, BN)
-    if BN % PAGE == 0:  # what does not depend on j0 is the same in every turn of a loop
-        at, place = TABLE + o_table + j0 // PAGE + lane // PAGE, lane % PAGE
-    else:
-        at, place = TABLE + o_table + (j0 + lane) // PAGE, (j0 + lane) % PAGE
-    if MASKED:
-        page = tl.load(at, mask=exists, other=0).to(tl.int64)
-    else:
-        page = tl.load(at).to(tl.int64)
-    return page * s_block + place * s_place, page * t_block + place * t_place
+    # j0 is a multiple of BN: written so, what does not depend on it is the same in every turn of a loop
+    at = j0 // PAGE + lane // PAGE if BN % PAGE == 0 else (j0 + lane) // PAGE
+    return tl.load(TABLE + o_table + at, mask=j0 + lane < end, other=0)
+
+
+@triton.jit
+def places_of(page, j0, s_block, s_place, t_block, t_place, BN: tl.constexpr, PAGE: tl.constexpr, ALIKE: tl.constexpr):
+    """Where keys j0 … j0 + BN on their pages begin in two caches, in elements. ALIKE: those have the same strides."""
+    lane = tl.arange(0, BN)
+    place = lane % PAGE if BN % PAGE == 0 else (j0 + lane) % PAGE
+    first = page.to(tl.int64) * s_block + place * s_place
+    if ALIKE:
+        return first, first
+    return first, page.to(tl.int64) * t_block + place * t_place
 
 
 @triton.jit
@@ -72,15 +76,17 @@ def visible(keys, positions, first, end, window, CAUSAL: tl.constexpr, WINDOW: t
 def lanes_loop(
     m, l, acc, q, factor, slope, position, lo, end, K, V, TABLE, o_table, o_k, o_v, skb, skp, svb, svp, softcap,
     D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, PAGE: tl.constexpr, STAGES: tl.constexpr,
-    MASKED: tl.constexpr, FP8: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
+    ALIKE: tl.constexpr, MASKED: tl.constexpr, FP8: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
 ):  # fmt: skip
     """Merge the keys [lo, end) into m, l [BN], acc [BN, BD]. Without MASKED both are multiples of BN."""
     lane, cols = tl.arange(0, BN), tl.arange(0, BD)
+    page = pages_of(TABLE, o_table, lo // BN * BN, end, BN, PAGE)
     for j0 in tl.range(lo // BN * BN, end, BN, num_stages=STAGES):
         keys = j0 + lane
         seen = (keys >= lo) & (keys < end)
-        at_k, at_v = rows_of(TABLE, o_table, j0, seen, skb, skp, svb, svp, BN, PAGE, MASKED)
-        k_at, v_at = K + o_k + at_k[:, None] + cols[None, :], V + o_v + at_v[:, None] + cols[None, :]
+        at_k, at_v = places_of(page, j0, skb, skp, svb, svp, BN, PAGE, ALIKE)
+        page = pages_of(TABLE, o_table, j0 + BN, end, BN, PAGE)  # a turn ahead of what lies on them
+        k_at, v_at = K + o_k + (at_k[:, None] + cols[None, :]), V + o_v + (at_v[:, None] + cols[None, :])
         if MASKED or BD != D:
             inside = seen[:, None] & (cols[None, :] < D)
             k, v = tl.load(k_at, mask=inside, other=0.0), tl.load(v_at, mask=inside, other=0.0)
@@ -104,7 +110,8 @@ def lanes_loop(
 def lanes_walk(
     q, factor, slope, position, lo, end, K, V, TABLE, o_table, o_k, o_v, skb, skp, svb, svp, window, softcap,
     D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, PAGE: tl.constexpr, STAGES: tl.constexpr,
-    FP8: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
+    ALIKE: tl.constexpr, FP8: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    ALIBI: tl.constexpr,
 ):  # fmt: skip
     """One row q [BD] at its position over the keys [lo, end), all products in FP32 without tensor cores.
 
@@ -124,11 +131,11 @@ def lanes_walk(
         whole = tl.maximum(end // BN * BN, lo)
         m, l, acc = lanes_loop(
             m, l, acc, q, factor, slope, position, lo, whole, K, V, TABLE, o_table, o_k, o_v, skb, skp, svb, svp,
-            softcap, D, BD, BN, PAGE, STAGES, False, FP8, SOFTCAP, ALIBI,
+            softcap, D, BD, BN, PAGE, STAGES, ALIKE, False, FP8, SOFTCAP, ALIBI,
         )  # fmt: skip
     m, l, acc = lanes_loop(
         m, l, acc, q, factor, slope, position, whole, end, K, V, TABLE, o_table, o_k, o_v, skb, skp, svb, svp, softcap,
-        D, BD, BN, PAGE, STAGES if WINDOW else 1, True, FP8, SOFTCAP, ALIBI,
+        D, BD, BN, PAGE, STAGES if WINDOW else 1, ALIKE, True, FP8, SOFTCAP, ALIBI,
     )  # fmt: skip
     top = tl.max(m, 0)
     weight = tl.exp2(m - tl.where(top == float("-inf"), 0.0, top))
@@ -139,8 +146,8 @@ def lanes_walk(
 def dot_walk(
     m, l, acc, q, factor, slopes, positions, lo, end, K, V, TABLE, o_table, o_k, o_v, skb, skp, svb, svp, window,
     softcap, BM: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, PAGE: tl.constexpr,
-    STAGES: tl.constexpr, MODE: tl.constexpr, MASKED: tl.constexpr, FP8: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
+    STAGES: tl.constexpr, MODE: tl.constexpr, ALIKE: tl.constexpr, MASKED: tl.constexpr, FP8: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
 ):  # fmt: skip
     """Merge the keys [lo, end), in tiles of BN, into m, l [BM], acc [BM, BD] of the rows q [BM, BD].
 
@@ -149,11 +156,13 @@ def dot_walk(
     """
     PRECISION: tl.constexpr = "ieee" if MODE == "half" else MODE
     lane, cols = tl.arange(0, BN), tl.arange(0, BD)
+    page = pages_of(TABLE, o_table, lo // BN * BN, end, BN, PAGE)
     for j0 in tl.range(lo // BN * BN, end, BN, num_stages=STAGES):
         keys = j0 + lane
         exists = (keys >= lo) & (keys < end)
-        at_k, at_v = rows_of(TABLE, o_table, j0, exists, skb, skp, svb, svp, BN, PAGE, MASKED)
-        k_at, v_at = K + o_k + at_k[:, None] + cols[None, :], V + o_v + at_v[:, None] + cols[None, :]
+        at_k, at_v = places_of(page, j0, skb, skp, svb, svp, BN, PAGE, ALIKE)
+        page = pages_of(TABLE, o_table, j0 + BN, end, BN, PAGE)  # a turn ahead of what lies on them
+        k_at, v_at = K + o_k + (at_k[:, None] + cols[None, :]), V + o_v + (at_v[:, None] + cols[None, :])
         if MASKED or BD != D:
             inside = exists[:, None] & (cols[None, :] < D)
             k, v = tl.load(k_at, mask=inside, other=0.0), tl.load(v_at, mask=inside, other=0.0)
@@ -181,8 +190,8 @@ def dot_walk(
 def row_by_row(
     m, l, acc, q, factor, slopes, start, row0, n_rows, lo, end,
     K, V, TABLE, o_table, o_k, o_v, skb, skp, svb, svp, window, softcap,
-    GROUP: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, PAGE: tl.constexpr, FP8: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
+    GROUP: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, PAGE: tl.constexpr, ALIKE: tl.constexpr,
+    FP8: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
 ):  # fmt: skip
     """Again, exactly: in a tile's product a masked weight 0 meets ∞ and NaN, here hidden keys are left out."""
     rows = tl.arange(0, BM)
@@ -193,7 +202,7 @@ def row_by_row(
         slope_r = tl.sum(tl.where(mine, slopes, 0.0), 0)
         m_r, l_r, acc_r = lanes_walk(
             q_r, factor_r, slope_r, start + (row0 + r) // GROUP, lo, end, K, V, TABLE, o_table, o_k, o_v, skb, skp, svb,
-            svp, window, softcap, D, BD, 16, PAGE, 1, FP8, CAUSAL, WINDOW, SOFTCAP, ALIBI,
+            svp, window, softcap, D, BD, 16, PAGE, 1, ALIKE, FP8, CAUSAL, WINDOW, SOFTCAP, ALIBI,
         )  # fmt: skip
         m, l = tl.where(mine, m_r, m), tl.where(mine, l_r, l)
         acc = tl.where(mine[:, None], acc_r[None, :], acc)

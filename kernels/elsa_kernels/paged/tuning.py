@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import json
 from dataclasses import dataclass
+from importlib import resources
 
 import torch
 
@@ -60,17 +63,29 @@ def choose_mode(dtype: torch.dtype, precision: str, arch: str) -> str:
     return "ieee" if arch == "interpreter" else "bf16x6"
 
 
+@functools.cache
+def table() -> dict[str, dict[str, dict[str, int]]]:
+    """tuning/paged.json: fields of a `DecodeTile` by architecture and kind, for head dimensions up to 128."""
+    text = resources.files("elsa_kernels.tuning").joinpath("paged.json").read_text()
+    entries: dict[str, dict[str, dict[str, int]]] = json.loads(text)
+    return entries
+
+
+def kind_of(form: str, mode: str, rows: int, problem: PagedProblem) -> str:
+    """The table's name for a launch: "lanes" by the bits of a query element, "dot16" and "dot64" by their products."""
+    if form == "lanes":
+        return f"lanes.{32 if problem.dtype == torch.float32 else 16}"
+    return f"{form}{rows}.{'half' if mode == 'half' else 'fp32'}"
+
+
 def decode_tile(form: str, mode: str, rows: int, problem: PagedProblem, arch: str) -> DecodeTile:
-    wide = problem.D > 128
+    """The tile of a decode launch: the architecture's own entry, else that of its nearest older kind, else default."""
     if arch == "interpreter":
         return DecodeTile(BN=16, CHUNK=SMALLEST_CHUNK, num_warps=4, num_stages=1, FAN=2)
-    if form == "lanes":
-        return DecodeTile(BN=16 if wide else 32, CHUNK=512, num_warps=4, num_stages=1)
-    if mode == "half":
-        if rows <= 16:
-            return DecodeTile(BN=64 // (1 + wide), CHUNK=512, num_warps=2, num_stages=3)
-        return DecodeTile(BN=64 // (1 + wide), CHUNK=512, num_warps=4, num_stages=2)
-    return DecodeTile(BN=16 if wide or rows > 16 else 32, CHUNK=512, num_warps=4, num_stages=1)
+    kind = kind_of(form, mode, rows, problem)
+    entry = next(table()[name][kind] for name in tiles.candidates(arch, table()) if kind in table()[name])
+    tile = DecodeTile(**entry)
+    return tile if problem.D <= 128 else dataclasses.replace(tile, BN=max(16, tile.BN // 2), registers=0)
 
 
 def prefill_tile(mode: str, D: int, arch: str) -> tiles.Tile:

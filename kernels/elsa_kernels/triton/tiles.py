@@ -41,7 +41,7 @@ def choose(mode: str, D: int, arch: str) -> Tile:
     listed head dimension that holds D.
     """
     table = _table()
-    for name in _candidates(arch, table):
+    for name in candidates(arch, table):
         by_dim = table[name].get(mode)
         if by_dim is not None:
             dim = min((int(d) for d in by_dim if int(d) >= D), default=max(map(int, by_dim)))
@@ -49,7 +49,8 @@ def choose(mode: str, D: int, arch: str) -> Tile:
     raise KeyError(f"tuning/triton.json has no default for mode {mode!r}")
 
 
-def _candidates(arch: str, table: dict) -> list[str]:
+def candidates(arch: str, table: dict) -> list[str]:
+    """Names of a table's entries for an architecture, the nearest first."""
     if not arch.startswith("sm_"):
         return [arch, "default"] if arch in table else ["default"]
     # Consumer parts (sm_86, sm_89, sm_120) have too little shared memory for the tiles of their big siblings.
