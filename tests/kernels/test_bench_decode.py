@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-import pytest
-from elsa_kernels import attention_paged
+import json
+from dataclasses import asdict
+from pathlib import Path
 
-from kernels.bench import decode, table
+import pytest
+import torch
+from elsa_kernels import attention_paged
+from elsa_kernels.paged import tuning
+
+pytest.importorskip("triton")
+
+from kernels.bench import decode, table, tune_decode
+from tests.kernels import paged_aot
 
 SMALL = decode.DecodeCase("float32", 2, 4, 2, 100, D=32, Nq=3)
 
@@ -46,3 +55,38 @@ def test_table_has_a_line_a_case() -> None:
         "| float16 B1 H32/8 D128 N 512 page 16 | 3.46 (2e-04) | 2.00 (2e-04) |",
         "| float16 over float8_e4m3fn B1 H32/8 D128 N 512 page 16 | – | 4.00 (2e-04) |",
     ]
+
+
+# --- the tool that finds tiles
+
+
+def test_candidates_are_tiles_of_known_kinds() -> None:
+    assert set(tune_decode.CANDIDATES) == set(tune_decode.CASES) <= set(tuning.table()["default"])
+    for kind, tile in tune_decode.jobs():
+        assert tile.CHUNK % tile.BN == 0, (kind, tile)
+        assert tile.CHUNK >= tuning.SMALLEST_CHUNK
+
+
+def test_the_best_is_the_best_over_all_cases() -> None:
+    speeds = {("a", 16): 4.0, ("a", 32): 3.6, ("b", 16): 2.0, ("b", 32): 3.0}
+    rows = [{"case": case, "tile": {"BN": bn}, "tbps": tbps} for (case, bn), tbps in speeds.items()]
+    assert tune_decode.best(rows) == {"BN": 32}
+
+
+def test_the_table_keeps_what_was_not_tuned(tmp_path: Path) -> None:
+    path = tmp_path / "paged.json"
+    path.write_text(json.dumps(tuning.table()))
+    tile = asdict(tuning.DecodeTile(32, 1024, 4, 1, registers=128))
+    tune_decode.write_table(path, "sm_90", {"lanes.16": tile})
+    expected = json.loads(json.dumps(tuning.table()))
+    expected["sm_90"]["lanes.16"] = {"BN": 32, "CHUNK": 1024, "num_warps": 4, "num_stages": 1, "registers": 128}
+    assert json.loads(path.read_text()) == expected
+
+
+def test_every_device_finds_its_tile() -> None:
+    problem = paged_aot.problem(torch.float16, 4, 256)
+    for arch in ("sm_75", "sm_80", "sm_89", "sm_90", "sm_120", "gfx942"):
+        for form, mode, rows in (("lanes", "ieee", 1), ("dot", "half", 16), ("dot", "bf16x6", 64), ("dot", "ieee", 16)):
+            tile = tuning.decode_tile(form, mode, rows, problem, arch)
+            assert tile.BN >= 16
+            assert tile.registers == 0 or arch == "sm_90"
