@@ -8,7 +8,7 @@ from pathlib import Path
 from engine_models import make_config
 
 from kernels.bench import results_file
-from load_tests import reuse_bench
+from load_tests import questions_bench, reuse_bench
 
 
 def test_both_cases_become_rows(tmp_path: Path) -> None:
@@ -34,3 +34,14 @@ def test_the_trace_is_copy_heavy_and_not_all_copy() -> None:
     drafted, accepted = (sum(column) for column in zip(*hits))
     assert 0.4 * drafted < accepted < 0.95 * drafted
     assert 3 < (accepted + len(hits)) / len(hits) < 12
+
+
+def test_questions_become_a_row(tmp_path: Path) -> None:
+    output = tmp_path / "rows.json"
+    flags = ["--device", "cpu", "--documents", "2", "--context", "1024", "--gpu-memory", "200MiB", "--output", output]
+    assert questions_bench.main([str(flag) for flag in flags]) == 0
+    (row,) = results_file.read(output)["rows"]
+    assert row["tokens_equal"]
+    assert row["answers_right"]
+    assert row["passes"] == row["passes_plain"] - row["accepted_tokens"]
+    assert row["speedup_min"] <= row["speedup"] <= row["speedup_max"]
