@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,6 +18,8 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 READABLE = tuple(STORED.values())
+
+logger = logging.getLogger(__name__)
 _GIT_LFS = b"version https://git-lfs"
 
 
@@ -40,9 +43,25 @@ def load_config(source: Path | str) -> Any:
         config = AutoConfig.from_pretrained(file, local_files_only=True)
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise CheckpointError(f"transformers cannot read {file}: {error}") from error
-    config.name_or_path = file.resolve().parent.name
     check_not_quantised(config, file)
+    config = _text_part(config)
+    config.name_or_path = file.resolve().parent.name
     return config
+
+
+def _text_part(config: Any) -> Any:
+    """The language model's config of a multimodal model (Gemma 3 with vision, LLaVA), whose text is all that is served;
+    other configs as they are."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    text = config.get_text_config()
+    if text is config or text.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return config
+    logger.warning("a %s model is served by its language model alone (%s)", config.model_type, text.model_type)
+    for name in ("dtype", "eos_token_id"):
+        if getattr(text, name, None) is None:
+            setattr(text, name, getattr(config, name, None))
+    return text
 
 
 def check_not_quantised(config: Any, file: Path) -> None:
