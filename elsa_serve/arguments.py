@@ -50,6 +50,9 @@ def add_memory_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder for it, on a fast disk (default: that of temporary files)",
     )
+    group.add_argument(
+        "--host-threads", type=int, metavar="N", help="CPU threads that attend KV in host memory (default: planned)"
+    )
     group.add_argument("--max-batch", type=int, default=8, metavar="N", help="requests that share a pass (default: 8)")
     group.add_argument(
         "--resident-layers",
@@ -125,8 +128,8 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     """Keyword arguments of `OffloadEngine` from the flags above."""
     names = (
-        "dtype", "context", "load_format", "gpu_memory", "host_memory", "kv_disk", "kv_disk_dir", "max_batch",
-        "resident_layers", "slots", "chunk_tokens", "attention", "linear", "fused", "serial", "device", "seed",
-        "max_num_batched_tokens", "prefill_round_tokens", "num_speculative_tokens", "prefix_caching",
+        "dtype", "context", "load_format", "gpu_memory", "host_memory", "kv_disk", "kv_disk_dir", "host_threads",
+        "max_batch", "resident_layers", "slots", "chunk_tokens", "attention", "linear", "fused", "serial", "device",
+        "seed", "max_num_batched_tokens", "prefill_round_tokens", "num_speculative_tokens", "prefix_caching",
     )  # fmt: skip
     return {name: getattr(args, name) for name in names}

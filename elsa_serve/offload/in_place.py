@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import os
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from elsa_kernels.registry import Operands
 
 from elsa_serve.offload.attention import AttentionOptions
 from elsa_serve.offload.host import HostBuffer
+from elsa_serve.offload.machine import usable_cores
 from elsa_serve.offload.streams import Event, HostFunctions, Streams
 from elsa_serve.offload.working import write_mapped
 from elsa_serve.stats import HostAttention
@@ -213,7 +213,7 @@ def worker_threads(device: torch.device) -> int:
     """Threads for the host's attention: with a GPU, all cores that this process may use but one."""
     if device.type != "cuda":
         return torch.get_num_threads()
-    return max(1, len(os.sched_getaffinity(0)) - SPARE_CORES)
+    return max(1, usable_cores() - SPARE_CORES)
 
 
 def _attend_in_torch(share: HostShare) -> None:

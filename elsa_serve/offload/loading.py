@@ -119,6 +119,8 @@ class LoadedModel:
 
 def load(options: EngineOptions) -> LoadedModel:
     """Raises CheckpointError, BudgetError or UsageError before anything large is read, where it can."""
+    if options.host_threads is not None and options.host_threads < 1:
+        raise UsageError(f"--host-threads {options.host_threads} is too few: at least 1 attends KV in host memory")
     device = devices.indexed(machine.choose_device(options.device))
     config = options.weights.config if options.weights else load_config(options.model_dir)
     attentions.check_model(config, options.attention)

@@ -159,6 +159,18 @@ def _file_cache(folder: Path) -> int:
         return 0
 
 
+def usable_cores(proc: Path = Path("/proc"), root: Path = Path("/sys/fs/cgroup")) -> int:
+    """Cores that this process may keep busy: those it may run on, and no more than its container's share of time."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for folder, _, _ in _cgroup_folders(proc, root):
+        try:
+            quota, period = (folder / "cpu.max").read_text().split()
+            cores = min(cores, max(1, int(quota) // int(period)))
+        except (OSError, ValueError):  # absent, or "max"
+            continue
+    return cores
+
+
 def gpu_facts(device: torch.device) -> GpuFacts:
     properties = torch.cuda.get_device_properties(device)
     free, total = torch.cuda.mem_get_info(device)

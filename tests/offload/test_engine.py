@@ -268,6 +268,8 @@ def test_a_full_queue_refuses_and_recovers(make: Callable[..., OffloadEngine]) -
         ({"dtype": "float8"}, UsageError, "unknown dtype 'float8'"),
         ({"attention": "flash"}, UsageError, "unknown attention 'flash'; known: elsa, sdpa"),
         ({"slots": 1}, BudgetError, "--slots 1"),
+        ({"host_threads": 0}, UsageError, "--host-threads 0"),
+        ({"gpu_memory": "900KiB", "host_memory": "500KiB", "kv_disk": "1EiB"}, UsageError, "not a size"),
     ],
 )
 def test_options_that_cannot_work_are_refused(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import resource
 from pathlib import Path
 
@@ -81,6 +82,20 @@ def test_no_cgroup_limit(tmp_path: Path) -> None:
     memory = machine.host_memory(proc, tmp_path / "cgroup")
     assert memory.cgroup_limit is None
     assert (memory.limit, memory.available) == (64 * GIB, 50 * GIB)
+
+
+@pytest.mark.parametrize(("limits", "cores"), [(("max 100000", "100000 100000"), 1), (("50000 100000", "max 1"), 1)])
+def test_a_share_of_processor_time_counts_in_whole_cores(limits: tuple[str, str], cores: int, tmp_path: Path) -> None:
+    proc, root = fake_proc(tmp_path, "0::/pod/box\n"), tmp_path / "cgroup"
+    write(root / "pod/box", cpu__max=limits[0])
+    write(root / "pod", cpu__max=limits[1])
+    assert machine.usable_cores(proc, root) == cores
+
+
+def test_without_a_limit_all_cores_count(tmp_path: Path) -> None:
+    proc = fake_proc(tmp_path, "0::/\n")
+    write(tmp_path / "cgroup", cpu__max="max 100000")
+    assert machine.usable_cores(proc, tmp_path / "cgroup") == len(os.sched_getaffinity(0))
 
 
 def test_this_machine() -> None:
