@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from elsa_serve.errors import UsageError
 from elsa_serve.offload.plan import Plan
+from elsa_serve.offload.predict import Share, device_seconds
 from elsa_serve.offload.scheduler import PassTokens
 
 HIDDEN = 2.0  # a round computes for this many times its copies' duration
@@ -31,13 +32,12 @@ def pass_tokens(plan: Plan, alone: int | None = None, beside_decode: int | None 
 
 
 def _copies(plan: Plan) -> float:
-    """Seconds that a round's copies need, with some to spare."""
+    """Seconds that a round's copies and its reads from disk need, with some to spare."""
     host_kv = plan.geometry.kv_bytes(plan.context) - min(plan.kv_gpu_bytes, plan.geometry.kv_bytes(plan.context))
-    return HIDDEN * (plan.geometry.streamed_bytes(len(plan.resident_layers)) + host_kv) / plan.rates.h2d
+    return HIDDEN * max((plan.streamed_bytes + host_kv) / plan.rates.h2d, plan.disk_bytes / plan.rates.disk)
 
 
 def _computed_in(plan: Plan, seconds: float) -> int:
     """Prompt tokens, in the middle of the context, that the device computes in so long."""
-    products, attention = plan.geometry.prefill_parts(plan.context)
-    whole = products / plan.rates.flops + attention / plan.rates.attention_flops
+    whole = device_seconds(plan.geometry, plan.rates, [Share(0, plan.context)])
     return max(LEAST, int(plan.context * seconds / whole))

@@ -51,6 +51,15 @@ def test_a_round_computes_for_longer_than_its_copies_take() -> None:
     assert limits(24, 131072).alone < 131072 // 4
 
 
+def test_layers_on_disk_make_rounds_longer() -> None:
+    options: dict[str, Any] = {"gpu_budget": 8 << 30, "context": 65536, "resident_layers": 0, "disk": True}
+    memory, disk = (make_plan(geometry(), host_budget=size << 30, **options) for size in (100, 60))
+    assert disk.disk_layers
+    assert not memory.disk_layers
+    assert pass_tokens(disk).alone >= disk.context  # half the reading takes longer than all computing
+    assert pass_tokens(memory).alone < 40000
+
+
 def test_beside_decodes_a_round_is_what_hides_behind_the_decode_pass() -> None:
     assert 1024 < limits(8, 32768).beside_decode < limits(8, 32768).alone
     assert 256 <= limits(130, 32768).beside_decode < 1024
