@@ -59,7 +59,7 @@ class Recorder:
             with path.open("wb+") as file:
                 file.truncate(SIZE)
                 self._values = memoryview(mmap.mmap(file.fileno(), SIZE)).cast("d")
-        self._mirror = _prometheus_counters() if "PROMETHEUS_MULTIPROC_DIR" in os.environ else None
+        self._mirror = _prometheus_mirror() if "PROMETHEUS_MULTIPROC_DIR" in os.environ else None
 
     def add(self, name: str, amount: float, **labels: str) -> None:
         at = INDEX[name, tuple(labels.items())]
@@ -82,6 +82,8 @@ class Recorder:
     def add_layers(self, count: int) -> None:
         """Attention layers of this process that now run on ELSA; negative where they are gone."""
         self._values[len(SLOTS)] += count
+        if self._mirror is not None:
+            self._mirror[LAYERS[0]].inc(count)
 
     def value(self, name: str, **labels: str) -> float:
         return self._values[INDEX[name, tuple(labels.items())]]
@@ -190,12 +192,12 @@ def _remove(directory: Path, owner: int) -> None:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def _prometheus_counters() -> dict[str, Any]:
-    from prometheus_client import CollectorRegistry, Counter
+def _prometheus_mirror() -> dict[str, Any]:
+    from prometheus_client import CollectorRegistry, Counter, Gauge
 
     registry = CollectorRegistry()  # the files are what counts: the page is made from them
     counters: dict[str, Any] = {}
     for name, labels in SLOTS:
         if name not in counters:
             counters[name] = Counter(name, TEXTS[name], [key for key, _ in labels], registry=registry)
-    return counters
+    return counters | {LAYERS[0]: Gauge(*LAYERS, registry=registry, multiprocess_mode="livesum")}

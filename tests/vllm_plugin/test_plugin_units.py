@@ -104,7 +104,9 @@ def test_counters_also_go_to_the_multiprocess_page_where_vllm_uses_it(tmp_path):
     # prometheus_client decides on import, so a process of its own: as an engine process of vLLM is one.
     script = (
         "from elsa_serve.vllm_plugin import metrics\n"
-        "metrics.Recorder(None).add('elsa_vllm_steps', 3, phase='decode')\n"
+        "recorder = metrics.Recorder(None)\n"
+        "recorder.add('elsa_vllm_steps', 3, phase='decode')\n"
+        "recorder.add_layers(40)\n"
         "from prometheus_client import CollectorRegistry, generate_latest, multiprocess\n"
         "registry = CollectorRegistry()\n"
         "multiprocess.MultiProcessCollector(registry)\n"
@@ -113,6 +115,7 @@ def test_counters_also_go_to_the_multiprocess_page_where_vllm_uses_it(tmp_path):
     environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
     page = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert 'elsa_vllm_steps_total{phase="decode"} 3.0' in page.stdout.splitlines()
+    assert "elsa_vllm_attention_layers 40.0" in page.stdout.splitlines()
 
 
 def test_the_stopwatch_counts_calls_and_seconds():
