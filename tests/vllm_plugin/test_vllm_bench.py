@@ -1,0 +1,85 @@
+"""The benchmark's own parts: its float64 reference against transformers, its geometry, its errors as rows."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+
+from load_tests import vllm_bench, vllm_reference
+
+SMALL = {
+    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64, "initializer_range": 0.2,
+}  # fmt: skip
+
+
+def as_in_vllm(model):
+    """The modules of a transformers LLaMA under the names and in the packing that vLLM gives them."""
+
+    def packed(*linears):
+        return SimpleNamespace(weight=torch.cat([linear.weight for linear in linears]))
+
+    positions = torch.arange(64)[None]
+    cos, sin = model.model.rotary_emb(torch.zeros(1, 64, 1, dtype=torch.float64), positions)
+    table = torch.cat([cos[0, :, :8], sin[0, :, :8]], dim=-1)
+    layers = []
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        layers.append(
+            SimpleNamespace(
+                self_attn=SimpleNamespace(
+                    qkv_proj=packed(attention.q_proj, attention.k_proj, attention.v_proj), o_proj=attention.o_proj,
+                    head_dim=16, q_size=64, kv_size=32, scaling=16**-0.5,
+                    rotary_emb=SimpleNamespace(cos_sin_cache=table),
+                ),
+                mlp=SimpleNamespace(gate_up_proj=packed(mlp.gate_proj, mlp.up_proj), down_proj=mlp.down_proj),
+                input_layernorm=layer.input_layernorm,
+                post_attention_layernorm=layer.post_attention_layernorm,
+            )
+        )  # fmt: skip
+    body = SimpleNamespace(embed_tokens=model.model.embed_tokens, layers=layers, norm=model.model.norm)
+    return SimpleNamespace(model=body, lm_head=model.lm_head)
+
+
+def test_the_reference_is_llama():
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**SMALL)
+    model = transformers.LlamaForCausalLM(config).double().eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    tokens = torch.randint(0, 96, (40,)).tolist()
+    found = vllm_reference.logits(as_in_vllm(model), tokens, 5)
+    with torch.no_grad():
+        expected = model(torch.tensor([tokens])).logits[0, -5:]
+    # transformers normalises in float32, whatever the model's dtype.
+    assert max(vllm_reference.relative_errors(found, expected)) < 2e-6
+    assert max(vllm_reference.relative_errors(found[:, torch.randperm(96)], expected)) > 0.1
+
+
+def test_geometry_takes_changes_and_refuses_unknown_keys():
+    parser = vllm_bench.build_parser()
+    args = parser.parse_args(["speed", "--layers", "2", "--set", "vocab_size=128"])
+    config = vllm_bench.geometry(args)
+    assert (config["num_hidden_layers"], config["vocab_size"], config["num_attention_heads"]) == (2, 128, 40)
+    with pytest.raises(SystemExit, match="'colour' is not in"):
+        vllm_bench.geometry(parser.parse_args(["speed", "--set", "colour=3"]))
+
+
+def test_a_backend_that_fails_is_a_row_with_its_error():
+    def fail():
+        raise ValueError("no such backend")
+
+    row = vllm_bench.attempt({"attention": "X"}, fail)
+    assert row["error"] == "ValueError: no such backend"
+    assert vllm_bench.attempt({}, lambda: {"prefill_s": 1.0})["error"] is None
+
+
+def test_an_elsa_row_needs_proof(monkeypatch):
+    from elsa_serve.vllm_plugin.verify import NotActive
+
+    monkeypatch.delenv("ELSA_VLLM_METRICS_DIR", raising=False)
+    with pytest.raises(NotActive):
+        vllm_bench.proved("ELSA")
+    assert vllm_bench.proved("FLASH_ATTN") == {}
