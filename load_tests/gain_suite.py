@@ -4,9 +4,11 @@ python -m load_tests.gain_suite --output load_tests/results/gain-h200.json \\
         --cell float16:32768:40 --cell float16:65536:10 --cell float32:32768:4 --cell float32:65536:2
 
 A cell is DTYPE:CONTEXT:LAYERS. Layers are alike, and time grows with their number on both sides, so a few of them show
-the gain of all in far less time; each row says how many ran. Weights are random, float32 is strict (torch refuses TF32
-in linear layers, and so do both kinds of attention), and one engine changes its attention between two requests.
-Results are written after every cell; cells that the work folder holds already are not measured again.
+the gain of all in far less time; each row says how many ran. They get the GPU memory that is theirs of --gpu-memory:
+what the model with all its layers would spend on the KV of the missing ones is taken away, so that the same share of
+the KV lies in host memory. Weights are random and all streamed, float32 is strict (no TF32 in linear layers nor in
+either attention), and one engine changes its attention between two requests. Results are written after every cell;
+cells that the work folder holds already are not measured again.
 """
 
 from __future__ import annotations
@@ -21,14 +23,18 @@ from typing import Any
 
 import torch
 from elsa_load.ab import SIDES
+from elsa_load.command import add_command
 from elsa_load.report import gain_report
 
-from elsa_serve.cli import main as elsa_serve
+from elsa_serve.errors import ElsaError
+from elsa_serve.offload.checkpoint import load_config
 from elsa_serve.offload.loading import DTYPES
+from elsa_serve.offload.plan import Geometry, make_plan
 from elsa_serve.offload.units import parse_size
 from kernels.bench import results_file
 
 MODEL = Path(__file__).parent / "models" / "llama-13b.json"
+PLENTY = 1 << 50  # bytes of host memory: the plan of all layers is never run
 CELLS = ("float16:32768:40", "float16:65536:10", "float32:32768:4", "float32:65536:2")
 
 
@@ -78,6 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--cell", type=SuiteCell.parse, action="append", metavar="DTYPE:CONTEXT:LAYERS", help="repeatable")
     add("--pairs", type=int, default=6, help="prompts a cell, each on both sides (default: 6)")
     add("--warm-up", type=int, default=1, help="full prompts a cell and side before the clock runs (default: 1)")
+    add("--seconds", type=float, default=600.0, help="begin no further pair of a cell after this long (default: 600)")
     add("--output-tokens", type=int, default=4, help="generated a request (default: 4)")
     add("--gpu-memory", default="24GiB", help="device budget, enforced (default: 24GiB)")
     add("--work", type=Path, default=Path("gain-suite"), help="folder of each cell's own files (default: gain-suite)")
@@ -91,11 +98,39 @@ def measure(args: argparse.Namespace, cell: SuiteCell) -> int:
     model.mkdir(parents=True, exist_ok=True)
     config = json.loads(args.model.read_text()) | {"num_hidden_layers": cell.layers}
     (model / "config.json").write_text(json.dumps(config))
-    settings = f"dtype={cell.dtype},load-format=dummy,resident-layers=0,gpu-memory={args.gpu_memory}"
+    settings = {"dtype": cell.dtype, "load-format": "dummy", "resident-layers": 0, **placement(args, cell)}
     flags = ["--context", cell.context, "--pairs", args.pairs, "--warm-up", args.warm_up]
-    flags += ["--output-tokens", args.output_tokens, "--set", settings, "--output", folder]
+    flags += ["--seconds", args.seconds, "--output-tokens", args.output_tokens, "--output", folder]
+    flags += ["--set", ",".join(f"{key}={value}" for key, value in settings.items())]
     quiet = [] if sys.stderr.isatty() else ["--quiet"]
-    return elsa_serve(["bench", "gain", str(model), "--in-process", *map(str, flags), *quiet])
+    return bench(["gain", str(model), "--in-process", *map(str, flags), *quiet])
+
+
+def placement(args: argparse.Namespace, cell: SuiteCell) -> dict[str, int]:
+    """Flags that place `cell.layers` layers as the whole model's would be placed within --gpu-memory."""
+    whole = Geometry.from_config(load_config(args.model), DTYPES[cell.dtype])
+    plan = make_plan(
+        whole,
+        gpu_budget=parse_size(args.gpu_memory),
+        host_budget=PLENTY,
+        context=cell.context + args.output_tokens + 1,
+        resident_layers=0,
+        device_type="cuda" if torch.cuda.is_available() else "cpu",
+    )
+    missing = plan.kv_gpu_bytes * (whole.layers - cell.layers) // whole.layers
+    return {"gpu-memory": plan.gpu_budget - missing, "slots": plan.slots, "chunk-tokens": plan.chunk_tokens}
+
+
+def bench(words: Sequence[str]) -> int:
+    """`elsa-serve bench …` where the package need not be installed, so that its entry points are unknown."""
+    parser = argparse.ArgumentParser(prog="elsa-serve")
+    add_command(parser.add_subparsers())
+    args = parser.parse_args(["bench", *words])
+    try:
+        return int(args.run(args) or 0)
+    except ElsaError as error:
+        print(f"elsa-serve: error: {error}", file=sys.stderr)
+        return 1
 
 
 def rows_of(args: argparse.Namespace, cell: SuiteCell, document: dict[str, Any]) -> list[dict[str, Any]]:
@@ -105,7 +140,8 @@ def rows_of(args: argparse.Namespace, cell: SuiteCell, document: dict[str, Any])
         "model": args.model.stem,
         "layers": cell.layers,
         "linear": "torch",
-        "gpu_cap_bytes": parse_size(args.gpu_memory),
+        "gpu_cap_bytes": placement(args, cell)["gpu-memory"],
+        "gpu_cap_bytes_all_layers": parse_size(args.gpu_memory),
         "device": "cuda" if torch.cuda.is_available() else "cpu",
     }
     counters = {f"{side}_{key}": measured["counters"][side][key] for side in SIDES for key in ("h2d_bytes", "stall_s")}

@@ -14,6 +14,7 @@ rounds and no longer of the pairs: it holds the difference from start to start t
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -26,7 +27,7 @@ from tqdm import tqdm
 from elsa_load.client import Client
 from elsa_load.intervals import median_gain, paired_gain
 from elsa_load.pages import Page, growth
-from elsa_load.prometheus import PHASES, Prometheus
+from elsa_load.prometheus import PHASES
 from elsa_load.prompts import PromptMaker
 from elsa_load.records import Observation, Request
 from elsa_serve.errors import ElsaError
@@ -50,6 +51,20 @@ class Side(Protocol):
         ...
 
 
+class Watcher(Protocol):
+    """What sees both sides' metrics all through the run: a Prometheus, or what records for one."""
+
+    def settle(self) -> float:
+        """Wait until all that has happened is seen. Returns a time to ask about, in seconds since the epoch."""
+        ...
+
+    def seconds(
+        self, phase: str, start: float, end: float, requests: int
+    ) -> tuple[dict[str, float] | None, str | None]:
+        """What each side's `requests` took between two settled times; or None and why that is not known."""
+        ...
+
+
 class HttpSide:
     """A server, through the measuring client."""
 
@@ -67,7 +82,8 @@ class HttpSide:
 class Cell:
     """One context of an A/B: `pairs` prompts of `context` tokens, each continued for exactly `output_tokens`.
 
-    `round` counts the starts of the servers, from 0; each has prompts of its own.
+    `round` counts the starts of the servers, from 0; each has prompts of its own. After `seconds` no pair is begun any
+    more, two at the least; which pairs there are then depends on the time that all of them took, not on what they say.
     """
 
     context: int
@@ -76,6 +92,7 @@ class Cell:
     seed: int = 1
     warm_up: int = 1
     round: int = 0
+    seconds: float | None = None
 
     def requests(self, make: PromptMaker) -> list[Request]:
         """The warm-up's first, then one a pair."""
@@ -136,7 +153,7 @@ async def run_cell(
     sides: Mapping[str, Side],
     make: PromptMaker,
     *,
-    prometheus: Prometheus | None = None,
+    prometheus: Watcher | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Measure one context on both sides. Returns what `gain_rows` and the report need, as plain data."""
@@ -146,10 +163,13 @@ async def run_cell(
         for side in SIDES:
             times_of(await sides[side].run(request))
             bar.update()
-    start = prometheus.settle() if prometheus else 0.0
+    start = end = prometheus.settle() if prometheus else 0.0
     before = {side: await sides[side].page() for side in SIDES}
-    pairs = []
+    pairs: list[Pair] = []
+    until = time.monotonic() + (cell.seconds if cell.seconds is not None else math.inf)
     for number, request in enumerate(requests[cell.warm_up :]):
+        if len(pairs) >= 2 and time.monotonic() > until:
+            break
         pairs.append(await run_pair(sides, request, cell.round + number))
         bar.update(2)
     bar.close()
@@ -157,13 +177,14 @@ async def run_cell(
     seen: dict[str, Any] = {}
     if prometheus:
         end = prometheus.settle()
-        seen = {phase: prometheus.seconds(phase, start, end, cell.pairs) for phase in PHASES}
+        seen = {phase: prometheus.seconds(phase, start, end, len(pairs)) for phase in PHASES}
     return {
         "cell": asdict(cell),
-        "prompt_tokens": [request.prompt_tokens for request in requests[cell.warm_up :]],
+        "prompt_tokens": [request.prompt_tokens for request in requests[cell.warm_up :]][: len(pairs)],
         "pairs": [asdict(pair) for pair in pairs],
         "counters": {side: growth(before[side], after[side]) for side in SIDES},
         "config": {side: after[side].labels("elsa_engine_config_info") for side in SIDES},
+        "window": [start, end],
         "prometheus": {phase: {"seconds": seconds, "reason": why} for phase, (seconds, why) in seen.items()},
     }
 

@@ -11,8 +11,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from elsa_load import prometheus
-from elsa_load.ab import SIDES, Cell, HttpSide, Results, Side, order, run_cell, run_cells, table
+from elsa_load import prometheus, scrapes
+from elsa_load.ab import SIDES, Cell, HttpSide, Results, Side, Watcher, order, run_cell, run_cells, table
 from elsa_load.bench_run import encoder, flags_of
 from elsa_load.client import Client, Endpoint
 from elsa_load.envelope import envelope
@@ -21,8 +21,11 @@ from elsa_load.processes import Program, elsa_serve_command, split_command
 from elsa_load.prometheus import Prometheus
 from elsa_load.prompts import PromptMaker
 from elsa_load.report import gain_report
+from elsa_load.scrapes import Recorder
 from elsa_serve.envs import api_keys
 from elsa_serve.errors import UsageError
+
+OWN = ("settings", "paper", "rows", "cells")  # keys of a results file that `Results` writes itself
 
 
 def gain(args: argparse.Namespace) -> int:
@@ -85,7 +88,7 @@ async def over_http(
     args: argparse.Namespace,
     urls: dict[str, str],
     results: Results,
-    watcher: Prometheus | None,
+    watcher: Watcher | None,
     labels: dict[str, Any],
     number: int,
 ) -> None:
@@ -128,7 +131,7 @@ async def measured(
     sides: Mapping[str, Side],
     maker: PromptMaker,
     results: Results,
-    watcher: Prometheus | None,
+    watcher: Watcher | None,
     labels: dict[str, Any],
     number: int = 0,
 ) -> None:
@@ -146,17 +149,22 @@ async def measured(
 
 def cells_of(args: argparse.Namespace, number: int) -> list[Cell]:
     """What one round measures."""
-    fixed = (args.output_tokens, args.pairs, args.seed, args.warm_up, number)
+    fixed = (args.output_tokens, args.pairs, args.seed, args.warm_up, number, args.seconds)
     return [Cell(context, *fixed) for context in args.context]
 
 
 @contextmanager
-def watched(args: argparse.Namespace, urls: dict[str, str]) -> Iterator[Prometheus | None]:
-    """A Prometheus over both sides; none where it was not wanted or is not installed, which is said."""
-    reason = "--no-prometheus" if args.no_prometheus else prometheus.missing()
-    if reason is not None:
-        print(f"gains are the client's alone: {reason}")
+def watched(args: argparse.Namespace, urls: dict[str, str]) -> Iterator[Watcher | None]:
+    """A Prometheus over both sides; where it is not installed, a recorder for one elsewhere; none where not wanted."""
+    if args.no_prometheus:
+        print("gains are the client's alone: --no-prometheus")
         yield None
+        return
+    reason = prometheus.missing()
+    if reason is not None:
+        print(f"gains are the client's alone: {reason}; `elsa-serve bench replay {args.output}` adds its own elsewhere")
+        with Recorder(urls, args.output / scrapes.FILE, args.scrape_interval) as recorder:
+            yield recorder
         return
     keys = api_keys()
     folder: Path = args.output / "prometheus"
@@ -166,9 +174,38 @@ def watched(args: argparse.Namespace, urls: dict[str, str]) -> Iterator[Promethe
         yield watcher
 
 
+def replay(args: argparse.Namespace) -> int:
+    """Let a real Prometheus compute the gains of a run that had none, from the scrapes that it kept."""
+    file = args.output / "gain.json"
+    try:
+        known = json.loads(file.read_text())
+        results = Results(file, {key: value for key, value in known.items() if key not in OWN}, known["settings"])
+        windows = [cell["window"] for cell in results.cells]
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(f"{file} is no results file of an A/B: {error!r}") from error
+    with scrapes.replayed(args.output / scrapes.FILE, SIDES, args.output / "prometheus") as watcher:
+        for cell, (start, end) in zip(results.cells, windows):
+            seen = {phase: watcher.seconds(phase, start, end, len(cell["pairs"])) for phase in prometheus.PHASES}
+            cell["prometheus"] = {phase: {"seconds": spent, "reason": why} for phase, (spent, why) in seen.items()}
+    results.save()
+    return finish(args, results)
+
+
 def opened(args: argparse.Namespace) -> Results:
-    names = ("baseline", "candidate", "set", "output_tokens", "pairs", "seed", "warm_up", "confidence", "counting")
+    names = (
+        "baseline",
+        "candidate",
+        "set",
+        "output_tokens",
+        "pairs",
+        "seed",
+        "warm_up",
+        "seconds",
+        "confidence",
+        "counting",
+    )
     settings = {name: getattr(args, name, None) for name in names} | {"in_process": getattr(args, "in_process", False)}
+    settings["counting"] = args.counting
     settings["model"] = str(getattr(args, "model_dir", None) or args.model)
     return Results(args.output / "gain.json", envelope(), settings)
 

@@ -32,6 +32,9 @@ def add_command(subparsers: Any) -> None:
     _add_run(commands)
     listing = commands.add_parser("list", help="the scenarios that come with the package")
     listing.set_defaults(run=list_scenarios)
+    replay = commands.add_parser("replay", help="let a Prometheus here compute the gains of a run that had none")
+    replay.add_argument("output", type=Path, metavar="DIR", help="the run's --output")
+    replay.set_defaults(run=_replay)
     report = commands.add_parser("report", help="write the HTML report of a results file again")
     report.add_argument("results", type=Path, metavar="FILE", help="a gain.json")
     report.set_defaults(run=_report)
@@ -91,6 +94,12 @@ def _add_cells(parser: argparse.ArgumentParser) -> None:
     )
     add("--output-tokens", type=positive, default=16, metavar="N", help="tokens to generate (default: 16)")
     add("--pairs", type=positive, default=8, metavar="N", help="prompts a context, each on both sides (default: 8)")
+    add(
+        "--seconds",
+        type=float,
+        metavar="S",
+        help="begin no further pair of a context after this long (default: all of --pairs)",
+    )
     add(
         "--rounds",
         type=positive,
@@ -200,6 +209,13 @@ def _run(args: argparse.Namespace) -> int:
     from elsa_load.bench_run import start
 
     return start(args)
+
+
+def _replay(args: argparse.Namespace) -> int:
+    _needs_httpx()
+    from elsa_load.bench_gain import replay
+
+    return replay(args)
 
 
 def _report(args: argparse.Namespace) -> int:

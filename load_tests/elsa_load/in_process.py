@@ -40,8 +40,8 @@ class Gate:
 class Switch:
     """Holds the one live engine.
 
-    `build` makes the engine of a side with the sink it is given; `change`, where there is one, makes it another side's
-    engine in place.
+    `build` makes the engine of a side with the sink it is given. With `change`, one engine is built for all sides, and
+    made a side's in place.
     """
 
     def __init__(
@@ -72,11 +72,11 @@ class Switch:
         return self._engine
 
     def _take(self, name: str) -> None:
-        if self._engine is not None and self._change is not None:
+        if self._engine is None or self._change is None:
+            self.close()
+            self._engine = self._build(name, self._gate)
+        if self._change is not None:
             self._change(self._engine, name)
-            return
-        self.close()
-        self._engine = self._build(name, self._gate)
 
     def _warm_up(self, prompt: list[int]) -> None:
         size = 2 * self._engine.plan.chunk_tokens + 1
@@ -166,8 +166,11 @@ def engine_sides(model: Path, options: dict[str, dict[str, Any]]) -> Iterator[di
         attn_implementation=attentions.NAME,
     )
 
+    shared = only_attention_differs(options)
+
     def build(name: str, sink: MetricsSink) -> Engine:
-        chosen = options[name]
+        # The plan of a shared engine is the last side's, the candidate's, whichever comes first.
+        chosen = options[list(options)[-1] if shared else name]
         # The weights are no longer part of what is free, so they are added to what may be planned with.
         host = chosen["host_memory"] or int(0.9 * host_memory().available) + weights.store.nbytes
         return OffloadEngine(model, sink=sink, weights=weights, **chosen | {"host_memory": host})
@@ -175,7 +178,7 @@ def engine_sides(model: Path, options: dict[str, dict[str, Any]]) -> Iterator[di
     def change(engine: Any, name: str) -> None:
         engine.use_attention(options[name]["attention"])
 
-    switch = Switch(build, tuple(options), change if only_attention_differs(options) else None)
+    switch = Switch(build, tuple(options), change if shared else None)
     sides: dict[str, EngineSide] = {}
     try:
         for name in options:

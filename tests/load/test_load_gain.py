@@ -145,6 +145,13 @@ def test_a_run_goes_on_where_it_stopped_but_not_with_other_settings(tmp_path, ur
     assert (tmp_path / "gain.html").read_text() == (tmp_path / "report.html").read_text()
 
 
+def test_no_pair_is_begun_after_the_time_given(tmp_path, url):
+    flags = ["--pairs", "50", "--seconds", "0", "--output-tokens", "2", "--context", "256"]
+    data = compare_same(url, tmp_path, *flags)
+    assert [row["pairs"] for row in data["rows"]] == [2, 2, 2]
+    assert data["cells"][0]["prompt_tokens"] == [256, 256]
+
+
 def test_a_failing_side_ends_the_benchmark(tmp_path, capsys):
     broken = f"{shlex.quote(sys.executable)} -c 'raise SystemExit(\"no model\")' {{port}}"
     arguments = ["bench", "ab", "--baseline", broken, "--candidate", "http://127.0.0.1:9", "--no-prometheus"]
@@ -174,7 +181,7 @@ def built(monkeypatch):
 
 @pytest.mark.parametrize(
     ("flags", "engines"),
-    [([], ["sdpa"]), (["--candidate", "attention=elsa,chunk-tokens=128"], ["sdpa", "elsa", "sdpa", "elsa"])],
+    [([], ["elsa"]), (["--candidate", "attention=elsa,chunk-tokens=128"], ["sdpa", "elsa", "sdpa", "elsa"])],
     ids=["attention alone", "more than attention"],
 )
 def test_engines_of_this_process_take_turns_and_warm_ups_leave_no_trace(tmp_path, built, flags, engines):
