@@ -22,6 +22,7 @@ from elsa_load.processes import Program
 from elsa_load.prometheus import Prometheus
 from elsa_serve.errors import ElsaError, UsageError
 
+EVALUATED_S = 1  # between two evaluations of the rules in a replay
 FILE = "scrapes.om"  # OpenMetrics text with timestamps
 FAMILIES = (
     "elsa_time_to_first_token_seconds", "elsa_request_decode_seconds", "elsa_request_duration_seconds",
@@ -68,11 +69,10 @@ class Recorder:
                         self._series.setdefault(name, {}).setdefault(text, []).append((now, value))
 
     def settle(self) -> float:
-        """Scrape once more, and let the full second pass at which a replay evaluates the rules. Returns that time."""
+        """Scrape once more, and wait until a replay has evaluated the rules over it. Returns a time to query at."""
         self._scrape()
-        evaluated = math.floor(time.time()) + 1
-        time.sleep(evaluated + 0.01 - time.time())
-        return evaluated
+        time.sleep(EVALUATED_S + 0.1)
+        return time.time()
 
     def seconds(
         self, phase: str, start: float, end: float, requests: int
@@ -124,7 +124,11 @@ def replayed(file: Path, sides: tuple[str, ...], folder: Path) -> Iterator[Repla
         as_file(files("elsa_load") / "gain_rules.yml") as rules,
         Program(command, folder / "log", ready_paths=("/-/ready",), startup_s=60, stop_s=30) as server,
     ):
-        span = [f"--start={math.floor(min(times))}", f"--end={math.ceil(max(times))}", "--eval-interval=1s"]
+        span = [
+            f"--start={math.floor(min(times))}",
+            f"--end={math.ceil(max(times))}",
+            f"--eval-interval={EVALUATED_S}s",
+        ]
         made = [f"--url={server.url}", f"--output-dir={data}"]
         _promtool("tsdb", "create-blocks-from", "rules", *span, *made, str(rules))
         server.restart()  # takes up the new blocks
