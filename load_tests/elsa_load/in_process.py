@@ -153,7 +153,7 @@ def engine_sides(model: Path, options: dict[str, dict[str, Any]]) -> Iterator[di
     from elsa_serve.offload import attention as attentions
     from elsa_serve.offload.engine import OffloadEngine
     from elsa_serve.offload.loading import DTYPES
-    from elsa_serve.offload.machine import choose_device, host_memory
+    from elsa_serve.offload.machine import assumed_rates, choose_device, host_memory
     from elsa_serve.offload.weights import load_model
 
     first = next(iter(options.values()))
@@ -173,7 +173,10 @@ def engine_sides(model: Path, options: dict[str, dict[str, Any]]) -> Iterator[di
         chosen = options[list(options)[-1] if shared else name]
         # The weights are no longer part of what is free, so they are added to what may be planned with.
         host = chosen["host_memory"] or int(0.9 * host_memory().available) + weights.store.nbytes
-        return OffloadEngine(model, sink=sink, weights=weights, **chosen | {"host_memory": host})
+        # Rates are measured for what they decide; with everything decided, they would only cost seconds.
+        decided = all(chosen[key] is not None for key in ("resident_layers", "slots", "chunk_tokens"))
+        rates = assumed_rates(weights.dtype) if decided else None
+        return OffloadEngine(model, sink=sink, weights=weights, **chosen | {"host_memory": host, "rates": rates})
 
     def change(engine: Any, name: str) -> None:
         engine.use_attention(options[name]["attention"])
