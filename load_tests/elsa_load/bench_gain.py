@@ -25,13 +25,23 @@ from elsa_load.scrapes import Recorder
 from elsa_serve.envs import api_keys
 from elsa_serve.errors import UsageError
 
+DEFAULTS = {  # what is compared, unless told otherwise
+    "offload": ("attention=sdpa", "attention=elsa"),
+    "vllm": ("attention-backend=FLASH_ATTN", "attention-backend=elsa"),
+}
+VLLM_BUDGETS = ("--gpu-memory-utilization", "--kv-cache-memory-bytes")
 OWN = ("settings", "paper", "rows", "cells")  # keys of a results file that `Results` writes itself
 
 
 def gain(args: argparse.Namespace) -> int:
-    """Two configurations of our engine on one model."""
+    """Two configurations of one engine on one model."""
+    for side, default in zip(SIDES, DEFAULTS[args.engine]):
+        if getattr(args, side) is None:
+            setattr(args, side, default)
     flags = {side: flags_of([*args.set, getattr(args, side)]) for side in SIDES}
     context = max(args.context) + args.output_tokens + 1
+    if args.engine == "vllm":
+        return gain_on_vllm(args, flags, context)
     flags = {side: [*one, "--context", str(context), "--max-batch", "1"] for side, one in flags.items()}
     if args.in_process:
         if args.rounds > 1:
@@ -42,6 +52,26 @@ def gain(args: argparse.Namespace) -> int:
         raise UsageError("two servers share this machine: give both the same budget with --set gpu-memory=24GiB")
     commands = {side: elsa_serve_command(args.model_dir, flags[side]) for side in SIDES}
     return compare(args, commands, {}, {"engine": "elsa-offload", "dtype": None, "baseline": args.baseline})
+
+
+def gain_on_vllm(args: argparse.Namespace, flags: dict[str, list[str]], context: int) -> int:
+    """Two vLLM servers that differ in their attention backend. Every flag of --set is vLLM's own."""
+    if args.in_process:
+        raise UsageError("--in-process is the offload engine's: with --engine vllm both sides are servers")
+    if not all(any(word.partition("=")[0] in VLLM_BUDGETS for word in one) for one in flags.values()):
+        raise UsageError(
+            "two servers share this machine, and vLLM takes nearly all of a GPU unless told otherwise: "
+            "give both a share with --set gpu-memory-utilization=0.4 (on a CPU: --set kv-cache-memory-bytes=1G)"
+        )
+    # Every prompt comes to each side once; a cached prefix would only hide the prefill that is measured.
+    fixed = ["--max-model-len", str(context), "--no-enable-prefix-caching"]
+    commands = {
+        side: elsa_serve_command(args.model_dir, ["--engine", "vllm", *one, *fixed], args.python)
+        for side, one in flags.items()
+    }
+    dtypes = {one[one.index("--dtype") + 1] for one in flags.values() if "--dtype" in one}
+    labels = {"engine": "vllm", "dtype": " / ".join(sorted(dtypes)) or "auto", "baseline": args.baseline}
+    return compare(args, commands, {}, labels)
 
 
 def ab(args: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ EPILOG = """\
 examples:
   elsa-serve bench gain ./llama-13b --context 32768 65536 --set dtype=float32,gpu-memory=24GiB
       sdpa against elsa on the offload engine: starts both sides, interleaves them, prints gain ± interval
+  elsa-serve bench gain ./llama-13b --engine vllm --context 32768 --set gpu-memory-utilization=0.45,dtype=float16
+      FLASH_ATTN against elsa in two vLLM servers
   elsa-serve bench ab --context 32768 \\
       --baseline "vllm serve M --attention-backend FLASH_ATTN --port {port}" \\
       --candidate "vllm serve M --attention-backend elsa --port {port}"
@@ -41,16 +44,31 @@ def add_command(subparsers: Any) -> None:
 
 
 def _add_gain(commands: Any) -> None:
-    about = (
-        "two configurations of our engine on one model: attention=sdpa against attention=elsa, unless told otherwise"
-    )
+    about = "two configurations of one engine on one model: another attention against ELSA, unless told otherwise"
     parser = commands.add_parser("gain", help=about, description=about)
     parser.add_argument("model_dir", type=Path, metavar="MODEL_DIR", help="checkpoint to serve on both sides")
     parser.add_argument(
-        "--baseline", default="attention=sdpa", metavar="KEY=VALUE,…", help="flags of the baseline alone"
+        "--engine",
+        choices=("offload", "vllm"),
+        default="offload",
+        help="whose attention: the offload engine's, or vLLM's (default: offload)",
     )
     parser.add_argument(
-        "--candidate", default="attention=elsa", metavar="KEY=VALUE,…", help="flags of the candidate alone"
+        "--python",
+        type=Path,
+        default=Path(sys.executable),
+        metavar="FILE",
+        help="interpreter that has vLLM and elsa-serve installed (default: this one)",
+    )
+    parser.add_argument(
+        "--baseline",
+        metavar="KEY=VALUE,…",
+        help="flags of the baseline alone (default: attention=sdpa; with vLLM attention-backend=FLASH_ATTN)",
+    )
+    parser.add_argument(
+        "--candidate",
+        metavar="KEY=VALUE,…",
+        help="flags of the candidate alone (default: attention=elsa; with vLLM attention-backend=elsa)",
     )
     _add_set(parser)
     parser.add_argument(

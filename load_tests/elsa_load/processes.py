@@ -23,9 +23,9 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def elsa_serve_command(model: Path | str, flags: Sequence[str] = ()) -> list[str]:
-    """`elsa-serve serve` under this interpreter, with a place for the port."""
-    return [sys.executable, "-m", "elsa_serve", "serve", str(model), *flags, "--port", "{port}"]
+def elsa_serve_command(model: Path | str, flags: Sequence[str] = (), python: Path | str = sys.executable) -> list[str]:
+    """`elsa-serve serve` under an interpreter (default: this one), with a place for the port."""
+    return [str(python), "-m", "elsa_serve", "serve", str(model), *flags, "--port", "{port}"]
 
 
 def split_command(text: str) -> list[str]:

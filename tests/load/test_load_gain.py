@@ -145,6 +145,31 @@ def test_a_run_goes_on_where_it_stopped_but_not_with_other_settings(tmp_path, ur
     assert (tmp_path / "gain.html").read_text() == (tmp_path / "report.html").read_text()
 
 
+@needs_prometheus
+def test_scrapes_kept_where_no_prometheus_is_give_its_gain_elsewhere(tmp_path, monkeypatch, capsys):
+    arguments = ["bench", "gain", str(DEMO), "--in-process", "--quiet", "--set", SMALL, "--scrape-interval", "0.5"]
+    arguments += ["--context", "600", "--pairs", "2", "--output-tokens", "8", "--output", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        patch.setattr(prometheus, "missing", lambda: "none here")
+        assert main(arguments) == 0
+    assert "bench replay" in capsys.readouterr().out
+    before = json.loads((tmp_path / "gain.json").read_text())
+    assert {row["prometheus_gain_percent"] for row in before["rows"]} == {None}
+    assert main(["bench", "replay", str(tmp_path)]) == 0
+    after = json.loads((tmp_path / "gain.json").read_text())
+    (cell,) = after["cells"]
+    for phase, told in cell["prometheus"].items():
+        assert told["reason"] is None
+        for side in SIDES:
+            seen = sum(pair["seconds"][side][phase] for pair in cell["pairs"])
+            assert told["seconds"][side] == pytest.approx(seen, rel=0.2, abs=0.1), (phase, side)
+    assert None not in {row["prometheus_gain_percent"] for row in after["rows"]}
+    assert after["commit"] == before["commit"]  # of the run, not of the replay
+    (tmp_path / "scrapes.om").unlink()
+    assert main(["bench", "replay", str(tmp_path)]) == 2
+    assert "nothing to replay" in capsys.readouterr().err
+
+
 def test_no_pair_is_begun_after_the_time_given(tmp_path, url):
     flags = ["--pairs", "50", "--seconds", "0", "--output-tokens", "2", "--context", "256"]
     data = compare_same(url, tmp_path, *flags)
@@ -207,6 +232,48 @@ def test_sides_that_cannot_share_weights_are_refused(tmp_path, capsys):
 def test_two_servers_need_a_budget_each(tmp_path, capsys):
     assert main(["bench", "gain", str(DEMO), "--output", str(tmp_path)]) == 2
     assert "--set gpu-memory" in capsys.readouterr().err
+
+
+@pytest.fixture
+def fake_python(tmp_path):
+    """An "interpreter" that keeps the words it is called with and serves on the port among them."""
+    file = tmp_path / "python-with-vllm"
+    file.write_text(
+        f"#!{sys.executable}\n"
+        "import os, pathlib, sys\n"
+        f"with pathlib.Path({str(tmp_path / 'calls')!r}).open('a') as out:\n"
+        "    print(*sys.argv[1:], file=out)\n"
+        f"server = [sys.executable, {str(HERE / 'timed_server.py')!r}, sys.argv[sys.argv.index('--port') + 1]]\n"
+        "os.execv(server[0], [*server, '0.0001', '0.001', '1'])\n"
+    )
+    file.chmod(0o755)
+    return file
+
+
+def test_gain_on_vllm_starts_two_of_its_servers(tmp_path, fake_python):
+    arguments = ["bench", "gain", "some-model", "--engine", "vllm", "--python", str(fake_python), "--quiet"]
+    arguments += ["--set", "gpu-memory-utilization=0.4,dtype=float16,enforce-eager", "--no-prometheus"]
+    arguments += ["--context", "256", "--pairs", "2", "--output-tokens", "3", "--output", str(tmp_path / "out")]
+    assert main(arguments) == 0
+    calls = [line.split(" --port ")[0] for line in (tmp_path / "calls").read_text().splitlines()]
+    shared = "--max-model-len 260 --no-enable-prefix-caching"
+    assert calls == [
+        "-m elsa_serve serve some-model --engine vllm --gpu-memory-utilization 0.4 --dtype float16 --enforce-eager "
+        f"--attention-backend {backend} {shared}"
+        for backend in ("FLASH_ATTN", "elsa")
+    ]
+    rows = json.loads((tmp_path / "out" / "gain.json").read_text())["rows"]
+    named = {(row["engine"], row["dtype"], row["baseline"], row["candidate"]) for row in rows}
+    assert named == {("vllm", "float16", "attention-backend=FLASH_ATTN", "attention-backend=elsa")}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [([], "gpu-memory-utilization"), (["--in-process", "--set", "gpu-memory-utilization=0.4"], "--in-process")],
+)
+def test_gain_on_vllm_refuses_what_cannot_be_compared(tmp_path, capsys, flags, message):
+    assert main(["bench", "gain", "m", "--engine", "vllm", *flags, "--output", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
 
 
 def in_one_process(folder, slowdown):
