@@ -126,7 +126,7 @@ def complete(url, tokens):
 @needs_prometheus
 def test_every_query_of_the_dashboards_runs_in_a_real_prometheus(generate, tmp_path):
     """Variables replaced as Grafana would. Queries about requests must give numbers after some requests."""
-    server = [sys.executable, str(Path(__file__).with_name("timed_server.py")), "{port}", "0.0001", "0.005", "1"]
+    server = [sys.executable, str(Path(__file__).with_name("timed_server.py")), "0.0001", "0.005", "{port}:1"]
     with (
         Program(server, tmp_path / "server.log", startup_s=60, stop_s=10) as served,
         shipped_prometheus(tmp_path, served.url.removeprefix("http://")) as program,

@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory):
-    command = [sys.executable, str(HERE / "timed_server.py"), "{port}", "0.0002", "0.005", "1"]
+    command = [sys.executable, str(HERE / "timed_server.py"), "0.0002", "0.005", "{port}:1"]
     with Program(command, tmp_path_factory.mktemp("timed") / "log", startup_s=60, stop_s=10) as program:
         yield program.url
 

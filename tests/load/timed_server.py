@@ -1,11 +1,15 @@
-"""Our HTTP server over an engine of fixed timings: `python timed_server.py PORT PREFILL_S_PER_TOKEN DECODE_S SLOWDOWN`.
+"""Our HTTP server over an engine of fixed timings: `timed_server.py PREFILL_S_PER_TOKEN DECODE_S PORT:SLOWDOWN …`.
 
 The engine takes one request at a time, waits PREFILL_S_PER_TOKEN × SLOWDOWN for every prompt token and DECODE_S ×
 SLOWDOWN for every token after the first, and reports its times as the real one does. SLOWDOWN 1.2 plants 20 %.
+
+Several PORT:SLOWDOWN are several servers in one process. On a busy machine two processes of one program do not get the
+same share of it, as long as they live, and a null comparison of them would find that.
 """
 
 from __future__ import annotations
 
+import socket
 import sys
 import threading
 import time
@@ -84,13 +88,23 @@ class TimedEngine:
         return None
 
 
-def main(port: int, prefill_s: float, decode_s: float, slowdown: float) -> None:
+def serve(listener: socket.socket, prefill_s: float, decode_s: float) -> None:
     metrics = Metrics()
-    engine = TimedEngine(prefill_s * slowdown, decode_s * slowdown, metrics)
+    engine = TimedEngine(prefill_s, decode_s, metrics)
     metrics.record(EngineStarted("timed", "float32", "elsa", 1 << 20, 0.0))
-    with bind("127.0.0.1", port) as listener:
+    with listener:
         make_server(engine, Settings(), metrics).run(sockets=[listener])
 
 
+def main(prefill_s: float, decode_s: float, servers: list[tuple[int, float]]) -> None:
+    """The first server has the main thread, which signals come to; the others end with it."""
+    # All ports listen before the first server says that it is ready.
+    calls = [(bind("127.0.0.1", port), prefill_s * slowdown, decode_s * slowdown) for port, slowdown in servers]
+    for call in calls[1:]:
+        threading.Thread(target=serve, args=call, daemon=True).start()
+    serve(*calls[0])
+
+
 if __name__ == "__main__":
-    main(int(sys.argv[1]), *map(float, sys.argv[2:]))
+    pairs = [word.split(":") for word in sys.argv[3:]]
+    main(float(sys.argv[1]), float(sys.argv[2]), [(int(port), float(slowdown)) for port, slowdown in pairs])
