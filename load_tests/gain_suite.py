@@ -8,7 +8,8 @@ the gain of all in far less time; each row says how many ran. They get the GPU m
 what the model with all its layers would spend on the KV of the missing ones is taken away, so that the same share of
 the KV lies in host memory. Weights are random and all streamed, float32 is strict (no TF32 in linear layers nor in
 either attention), and one engine changes its attention between two requests. Results are written after every cell;
-cells that the work folder holds already are not measured again.
+cells that the work folder holds already are not measured again. Where no Prometheus is, its scrapes are kept in the
+work folder: `--collect` on a machine that has one adds what it makes of them.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 from elsa_load.ab import SIDES
 from elsa_load.command import add_command
 from elsa_load.report import gain_report
+from elsa_load.scrapes import FILE
 
 from elsa_serve.errors import ElsaError
 from elsa_serve.offload.checkpoint import load_config
@@ -54,6 +56,10 @@ class SuiteCell:
             raise argparse.ArgumentTypeError(f"{text!r} is not DTYPE:CONTEXT:LAYERS, such as float32:32768:4")
         return cls(dtype, *map(int, numbers))
 
+    @classmethod
+    def named(cls, name: str) -> SuiteCell:
+        return cls.parse(name.replace("-", ":"))
+
     @property
     def name(self) -> str:
         return f"{self.dtype}-{self.context}-{self.layers}"
@@ -61,17 +67,17 @@ class SuiteCell:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    cells: list[SuiteCell] = args.cell or [SuiteCell.parse(text) for text in CELLS]
-    documents: dict[SuiteCell, dict[str, Any]] = {}
     failed = []
-    for cell in cells:
+    for cell in [] if args.collect else args.cell or [SuiteCell.parse(text) for text in CELLS]:
         if measure(args, cell):
             failed.append(cell.name)
-            continue
-        documents[cell] = json.loads((args.work / cell.name / "gain.json").read_text())
-        rows = [row for one, document in documents.items() for row in rows_of(args, one, document)]
-        results_file.write(args.output, rows)
-        write_reports(args, documents)
+        else:
+            collect(args)
+    if args.collect:
+        for folder in sorted(file.parent for file in args.work.glob("*/gain.json")):
+            if (folder / FILE).exists() and bench(["replay", str(folder)]):
+                failed.append(folder.name)
+        collect(args)
     if failed:
         print(f"no results of {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
@@ -86,10 +92,29 @@ def build_parser() -> argparse.ArgumentParser:
     add("--warm-up", type=int, default=1, help="full prompts a cell and side before the clock runs (default: 1)")
     add("--seconds", type=float, default=600.0, help="begin no further pair of a cell after this long (default: 600)")
     add("--output-tokens", type=int, default=4, help="generated a request (default: 4)")
-    add("--gpu-memory", default="24GiB", help="device budget, enforced (default: 24GiB)")
+    add("--gpu-memory", default="24GiB", help="device budget of all layers, enforced (default: 24GiB)")
+    add("--chunk-tokens", type=int, help="prompt tokens that pass a layer at a time (default: planned)")
     add("--work", type=Path, default=Path("gain-suite"), help="folder of each cell's own files (default: gain-suite)")
+    add(
+        "--collect",
+        action="store_true",
+        help="measure nothing: let a Prometheus here compute what was recorded, and write the work folder's results",
+    )
     add("--output", type=Path, required=True, help="results file; reports are written to the work folder")
     return parser
+
+
+def collect(args: argparse.Namespace) -> None:
+    """Write the results and the reports of all cells that the work folder holds."""
+    documents = {
+        SuiteCell.named(file.parent.name): json.loads(file.read_text()) for file in args.work.glob("*/gain.json")
+    }
+    documents = dict(sorted(documents.items(), key=lambda item: (item[0].dtype, item[0].context, item[0].layers)))
+    rows = [row for cell, document in documents.items() for row in rows_of(args, cell, document)]
+    newest = max(documents.values(), key=lambda document: document["date"])
+    head = {key: newest[key] for key in ("machine", "versions", "commit", "command", "date")}
+    results_file.write_document(args.output, head | {"rows": rows})
+    write_reports(args, documents)
 
 
 def measure(args: argparse.Namespace, cell: SuiteCell) -> int:
@@ -99,6 +124,8 @@ def measure(args: argparse.Namespace, cell: SuiteCell) -> int:
     config = json.loads(args.model.read_text()) | {"num_hidden_layers": cell.layers}
     (model / "config.json").write_text(json.dumps(config))
     settings = {"dtype": cell.dtype, "load-format": "dummy", "resident-layers": 0, **placement(args, cell)}
+    # A token a pass, and a prompt in one: what differs between the sides is then attention and nothing that it decides.
+    settings |= {"num-speculative-tokens": 0, "prefill-round-tokens": cell.context}
     flags = ["--context", cell.context, "--pairs", args.pairs, "--warm-up", args.warm_up]
     flags += ["--seconds", args.seconds, "--output-tokens", args.output_tokens, "--output", folder]
     flags += ["--set", ",".join(f"{key}={value}" for key, value in settings.items())]
@@ -115,6 +142,7 @@ def placement(args: argparse.Namespace, cell: SuiteCell) -> dict[str, int]:
         host_budget=PLENTY,
         context=cell.context + args.output_tokens + 1,
         resident_layers=0,
+        chunk_tokens=args.chunk_tokens,
         device_type="cuda" if torch.cuda.is_available() else "cpu",
     )
     missing = plan.kv_gpu_bytes * (whole.layers - cell.layers) // whole.layers
@@ -136,13 +164,16 @@ def bench(words: Sequence[str]) -> int:
 def rows_of(args: argparse.Namespace, cell: SuiteCell, document: dict[str, Any]) -> list[dict[str, Any]]:
     """The cell's rows, with what ran and every single time, so that anyone can do the statistics again."""
     (measured,) = document["cells"]
+    flags = dict(item.split("=") for item in ",".join(document["settings"]["set"]).split(","))
     about = {
         "model": args.model.stem,
         "layers": cell.layers,
-        "linear": "torch",
-        "gpu_cap_bytes": placement(args, cell)["gpu-memory"],
+        "linear": flags.get("linear", "torch"),
+        "gpu_cap_bytes": int(flags["gpu-memory"]),
         "gpu_cap_bytes_all_layers": parse_size(args.gpu_memory),
-        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "chunk_tokens": int(flags["chunk-tokens"]),
+        "commit": document["commit"],
+        "date": document["date"],
     }
     counters = {f"{side}_{key}": measured["counters"][side][key] for side in SIDES for key in ("h2d_bytes", "stall_s")}
     rows = []

@@ -11,6 +11,7 @@ from pathlib import Path
 from kernels.bench import results_file, table
 
 RESULTS = Path(__file__).parent / "results"
+PHASES = {"prefill": "prefill", "decode": "decode", "end_to_end": "end to end"}
 
 
 def offload_table() -> str:
@@ -35,7 +36,27 @@ def offload_table() -> str:
     return table.markdown(header, lines)
 
 
-TABLES = table.TABLES | {"offload": offload_table}
+def gain_table() -> str:
+    """One line a dtype, context and phase: what ELSA gains over SDPA, paired, and what Prometheus made of it."""
+    lines = []
+    for row in results_file.read(RESULTS / "gain-h200.json")["rows"]:
+        second = row["prometheus_gain_percent"]
+        lines.append(
+            [
+                f"{row['dtype']}, {row['context']} tokens, {row['layers']} layers, {PHASES[row['phase']]}",
+                f"{row['baseline_s']:.3f}",
+                f"{row['candidate_s']:.3f}",
+                f"**{row['gain_percent']:+.1f} %**",
+                f"{row['ci_low']:+.1f} … {row['ci_high']:+.1f} %",
+                "–" if second is None else f"{second:+.1f} %",
+                str(row["pairs"]),
+            ]
+        )
+    header = ["configuration", "SDPA s", "ELSA s", "gain", "95 % interval", "by Prometheus", "pairs"]
+    return table.markdown(header, lines)
+
+
+TABLES = table.TABLES | {"offload": offload_table, "gain": gain_table}
 
 if __name__ == "__main__":
     table.main(tables=TABLES)

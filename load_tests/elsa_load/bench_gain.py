@@ -42,7 +42,9 @@ def gain(args: argparse.Namespace) -> int:
     context = max(args.context) + args.output_tokens + 1
     if args.engine == "vllm":
         return gain_on_vllm(args, flags, context)
-    flags = {side: [*one, "--context", str(context), "--max-batch", "1"] for side, one in flags.items()}
+    # Every prompt comes to each side once; a kept prefix would only hide the prefill that is measured.
+    fixed = ["--context", str(context), "--max-batch", "1"]
+    flags = {side: ["--no-prefix-caching", *one, *fixed] for side, one in flags.items()}
     if args.in_process:
         if args.rounds > 1:
             raise UsageError("--in-process has no servers to start anew: leave --rounds away")
@@ -63,7 +65,6 @@ def gain_on_vllm(args: argparse.Namespace, flags: dict[str, list[str]], context:
             "two servers share this machine, and vLLM takes nearly all of a GPU unless told otherwise: "
             "give both a share with --set gpu-memory-utilization=0.4 (on a CPU: --set kv-cache-memory-bytes=1G)"
         )
-    # Every prompt comes to each side once; a cached prefix would only hide the prefill that is measured.
     fixed = ["--max-model-len", str(context), "--no-enable-prefix-caching"]
     commands = {
         side: elsa_serve_command(args.model_dir, ["--engine", "vllm", *one, *fixed], args.python)

@@ -139,7 +139,10 @@ def observe(engine: Engine, request: Request) -> Observation:
     return seen
 
 
-def only_attention_differs(options: dict[str, dict[str, Any]]) -> bool:
+def one_engine_does(options: dict[str, dict[str, Any]]) -> bool:
+    """Whether the sides differ in their attention alone, and the second to see a prompt finds nothing of the first."""
+    if any(one["prefix_caching"] for one in options.values()):
+        return False
     rest = [{key: value for key, value in one.items() if key != "attention"} for one in options.values()]
     return all(one == rest[0] for one in rest)
 
@@ -166,7 +169,7 @@ def engine_sides(model: Path, options: dict[str, dict[str, Any]]) -> Iterator[di
         attn_implementation=attentions.NAME,
     )
 
-    shared = only_attention_differs(options)
+    shared = one_engine_does(options)
 
     def build(name: str, sink: MetricsSink) -> Engine:
         # The plan of a shared engine is the last side's, the candidate's, whichever comes first.

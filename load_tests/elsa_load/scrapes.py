@@ -48,6 +48,7 @@ class Recorder:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
+        self.settle()  # a replay evaluates no rule after the last sample
         self._write()
 
     def _run(self) -> None:
@@ -72,6 +73,7 @@ class Recorder:
         """Scrape once more, and wait until a replay has evaluated the rules over it. Returns a time to query at."""
         self._scrape()
         time.sleep(EVALUATED_S + 0.1)
+        self._scrape()
         return time.time()
 
     def seconds(

@@ -92,8 +92,11 @@ def test_commit_of_this_repository(monkeypatch):
     monkeypatch.setattr(results_file, "_git", lambda *a: None)
     with pytest.raises(RuntimeError, match="ELSA_COMMIT"):
         results_file.commit()
-    monkeypatch.setattr(results_file, "_git", lambda *a: "f00" if a[0] == "rev-parse" else " M file")
+    answers = {"--show-toplevel": str(results_file.ROOT), "HEAD": "f00", "--porcelain": " M file"}
+    monkeypatch.setattr(results_file, "_git", lambda *a: answers[a[1]])
     assert results_file.commit() == "f00-dirty"
+    answers["--show-toplevel"] = "/somebody/else"  # whose repository an installed package lies in
+    assert results_file.find_commit() is None
 
 
 def speed_row(impl: str, tflops: float, **changes):

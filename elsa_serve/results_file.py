@@ -17,7 +17,7 @@ from typing import Any
 
 Row = dict[str, Any]
 PACKAGES = ("torch", "triton", "transformers", "vllm")
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def machine() -> dict[str, Any]:
@@ -47,12 +47,32 @@ def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str]:
 
 def commit() -> str:
     """The commit measured: ELSA_COMMIT where there is no repository, else HEAD, with "-dirty" if files differ."""
+    found = find_commit()
+    if found is None:
+        raise RuntimeError(f"{ROOT} is no git repository; set ELSA_COMMIT to the commit that is measured")
+    return found
+
+
+def find_commit() -> str | None:
+    """The commit measured, as `commit` says it, or None: an installed package is no checkout."""
     if named := os.environ.get("ELSA_COMMIT"):
         return named
-    head = _git("rev-parse", "HEAD")
-    if head is None:
-        raise RuntimeError(f"{ROOT} is no git repository; set ELSA_COMMIT to the commit that is measured")
-    return head + ("-dirty" if _git("status", "--porcelain", "--untracked-files=no") else "")
+    top = _git("rev-parse", "--show-toplevel")
+    if top is None or Path(top).resolve() != ROOT:  # site-packages may lie in a repository of somebody else
+        return None
+    return f"{_git('rev-parse', 'HEAD')}{'-dirty' if _git('status', '--porcelain', '--untracked-files=no') else ''}"
+
+
+def command_line() -> str:
+    """What was typed, the folders of the interpreter and of an installed script left out."""
+    words = [Path(sys.executable).name, *sys.orig_argv[1:]]
+    if len(words) > 1 and Path(words[1]).is_absolute() and not words[1].endswith(".py"):
+        words[:2] = [Path(words[1]).name]
+    return " ".join(words)
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def document(rows: list[Row], command: str | None = None) -> dict[str, Any]:
@@ -60,20 +80,24 @@ def document(rows: list[Row], command: str | None = None) -> dict[str, Any]:
         "machine": machine(),
         "versions": versions(),
         "commit": commit(),
-        "command": command or " ".join([Path(sys.executable).name, *sys.orig_argv[1:]]),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": command or command_line(),
+        "date": now(),
         "rows": rows,
     }
 
 
 def write(path: Path | str, rows: list[Row], command: str | None = None) -> None:
     """Write `<what>-<machine>.json`."""
+    write_document(path, document(rows, command))
+
+
+def write_document(path: Path | str, doc: dict[str, Any]) -> None:
+    """Write an object of the form, such as one put together from others of the same machine."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    doc = document(rows, command)
     head = {key: value for key, value in doc.items() if key != "rows"}
     # One row a line: a measurement that changes is one line in a diff.
-    lines = ",\n".join("  " + json.dumps(row) for row in rows)
+    lines = ",\n".join("  " + json.dumps(row) for row in doc["rows"])
     text = json.dumps(head, indent=1)[:-2] + ',\n "rows": [\n' + lines + "\n ]\n}\n"
     path.write_text(text)
 

@@ -1,0 +1,82 @@
+"""The suite of cells behind the headline figures, on a model small enough for a CPU."""
+
+import argparse
+import json
+from dataclasses import replace
+
+import pytest
+
+from elsa_serve import results_file
+from elsa_serve.offload.checkpoint import load_config
+from elsa_serve.offload.loading import DTYPES
+from elsa_serve.offload.plan import Geometry, make_plan
+from load_tests import gain_suite, tables
+from load_tests.gain_suite import SuiteCell
+
+TINY = {
+    "model_type": "llama",
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+    "max_position_embeddings": 4096,
+    "initializer_range": 0.15,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    file = tmp_path / "tiny.json"
+    file.write_text(json.dumps(TINY))
+    return file
+
+
+def test_few_layers_are_placed_as_all_would_be():
+    """The share of the KV that lies on the GPU is the whole model's, and chunks and slots are too."""
+    cell = SuiteCell.parse("float16:32768:10")
+    words = ["--output", "x", "--gpu-memory", "24GiB"]
+    args = gain_suite.build_parser().parse_args(words)
+    found = gain_suite.placement(args, cell)
+    whole = Geometry.from_config(load_config(args.model), DTYPES["float16"])
+
+    def plan(geometry, gpu_budget, **options):
+        options |= {"host_budget": 1 << 50, "context": 32768 + 5, "resident_layers": 0, "device_type": "cpu"}
+        return make_plan(geometry, gpu_budget=gpu_budget, **options)
+
+    all_layers = plan(whole, 24 << 30)
+    few = plan(replace(whole, layers=10), found["gpu-memory"], slots=found["slots"], chunk_tokens=found["chunk-tokens"])
+    assert 0 < few.kv_gpu_bytes < whole.kv_bytes(32768) // 4
+    assert few.kv_gpu_bytes == pytest.approx(all_layers.kv_gpu_bytes / 4, rel=0.02)
+    assert (few.slots, few.chunk_tokens) == (all_layers.slots, all_layers.chunk_tokens)
+
+
+@pytest.mark.parametrize("text", ["float16:32768", "int8:1:1", "float16:0:1", "float16:a:1", "float16:1:1:1"])
+def test_what_is_no_cell_is_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="DTYPE:CONTEXT:LAYERS"):
+        SuiteCell.parse(text)
+
+
+def test_cells_of_several_runs_come_together(tmp_path, tiny, monkeypatch):
+    """Without the package's entry points, as on a machine that has only the sources."""
+    monkeypatch.setattr("elsa_serve.cli.entry_points", lambda **_: ())
+    output = tmp_path / "gain-tiny.json"
+    words = ["--model", str(tiny), "--gpu-memory", "24MiB", "--work", str(tmp_path / "work"), "--output", str(output)]
+    words += ["--pairs", "2", "--warm-up", "0", "--chunk-tokens", "64"]
+    monkeypatch.setattr("elsa_load.prometheus.missing", lambda: "none here")
+    assert gain_suite.main([*words, "--cell", "float32:256:2"]) == 0
+    assert gain_suite.main([*words, "--cell", "float32:192:1"]) == 0
+    rows = results_file.read(output)["rows"]
+    assert [(row["context"], row["layers"]) for row in rows] == [(192, 1)] * 3 + [(256, 2)] * 3
+    for row in rows:
+        assert {"gpu_cap_bytes", "chunk_tokens", "commit", "gain_percent", "ci_low", "ci_high"} <= row.keys()
+        seconds = [sum(column) / 2 for column in zip(*row["pairs_s"])]
+        assert seconds == pytest.approx([row["baseline_s"], row["candidate_s"]])
+    assert "<svg" in (tmp_path / "work" / "report-float32.html").read_text()
+    output.replace(tmp_path / "gain-h200.json")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert "float32, 256 tokens, 2 layers, prefill" in tables.gain_table()
