@@ -21,12 +21,15 @@ struct Work {
     virtual void run(int64_t task, Scratch &scratch) = 0;
     int64_t tasks = 0, handed_out = 0, finished = 0;  // under the pool's lock
     bool failed = false;                              // a task threw; the others ran
+    std::atomic<bool> over{true};                     // as idle(), for who watches without the lock
     std::chrono::steady_clock::time_point started, ended;
     bool idle() const { return finished == tasks; }
+    bool ending() const { return handed_out == tasks; }
     double seconds() const { return std::chrono::duration<double>(ended - started).count(); }
 };
 
 constexpr int64_t MOST_AT_ONCE = 8;
+constexpr int PATIENCE = 10000;  // pauses, some hundred microseconds in all, before a thread that watches yields
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -55,13 +58,23 @@ class Pool {
         work.failed = false;
         work.started = work.ended = std::chrono::steady_clock::now();
         if (work.tasks == 0) return;
+        work.over.store(false, std::memory_order_relaxed);
         queue.push_back(&work);
         called.fetch_add(1, std::memory_order_release);
         wake.notify_all();
     }
     void wait(Work &work) {
         std::unique_lock<std::mutex> guard(lock);
-        done.wait(guard, [&] { return work.idle(); });
+        done.wait(guard, [&] { return work.idle() || work.ending(); });
+        if (work.idle()) return;
+        guard.unlock();
+        // Woken when the last tasks were handed out, it is awake when they are done.
+        for (int i = 0; !work.over.load(std::memory_order_acquire); ++i)
+            if (i < PATIENCE)
+                pause();
+            else
+                std::this_thread::yield();
+        guard.lock();
     }
     bool idle(const Work &work) {
         std::lock_guard<std::mutex> guard(lock);
@@ -83,14 +96,17 @@ class Pool {
             const int64_t fair = (job.tasks - job.handed_out) / (4 * static_cast<int64_t>(scratch.size()));
             const int64_t n = fair < 1 ? 1 : fair > MOST_AT_ONCE ? MOST_AT_ONCE : fair, first = job.handed_out;
             job.handed_out += n;
-            if (job.handed_out == job.tasks) queue.pop_front();
+            if (job.ending()) {
+                queue.pop_front();
+                done.notify_all();
+            }
             guard.unlock();
             const bool good = run(job, first, n, own);
             guard.lock();
             if (!good) job.failed = true;
             if ((job.finished += n) == job.tasks) {
                 job.ended = std::chrono::steady_clock::now();
-                done.notify_all();
+                job.over.store(true, std::memory_order_release);
             }
         }
     }
