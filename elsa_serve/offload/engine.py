@@ -19,7 +19,7 @@ from elsa_serve.offload import device as devices
 from elsa_serve.offload.loading import EngineOptions, LoadedModel, load
 from elsa_serve.offload.output import OutputText
 from elsa_serve.offload.plan import Plan
-from elsa_serve.offload.predict import Share, pass_time
+from elsa_serve.offload.predict import pass_time, running_shares
 from elsa_serve.offload.prefix import PrefixCache
 from elsa_serve.offload.rounds import pass_tokens
 from elsa_serve.offload.sampling import Draw, Sampler
@@ -293,7 +293,7 @@ class OffloadEngine:
             self._end_stuck()
             return
         parts = [self._part(share) for share in work]
-        shares = [Share(part.kv.length, len(part.tokens)) for part in parts]
+        shares = running_shares((part.kv, len(part.tokens)) for part in parts)
         start = time.monotonic()
         try:
             rows = self._loaded.runner.run(parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -11,10 +12,11 @@ from transformers import LlamaConfig
 
 from elsa_serve.errors import BudgetError
 from elsa_serve.offload.disk_layers import BUFFERS
+from elsa_serve.offload.kv import Extent, RequestKV, Span
 from elsa_serve.offload.machine import Rates
 from elsa_serve.offload.plan import Geometry, Plan, make_plan
 from elsa_serve.offload.plan_text import render
-from elsa_serve.offload.predict import HOP_S, Share, device_seconds, pass_time
+from elsa_serve.offload.predict import HOP_S, Share, device_seconds, pass_time, running_shares
 
 GIB = 2**30
 RATES = Rates(
@@ -56,9 +58,10 @@ def test_pipes_that_share_the_hosts_memory_slow_each_other_down() -> None:
     alone = GEOMETRY.weights_bytes / 50e9, made.kv_host_tokens * TOKEN / 100e9
     both = GEOMETRY.weights_bytes / 45e9, made.kv_host_tokens * TOKEN / 60e9
     pipes = made.pipes["decode"]
+    arithmetic = 4 * 40 * GEOMETRY.heads * GEOMETRY.head_dim * made.kv_host_tokens / RATES.cpu_attention_flops
     assert alone[0] < pipes["copies to the device"] <= both[0]
     own = device_seconds(GEOMETRY, RATES, [Share(made.kv_gpu_tokens, 1)]) + GEOMETRY.layers * HOP_S
-    assert alone[1] < pipes["attention on the host"] - own <= both[1]
+    assert alone[1] < pipes["attention on the host"] - own <= math.hypot(both[1], arithmetic)
     resident = plan(gpu_budget=36 * GIB, resident_layers=40)
     assert resident.kv_host_tokens > 0
     assert resident.pipes is not None  # nothing is copied, so the host attends at its full rate
@@ -89,6 +92,32 @@ def test_a_batch_shares_one_pass_over_the_weights() -> None:
     made = plan(context=1024, batch=8)
     one, eight = (pass_time(made, [Share(1000, 1)] * count).seconds for count in (1, 8))
     assert one <= eight < 1.5 * one
+
+
+def test_what_requests_share_is_read_once() -> None:
+    made = plan(resident_layers=20, gpu_budget=24 * GIB)
+    apart = [Share(30000, 1, on_device=1000)] * 4
+    together = [apart[0], *[Share(30000, 1, on_device=1000, shared=28000)] * 3]
+    one, four, shared = (
+        pass_time(made, shares).pipes["attention on the host"] for shares in (apart[:1], apart, together)
+    )
+    assert four > 3 * one
+    assert one < shared < 1.6 * one
+
+
+def test_shares_of_running_requests_say_where_their_kv_lies() -> None:
+    def extent(tier: str) -> Extent:
+        return Extent(tier, 100, [], [], [])  # type: ignore[arg-type]
+
+    device, host, own = extent("gpu"), extent("host"), extent("host")
+    first = RequestKV([Span(device, 0, 60), Span(host, 60, 100)], length=120)
+    second = RequestKV([Span(device, 0, 60), Span(host, 60, 50), Span(own, 110, 40)], length=130)
+    third = RequestKV([Span(extent("gpu"), 0, 10), Span(extent("disk"), 10, 90)], length=99)
+    assert running_shares([(first, 1), (second, 3), (third, 1)]) == [
+        Share(120, 1, on_device=60),
+        Share(130, 3, on_device=60, shared=50),
+        Share(99, 1, on_device=10, on_disk=90),
+    ]
 
 
 def test_a_pass_of_more_tokens_is_never_predicted_shorter() -> None:
