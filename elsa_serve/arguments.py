@@ -99,8 +99,8 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         "--prefill-round-tokens",
         type=int,
         metavar="N",
-        help="prompt tokens in a pass while nothing decodes; what a round has finished survives a timeout "
-        "(default: planned, so that rounds cost nothing)",
+        help="prompt tokens in a pass while nothing decodes, at most 32768; what a round has finished survives a "
+        "timeout (default: planned, so that rounds cost nothing)",
     )
     group.add_argument(
         "--num-speculative-tokens",

@@ -24,6 +24,7 @@ from elsa_serve.offload.units import format_size
 from elsa_serve.offload.weights import ALIGNMENT, build_meta_model, find_decoder_layers, make_layout
 
 MIN_CHUNK, MAX_CHUNK = 64, 4096  # tokens; beyond the larger, matrix products gain nothing
+ROUND_TOKENS = 32768  # prompt tokens of a pass at most: all their hidden states lie on the device
 CHUNK_SHARE = 8  # a chunk's activations may take one part in so many of the device budget
 THIRD_SLOT_SHARE = 10  # a third slot evens out the copying where three take no more than one part in so many
 CUDA_CONTEXT = int(0.85 * 2**30)  # the context and kernels' code, outside torch's allocator: 0.81 GiB seen on an H200
@@ -400,7 +401,7 @@ def _host_layers(request: _Request, resident: int, kv: int) -> tuple[int, int]:
 def _fixed_items(request: _Request, context: int, chunk: int) -> dict[str, int]:
     """Device bytes that do not depend on placement."""
     geometry = request.geometry
-    hidden = hidden_bytes(geometry, context)
+    hidden = hidden_bytes(geometry, min(context, ROUND_TOKENS))
     activations = chunk_bytes(geometry, chunk, context)
     return {
         "CUDA context": CUDA_CONTEXT if request.device_type == "cuda" else 0,

@@ -257,7 +257,7 @@ def test_every_plan_keeps_its_budgets_or_is_refused(
 
 
 def test_a_context_too_large_names_the_largest_that_fits_and_it_does_fit() -> None:
-    with pytest.raises(BudgetError, match="--gpu-memory") as caught:
+    with pytest.raises(BudgetError, match="--host-memory") as caught:
         plan_13b(context=131072)
     largest = int(re.search(r"largest context that fits is (\d+) tokens", str(caught.value))[1])  # type: ignore[index]
     assert plan_13b(context=largest).context == largest

@@ -15,7 +15,7 @@ from transformers import AutoConfig
 
 from elsa_serve.errors import UsageError
 from elsa_serve.offload.engine import OffloadEngine
-from elsa_serve.offload.plan import Geometry, make_plan
+from elsa_serve.offload.plan import ROUND_TOKENS, Geometry, make_plan
 from elsa_serve.offload.rounds import pass_tokens
 from elsa_serve.offload.scheduler import PassTokens
 from elsa_serve.protocol import Event, TokenEvent
@@ -63,6 +63,16 @@ def test_layers_on_disk_make_rounds_longer() -> None:
 def test_beside_decodes_a_round_is_what_hides_behind_the_decode_pass() -> None:
     assert 1024 < limits(8, 32768).beside_decode < limits(8, 32768).alone
     assert 256 <= limits(130, 32768).beside_decode < 1024
+
+
+def test_prompts_that_share_a_pass_are_no_more_than_the_plan_has_memory_for() -> None:
+    assert limits(8, 4096) == PassTokens(4096, 4096)
+    assert limits(24, 131072, alone=100_000).alone == ROUND_TOKENS
+    long, longer = (
+        make_plan(geometry(), gpu_budget=24 << 30, host_budget=200 << 30, context=context).gpu_bytes
+        for context in (ROUND_TOKENS, 131072)
+    )
+    assert long["hidden states of the prompt"] == longer["hidden states of the prompt"]
 
 
 def test_what_is_asked_for_holds_and_nonsense_is_refused() -> None:
