@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +25,7 @@ from elsa_serve.offload.units import format_size
 from elsa_serve.offload.weights import ALIGNMENT, build_meta_model, find_decoder_layers, make_layout
 
 MIN_CHUNK, MAX_CHUNK = 64, 4096  # tokens; beyond the larger, matrix products gain nothing
-ROUND_TOKENS = 32768  # prompt tokens of a pass at most: all their hidden states lie on the device
+ROUND_TOKENS = 32768  # prompt tokens of a pass: all their hidden states lie on the device
 CHUNK_SHARE = 8  # a chunk's activations may take one part in so many of the device budget
 THIRD_SLOT_SHARE = 10  # a third slot evens out the copying where three take no more than one part in so many
 CUDA_CONTEXT = int(0.85 * 2**30)  # the context and kernels' code, outside torch's allocator: 0.81 GiB seen on an H200
@@ -153,6 +154,7 @@ class Plan:
     prefetch_depth: int
     disk_layers: tuple[int, ...]  # of the streamed ones, those that are read from the checkpoint's files every pass
     chunk_tokens: int
+    round_tokens: int  # of prompts, in one pass at most
     kv_tokens: int
     kv_gpu_bytes: int
     kv_host_bytes: int
@@ -225,6 +227,7 @@ class _Request:
     rates: Rates
     disk: bool
     kv_disk: int
+    round_tokens: int = ROUND_TOKENS
 
 
 def make_plan(
@@ -275,9 +278,13 @@ def make_plan(
     )
     wanted = context or geometry.max_context
     try:
-        return _place(request, wanted)
+        plan = _place(request, wanted)
     except BudgetError as error:
         raise BudgetError(f"{error}; {_remedy(request, wanted)}") from None
+    if plan.disk_layers and wanted > ROUND_TOKENS:  # every round reads them again: one for all, where that fits
+        with suppress(BudgetError):
+            return _place(replace(request, round_tokens=wanted), wanted)
+    return plan
 
 
 def _remedy(request: _Request, wanted: int) -> str:
@@ -364,6 +371,7 @@ def _place_with(request: _Request, context: int, chunk: int, resident: int) -> P
         prefetch_depth=max(0, slots - 1),
         disk_layers=spread(streamed, len(streamed) - in_memory),
         chunk_tokens=chunk,
+        round_tokens=min(context, request.round_tokens),
         kv_tokens=(kv_gpu + kv_host + kv_disk) * context // geometry.kv_bytes(context),
         kv_gpu_bytes=kv_gpu,
         kv_host_bytes=kv_host,
@@ -401,7 +409,7 @@ def _host_layers(request: _Request, resident: int, kv: int) -> tuple[int, int]:
 def _fixed_items(request: _Request, context: int, chunk: int) -> dict[str, int]:
     """Device bytes that do not depend on placement."""
     geometry = request.geometry
-    hidden = hidden_bytes(geometry, min(context, ROUND_TOKENS))
+    hidden = hidden_bytes(geometry, min(context, request.round_tokens))
     activations = chunk_bytes(geometry, chunk, context)
     return {
         "CUDA context": CUDA_CONTEXT if request.device_type == "cuda" else 0,

@@ -9,7 +9,7 @@ decode pass waits for its copies, so that decodes hardly feel it.
 from __future__ import annotations
 
 from elsa_serve.errors import UsageError
-from elsa_serve.offload.plan import ROUND_TOKENS, Plan
+from elsa_serve.offload.plan import Plan
 from elsa_serve.offload.predict import Share, device_seconds
 from elsa_serve.offload.scheduler import PassTokens
 
@@ -20,17 +20,20 @@ CPU_BESIDE = 512  # tokens beside decodes on a CPU, whose rates are not measured
 
 def pass_tokens(plan: Plan, alone: int | None = None, beside_decode: int | None = None) -> PassTokens:
     """The limits asked for, or those that the plan's rates suggest, as far as the plan has memory for their hidden
-    states: `ROUND_TOKENS`. Raises UsageError for limits under 1.
+    states. Raises UsageError for limits under 1.
     """
     for flag, value in (("--prefill-round-tokens", alone), ("--max-num-batched-tokens", beside_decode)):
         if value is not None and value < 1:
             raise UsageError(f"{flag} is {value}: at least 1 is needed")
-    planned = min(plan.context, ROUND_TOKENS)  # what hidden states have room for
     if alone is None:
-        alone = planned if plan.device_type == "cpu" else max(plan.chunk_tokens, _computed_in(plan, _copies(plan)))
+        alone = (
+            plan.round_tokens
+            if plan.device_type == "cpu"
+            else max(plan.chunk_tokens, _computed_in(plan, _copies(plan)))
+        )
     if beside_decode is None:
         beside_decode = CPU_BESIDE if plan.device_type == "cpu" else _computed_in(plan, plan.s_per_token)
-    alone = min(alone, planned)
+    alone = min(alone, plan.round_tokens)
     return PassTokens(alone, min(alone, beside_decode))
 
 
