@@ -286,6 +286,7 @@ def timings(passes: list[StepStats]) -> dict[str, Any]:
     return {
         "prefill_s": sum(one.duration_s for one in prefills),
         "prefill_rounds": len(prefills),
+        "prefill_predicted_s": sum(one.predicted_s for one in prefills),
         "decode_s_per_token": statistics.median(one.duration_s for one in decodes) if decodes else None,
         "decode_s_min": min((one.duration_s for one in decodes), default=None),
         "decode_s_max": max((one.duration_s for one in decodes), default=None),

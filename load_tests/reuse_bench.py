@@ -164,8 +164,8 @@ def speculation(bench: Bench) -> Iterator[dict[str, Any]]:
     seconds = statistics.median(one.duration_s for one in passes)
     plain = tokens_per_s(passes)
     yield bench.row | {
-        "case": "speculation off", "batch": 1, "decode_s_per_token": seconds, "tokens_per_s": plain,
-        "cached_tokens": ends[0].cached_tokens, "first_prompt_s": bench.first_s,
+        "case": "speculation off", "batch": 1, "decode_s_per_token": seconds, "predicted_s_per_pass": predicted(passes),
+        "tokens_per_s": plain, "cached_tokens": ends[0].cached_tokens, "first_prompt_s": bench.first_s,
     }  # fmt: skip
     bench.engine.make_lookup = lambda prompt, most, longest: KnownTokens(prompt, tokens, pattern, longest)
     (again,), _, passes = bench.run([prompt], len(tokens))
@@ -174,7 +174,8 @@ def speculation(bench: Bench) -> Iterator[dict[str, Any]]:
     yield bench.row | {
         "case": "speculation, copy-heavy trace", "batch": 1, "tokens_per_s": tokens_per_s(passes),
         "speedup": tokens_per_s(passes) / plain, "s_per_pass": statistics.median(one.duration_s for one in passes),
-        "passes": len(passes), "drafted_tokens": drafted, "accepted_tokens": accepted, "tokens_equal": again == tokens,
+        "predicted_s_per_pass": predicted(passes), "passes": len(passes), "drafted_tokens": drafted,
+        "accepted_tokens": accepted, "tokens_equal": again == tokens,
     }  # fmt: skip
 
 
@@ -185,11 +186,17 @@ def shared_document(bench: Bench) -> Iterator[dict[str, Any]]:
     seconds = statistics.median(one.duration_s for one in passes)
     yield bench.row | {
         "case": "shared document", "batch": bench.args.requests, "s_per_pass": seconds,
-        "tokens_per_s": bench.args.requests / seconds, "floor_tokens_per_s": bench.args.requests / bench.row["floor_s"],
+        "predicted_s_per_pass": predicted(passes), "tokens_per_s": bench.args.requests / seconds,
+        "floor_tokens_per_s": bench.args.requests / bench.row["floor_s"],
         "tokens_per_s_alone": tokens_per_s(single), "cached_tokens": min(end.cached_tokens for end in ends),
         "tokens_equal": results[0][: len(alone)] == alone[: len(results[0])],
         "host_attention_bytes": host_bytes(passes),
     }  # fmt: skip
+
+
+def predicted(passes: list[StepStats]) -> float:
+    """What the planner expected of the median pass."""
+    return statistics.median(one.predicted_s for one in passes)
 
 
 CASES: dict[str, Callable[[Bench], Iterator[dict[str, Any]]]] = {
