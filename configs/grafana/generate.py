@@ -234,6 +234,33 @@ def offload() -> list[dict[str, Any]]:
         ),
         panel("KV memory in use", "percentunit", [(f"elsa:kv_cache_used:ratio{ON}", "{{instance}} {{tier}}")], max=1),
         panel("KV memory", "bytes", [(f"sum by (tier) (elsa_kv_cache_used_bytes{ON})", "{{tier}}")]),
+        panel(
+            "KV memory kept for later prompts",
+            "bytes",
+            [(f"sum by (tier) (elsa_kv_cache_cached_bytes{ON})", "{{tier}}")],
+            "The prefix cache: free as soon as a request needs it.",
+        ),
+        panel(
+            "Found, guessed right",
+            "percentunit",
+            [
+                (
+                    f"{rate('elsa_prefix_cache_hits_total')} / {rate('elsa_prefix_cache_queries_total')}",
+                    "prompt tokens found in the prefix cache",
+                ),
+                (
+                    f"{rate('elsa_spec_decode_accepted_tokens_total')} / {rate('elsa_spec_decode_draft_tokens_total')}",
+                    "guessed tokens that came out",
+                ),
+            ],
+            max=1,
+        ),
+        panel(
+            "Requests that gave their KV back",
+            "ops",
+            [(rate("elsa_preemptions_total"), "preemptions")],
+            "Each is computed again: less --max-batch, or more memory for KV, makes them rare.",
+        ),
         panel("GPU memory as planned", "bytes", [(f"sum by (kind) (elsa_gpu_memory_bytes{ON})", "{{kind}}")]),
         panel(
             "Host memory: planned, and resident in fact",
