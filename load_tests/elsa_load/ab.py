@@ -155,38 +155,46 @@ async def run_cell(
     *,
     prometheus: Watcher | None = None,
     progress: bool = False,
+    keep: Callable[[dict[str, Any]], None] = lambda measured: None,
 ) -> dict[str, Any]:
-    """Measure one context on both sides. Returns what `gain_rows` and the report need, as plain data."""
+    """Measure one context on both sides. Returns what `gain_rows` and the report need, as plain data.
+
+    `keep` gets the same after every pair, of those that there are so far.
+    """
     requests = cell.requests(make)
     bar = tqdm(total=2 * len(requests), desc=f"{cell.context} tokens", disable=not progress)
     for request in requests[: cell.warm_up]:
         for side in SIDES:
             times_of(await sides[side].run(request))
             bar.update()
-    start = end = prometheus.settle() if prometheus else 0.0
+    start = prometheus.settle() if prometheus else 0.0
     before = {side: await sides[side].page() for side in SIDES}
     pairs: list[Pair] = []
+
+    async def measured(end: float, seen: dict[str, Any]) -> dict[str, Any]:
+        after = {side: await sides[side].page() for side in SIDES}
+        return {
+            "cell": asdict(cell),
+            "prompt_tokens": [request.prompt_tokens for request in requests[cell.warm_up :]][: len(pairs)],
+            "pairs": [asdict(pair) for pair in pairs],
+            "counters": {side: growth(before[side], after[side]) for side in SIDES},
+            "config": {side: after[side].labels("elsa_engine_config_info") for side in SIDES},
+            "window": [start, end],
+            "prometheus": {phase: {"seconds": seconds, "reason": why} for phase, (seconds, why) in seen.items()},
+        }
+
     until = time.monotonic() + (cell.seconds if cell.seconds is not None else math.inf)
     for number, request in enumerate(requests[cell.warm_up :]):
         if len(pairs) >= 2 and time.monotonic() > until:
             break
         pairs.append(await run_pair(sides, request, cell.round + number))
+        keep(await measured(time.time(), {}))
         bar.update(2)
     bar.close()
-    after = {side: await sides[side].page() for side in SIDES}
-    seen: dict[str, Any] = {}
-    if prometheus:
-        end = prometheus.settle()
-        seen = {phase: prometheus.seconds(phase, start, end, len(pairs)) for phase in PHASES}
-    return {
-        "cell": asdict(cell),
-        "prompt_tokens": [request.prompt_tokens for request in requests[cell.warm_up :]][: len(pairs)],
-        "pairs": [asdict(pair) for pair in pairs],
-        "counters": {side: growth(before[side], after[side]) for side in SIDES},
-        "config": {side: after[side].labels("elsa_engine_config_info") for side in SIDES},
-        "window": [start, end],
-        "prometheus": {phase: {"seconds": seconds, "reason": why} for phase, (seconds, why) in seen.items()},
-    }
+    if prometheus is None:
+        return await measured(time.time(), {})
+    end = prometheus.settle()
+    return await measured(end, {phase: prometheus.seconds(phase, start, end, len(pairs)) for phase in PHASES})
 
 
 def gain_rows(measured: Sequence[dict[str, Any]], labels: dict[str, Any], confidence: float) -> list[dict[str, Any]]:
@@ -242,34 +250,42 @@ def prometheus_gain(measured: Sequence[dict[str, Any]], phase: str) -> tuple[flo
 
 
 class Results:
-    """A results file that grows a context at a time, so that an interrupted run goes on where it stopped."""
+    """A results file that grows a pair at a time; an interrupted run goes on with the context that it stopped in."""
 
     def __init__(self, file: Path, envelope: dict[str, Any], settings: dict[str, Any]) -> None:
         self.file, self._envelope, self._settings = file, envelope, settings
         self.cells: list[dict[str, Any]] = []
+        self._part: list[dict[str, Any]] = []
         if file.exists():
             known = json.loads(file.read_text())
             if known.get("settings") != settings:
                 raise ElsaError(f"{file} holds a run with other settings: name another --output, or remove it")
-            self.cells = known["cells"]
+            self.cells = [cell for cell in known["cells"] if cell["complete"]]
 
     def done(self, cell: Cell) -> bool:
         return any(known["cell"] == asdict(cell) for known in self.cells)
 
     def add(self, measured: dict[str, Any], labels: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-        self.cells.append(measured | {"labels": labels(measured)})
+        self.cells.append(measured | {"labels": labels(measured), "complete": True})
+        self._part = []
+        self.save()
+
+    def keep(self, measured: dict[str, Any], labels: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+        """Save a cell that is still being measured; a later run measures it anew."""
+        self._part = [measured | {"labels": labels(measured), "complete": False}]
         self.save()
 
     @property
     def rows(self) -> list[dict[str, Any]]:
         confidence = self._settings["confidence"]
         contexts: dict[int, list[dict[str, Any]]] = {}
-        for cell in self.cells:
+        for cell in [*self.cells, *self._part]:
             contexts.setdefault(cell["cell"]["context"], []).append(cell)
         return [row for rounds in contexts.values() for row in gain_rows(rounds, rounds[0]["labels"], confidence)]
 
     def as_dict(self) -> dict[str, Any]:
-        return self._envelope | {"settings": self._settings, "paper": PAPER, "rows": self.rows, "cells": self.cells}
+        cells = [*self.cells, *self._part]
+        return self._envelope | {"settings": self._settings, "paper": PAPER, "rows": self.rows, "cells": cells}
 
     def save(self) -> None:
         """Whole or not at all: a run cut off in the middle of a write keeps its file."""

@@ -173,7 +173,10 @@ async def measured(
         return labels | {"dtype": dtype, "candidate": args.candidate}
 
     def measure(cell: Cell) -> Any:
-        return run_cell(cell, sides, maker, prometheus=watcher, progress=not args.quiet)
+        def keep(part: dict[str, Any]) -> None:
+            results.keep(part, labelled)
+
+        return run_cell(cell, sides, maker, prometheus=watcher, progress=not args.quiet, keep=keep)
 
     await run_cells(cells_of(args, number), results, measure, labelled)
 
@@ -211,6 +214,7 @@ def replay(args: argparse.Namespace) -> int:
     try:
         known = json.loads(file.read_text())
         results = Results(file, {key: value for key, value in known.items() if key not in OWN}, known["settings"])
+        results.cells = known["cells"]  # those that were cut off, too
         windows = [cell["window"] for cell in results.cells]
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(f"{file} is no results file of an A/B: {error!r}") from error

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from elsa_load import prometheus
+from elsa_load import ab, prometheus
 from elsa_load.ab import SIDES, Cell, gain_rows, run_cell
 from elsa_load.in_process import EngineSide, Gate, Switch
 from elsa_load.processes import Program, free_port
@@ -16,6 +16,7 @@ from elsa_load.prompts import PromptMaker
 from elsa_load.scenario import tokenizer_of
 
 from elsa_serve.cli import main
+from elsa_serve.errors import ElsaError
 from elsa_serve.offload.engine import OffloadEngine
 
 HERE = Path(__file__).parent
@@ -163,6 +164,26 @@ def test_scrapes_kept_where_no_prometheus_is_give_its_gain_elsewhere(tmp_path, m
     (tmp_path / "scrapes.om").unlink()
     assert main(["bench", "replay", str(tmp_path)]) == 2
     assert "nothing to replay" in capsys.readouterr().err
+
+
+def test_a_run_that_is_cut_off_keeps_its_pairs_and_measures_that_context_anew(tmp_path, url, monkeypatch, capsys):
+    flags = ["--pairs", "4", "--output-tokens", "2", "--context", "256"]
+    run_pair = ab.run_pair
+
+    async def breaking(sides, request, number):
+        if number == 3:
+            raise ElsaError("the machine went away")
+        return await run_pair(sides, request, number)
+
+    arguments = ["bench", "ab", "--baseline", url, "--candidate", url, "--quiet", "--no-prometheus"]
+    with monkeypatch.context() as patch:
+        patch.setattr(ab, "run_pair", breaking)
+        assert main([*arguments, "--output", str(tmp_path), *flags]) == 1
+    data = json.loads((tmp_path / "gain.json").read_text())
+    assert [cell["complete"] for cell in data["cells"]] == [False]
+    assert [(row["phase"], row["pairs"]) for row in data["rows"]] == [(p, 3) for p in prometheus.PHASES]
+    data = compare_same(url, tmp_path, *flags)
+    assert [(cell["complete"], len(cell["pairs"])) for cell in data["cells"]] == [(True, 4)]
 
 
 def test_no_pair_is_begun_after_the_time_given(tmp_path, url):
