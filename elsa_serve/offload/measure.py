@@ -28,7 +28,7 @@ from elsa_kernels.cpu.native import library
 from elsa_kernels.registry import Operands
 
 from elsa_serve import __version__, envs
-from elsa_serve.errors import ElsaError
+from elsa_serve.errors import BudgetError, ElsaError
 from elsa_serve.offload import attention as attentions
 from elsa_serve.offload.device import require_exact_matmul
 from elsa_serve.offload.disk import DirectFile, read_rate
@@ -89,14 +89,21 @@ def rates(
     linear: str = "torch",
     refresh: bool = False,
 ) -> Rates:
-    """This machine's rates for a dtype, an attention and linear layers: from the cache, else measured now and kept."""
+    """This machine's rates for a dtype, an attention and linear layers: from the cache, else measured now and kept.
+
+    Without the memory to measure with, which is announced, rates are assumed.
+    """
     key = ", ".join((_machine_key(device), _name(dtype), attention, linear))
     file = envs.cache_dir() / "rates.json"
     known = _read_cache(file)
     if not refresh and key in known:
         return Rates(**known[key])
     logger.warning("measuring this machine's rates for %s once, which takes some seconds", _name(dtype))
-    measured = measure_rates(device, dtype, attention=attention, linear=linear)
+    try:
+        measured = measure_rates(device, dtype, attention=attention, linear=linear)
+    except (BudgetError, MemoryError, torch.cuda.OutOfMemoryError) as error:
+        logger.warning("no memory to measure with (%s): times are predicted from assumed rates", error)
+        return assumed_rates(dtype)
     # Read again: another process may have added its own meanwhile.
     known = _read_cache(file) | {key: asdict(measured)}
     try:

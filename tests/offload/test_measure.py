@@ -110,6 +110,20 @@ def test_a_cache_that_cannot_be_written_is_announced(
     assert "its rate is assumed" in caplog.text
 
 
+def test_without_memory_to_measure_with_rates_are_assumed_and_not_kept(
+    rates: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("ELSA_CACHE_DIR", str(tmp_path))
+
+    def refuse(*_: object, **__: object) -> Rates:
+        raise BudgetError("CUDA refused to page-lock 640 MiB")
+
+    monkeypatch.setattr(measure, "measure_rates", refuse)
+    assert rates(CPU, torch.float32) == assumed_rates(torch.float32)
+    assert "no memory to measure with (CUDA refused" in caplog.text
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.gpu
 def test_the_gpu_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     small = replace(

@@ -3,9 +3,12 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from elsa_serve.cli import build_parser
 from elsa_serve.demo import make_document
+from elsa_serve.offload import measure
+from elsa_serve.offload.machine import Rates
 
 
 @pytest.fixture
@@ -105,6 +108,23 @@ def test_doctor_names_kernels_with_reasons(run):
     assert "FP32 prefill: cpu" in out
     assert "no  gluon: " in out
     assert "vLLM plugin" in out
+
+
+def test_doctor_shows_the_rates_and_measures_them_again_on_demand(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("ELSA_CACHE_DIR", str(tmp_path))
+    taken = []
+
+    def measure_rates(device, dtype, **_):
+        taken.append(dtype)
+        return Rates(cpu_attention=len(taken) * 1e9, source="measured by this test")
+
+    monkeypatch.setattr(measure, "measure_rates", measure_rates)
+    for flags, expected in (((), 1), ((), 1), (("--measure",), 2), (("--dtype", "bfloat16"), 3)):
+        status, out, _ = run("doctor", "--device", "cpu", *flags)
+        assert status == 0
+        assert "measured by this test" in out
+        assert f"CPU attention {expected:.1f} GB/s of KV" in out
+    assert taken == [torch.float32, torch.float32, torch.bfloat16]
 
 
 def test_generate_answers_from_a_file(run, tmp_path):
