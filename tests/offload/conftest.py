@@ -13,7 +13,7 @@ from elsa_serve.offload.machine import Rates, assumed_rates
 _measured = measure.rates
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="module")
 def same_rates_on_every_machine() -> Any:
     def assumed(device: torch.device, dtype: torch.dtype, **_: Any) -> Rates:
         return assumed_rates(dtype)
