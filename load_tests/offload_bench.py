@@ -214,6 +214,7 @@ def measure(
         "peak_gpu_bytes": memory.device_used,
         "peak_torch_bytes": memory.peak_reserved,
         "peak_host_bytes": host_peak(),
+        "asked_host_bytes": weights.store.host_nbytes + plan.kv_host_bytes,  # the shared weights lie there whole
         "huge_page_bytes": huge,
         "floor_s": max(on_host / bandwidth, streamed / rates.h2d),
         "h2d_bytes_per_s": rates.h2d,
