@@ -200,28 +200,31 @@ def measure(
     streamed = weights.store.nbytes * plan.streamed_layers // plan.geometry.layers
     kv_on_host = max(0, run.context - plan.kv_gpu_tokens) * plan.geometry.layers * plan.geometry.kv_token_bytes()
     on_host, rates = streamed + kv_on_host, plan.rates
-    return row | {
-        "resident_layers": len(plan.resident_layers),
-        "slots": plan.slots,
-        "chunk_tokens": plan.chunk_tokens,
-        "kv_gpu_tokens": plan.kv_gpu_tokens,
-        "kv_host_bytes": kv_on_host,
-        "weights_host_bytes": streamed,
-        "gpu_cap_bytes": plan.gpu_budget,
-        **timings(steps.passes),
-        "predicted_prefill_s": plan.ttft_s,
-        "predicted_decode_s_per_token": plan.s_per_token,
-        "peak_gpu_bytes": memory.device_used,
-        "peak_torch_bytes": memory.peak_reserved,
-        "peak_host_bytes": host_peak(),
-        "asked_host_bytes": weights.store.host_nbytes + plan.kv_host_bytes,  # the shared weights lie there whole
-        "huge_page_bytes": huge,
-        "floor_s": max(on_host / bandwidth, streamed / rates.h2d),
-        "h2d_bytes_per_s": rates.h2d,
-        "host_read_bytes_per_s": bandwidth,
-        "tokens_equal": tokens[:compared] == same[:compared],
-        "error": None,
-    }
+    return (
+        row
+        | {
+            "resident_layers": len(plan.resident_layers),
+            "slots": plan.slots,
+            "chunk_tokens": plan.chunk_tokens,
+            "kv_gpu_tokens": plan.kv_gpu_tokens,
+            "kv_host_bytes": kv_on_host,
+            "weights_host_bytes": streamed,
+            "gpu_cap_bytes": plan.gpu_budget,
+            **timings(steps.passes),
+            "predicted_prefill_s": plan.ttft_s,
+            "predicted_decode_s_per_token": plan.s_per_token,
+            "peak_gpu_bytes": memory.device_used,
+            "peak_torch_bytes": memory.peak_reserved,
+            "peak_host_bytes": host_peak(),
+            "asked_host_bytes": weights.store.host_nbytes + plan.kv_host_bytes,  # the shared weights lie there whole
+            "huge_page_bytes": huge,
+            "floor_s": max(on_host / bandwidth, streamed / rates.h2d),
+            "h2d_bytes_per_s": rates.h2d,
+            "host_read_bytes_per_s": bandwidth,
+            "tokens_equal": tokens[:compared] == same[:compared],
+            "error": None,
+        }
+    )
 
 
 def make_engine(run: argparse.Namespace, directory: Path, weights: ModelWeights, steps: Steps) -> OffloadEngine:

@@ -113,6 +113,7 @@ class OffloadEngine:
             max_batch=self._options.max_batch,
             max_queue=max_queue,
             pass_tokens=pass_tokens(plan, self._options.prefill_round_tokens, self._options.max_num_batched_tokens),
+            together=self._loaded.tiers.without_moving,
             draft_rows=DRAFT_LOGITS // (self._loaded.vocab_size * LOGIT_BYTES),
             cache=PrefixCache(self._loaded.pool, self._identity()) if self._options.prefix_caching else None,
         )

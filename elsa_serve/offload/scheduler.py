@@ -177,11 +177,13 @@ class Scheduler:
         max_queue: int,
         pass_tokens: PassTokens,
         draft_rows: int = 1 << 30,
+        together: Callable[[RequestKV, int], int] = lambda kv, new: new,
         cache: PrefixCache | None = None,
     ) -> None:
-        """`draft_rows`: drafted tokens of a pass at most, of all its sequences together."""
+        """`draft_rows`: drafted tokens of a pass at most, of all its sequences; `together`: how many of so many new
+        tokens of one sequence are computed as cheaply as one."""
         self._pool, self._cache = pool, cache
-        self._draft_rows = draft_rows
+        self._draft_rows, self._together = draft_rows, together
         self._max_batch, self._max_queue, self._pass_tokens = max_batch, max_queue, pass_tokens
         self._lock = threading.RLock()
         self._waiting: deque[Sequence] = deque()
@@ -243,6 +245,7 @@ class Scheduler:
         if sequence.lookup is not None:
             room = kv.capacity - len(sequence.tokens)
             draft = sequence.lookup.draft(min(room, sequence.remaining - 1, guesses))
+            draft = draft[: self._together(kv, 1 + len(draft)) - 1]
         return Work(sequence, [sequence.tokens[-1], *draft], draft, False, 1 + len(draft))
 
     def _prompt(self, sequence: Sequence, most: int) -> Work:

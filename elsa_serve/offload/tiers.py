@@ -99,6 +99,12 @@ class Tiers:
             return "in place"
         return "over the device"
 
+    def without_moving(self, kv: RequestKV, new: int) -> int:
+        """How many of `new` tokens can be computed together before KV is moved that one token alone leaves in place."""
+        if self.road(kv, 1) == "over the device" or self.road(kv, new) != "over the device":
+            return new
+        return max(1, min(new, self._limit(kv)))
+
     def begin(self, parts: Sequence[Rows], layers: int) -> None:
         self._roads = {id(part.kv): self.road(part.kv, len(part.tokens)) for part in parts}
         moved = [part.kv for part in parts if self._roads[id(part.kv)] == "over the device"]

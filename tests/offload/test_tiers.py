@@ -124,8 +124,11 @@ def test_each_request_takes_the_road_that_its_tokens_ask_for() -> None:
     assert world.tiers.road(kv, 41) == "over the device"
     kv.length = 60
     assert [world.tiers.road(kv, n) for n in (1, 4, 5)] == ["in place", "in place", "over the device"]
+    assert [world.tiers.without_moving(kv, n) for n in (1, 4, 5, 16)] == [1, 4, 4, 4]
+    assert world.tiers.without_moving(world.request(100, split=100), 16) == 16
     world.tiers.use(elsa_attend, None)
     assert world.tiers.road(kv, 1) == "over the device"
+    assert world.tiers.without_moving(kv, 16) == 16
 
 
 @pytest.mark.parametrize("serial", [False, True])
