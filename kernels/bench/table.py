@@ -129,6 +129,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "attention": lambda: headline_tables(_rows("attention-h200.json")),
     "attention-fp32": lambda: speed_table(_rows("attention-h200.json"), ("float32",)),
     "attention-half": lambda: speed_table(_rows("attention-h200.json"), ("float16", "bfloat16")),
+    "decode": lambda: decode_table(_rows("decode-h200.json")),
     "linear": lambda: linear_table(_rows("linear-h200.json")),
     "accuracy": lambda: accuracy_table(_rows("accuracy-h200.json")),
 }
