@@ -35,7 +35,8 @@ class BytesTokenizer:
         return bytes(i % 256 for i in token_ids).decode(errors="replace")
 
     def apply_chat_template(self, conversation: list[dict[str, str]], **kwargs: Any) -> Any:
-        return self.encode("".join(message["content"] for message in conversation))
+        text = "".join(message["content"] for message in conversation)
+        return self.encode(text) if kwargs.get("tokenize", True) else text
 
 
 class TimedEngine:
