@@ -48,11 +48,12 @@ def gain_table() -> str:
                 f"{row['candidate_s']:.3f}",
                 f"**{row['gain_percent']:+.1f} %**",
                 f"{row['ci_low']:+.1f} … {row['ci_high']:+.1f} %",
+                f"{row['median_gain_percent']:+.1f} %",
                 "–" if second is None else f"{second:+.1f} %",
                 str(row["pairs"]),
             ]
         )
-    header = ["configuration", "SDPA s", "ELSA s", "gain", "95 % interval", "by Prometheus", "pairs"]
+    header = ["configuration", "SDPA s", "ELSA s", "gain", "95 % interval", "median pair", "by Prometheus", "pairs"]
     return table.markdown(header, lines)
 
 

@@ -260,7 +260,7 @@ class Results:
             known = json.loads(file.read_text())
             if known.get("settings") != settings:
                 raise ElsaError(f"{file} holds a run with other settings: name another --output, or remove it")
-            self.cells = [cell for cell in known["cells"] if cell["complete"]]
+            self.cells = [cell for cell in known["cells"] if cell.get("complete", True)]
 
     def done(self, cell: Cell) -> bool:
         return any(known["cell"] == asdict(cell) for known in self.cells)
