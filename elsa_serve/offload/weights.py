@@ -155,11 +155,13 @@ class ModelWeights:
         return self.disk.drain() if self.disk is not None else None
 
     def close(self) -> None:
-        """Free the host buffers; the model can no longer run. Idempotent."""
+        """Free host buffers and device memory; the model can no longer run. Idempotent."""
         if self.disk is not None:
             self.disk.close()
         self.store.close()
         self.decoder_layers = ()
+        # Modules hold each other in cycles, which live until the collector comes: they must not hold memory.
+        self.model.to("meta")
 
 
 def load_model(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import resource
 import shutil
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -347,3 +349,20 @@ def test_a_failed_load_frees_its_buffers(copy: Path, monkeypatch: pytest.MonkeyP
     edit_tensors(copy, model__norm__weight=torch.ones(63))
     refused(copy, "[63]")
     assert closed
+
+
+def test_closing_frees_the_memory_at_once(tmp_path: Path) -> None:
+    """Not when the collector comes: the next model in the process needs what this one had on the device."""
+    weights = load_model(save(make_model("llama"), tmp_path), dtype="auto", device="cpu", progress=False, resident=(1,))
+    model = weights.model  # held on to, as a cycle would
+    tensors = [*(p for p in model.parameters() if not p.is_meta), *model.buffers(), weights.store.layers[1]]
+    held = [weakref.ref(tensor) for tensor in tensors]
+    assert len(held) >= 4
+    del tensors
+    gc.disable()
+    try:
+        weights.close()
+        assert [ref() for ref in held] == [None] * len(held)
+        weights.close()
+    finally:
+        gc.enable()
