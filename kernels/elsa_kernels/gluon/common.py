@@ -136,15 +136,18 @@ def new_ring(desc, STAGES: gl.constexpr, GROUPS: gl.constexpr, PLANES: gl.conste
 
 
 @gluon.jit
-def fill(ring, i, hi_desc, lo_desc, work, key, PLANES: gl.constexpr):
-    """Producer: load the ring's i-th tile, which begins at `key`, once its slot is free."""
+def fill(ring, i, desc, hi_index, lo_index, head, key, PLANES: gl.constexpr):
+    """Producer: load the ring's i-th tile, which begins at `key`, once its slot is free.
+
+    desc is [planes or batch, heads, keys, D]; hi_index and lo_index say where along its first dimension.
+    """
     slot = i % ring.stages
     mbarrier.wait(ring.free.index(slot), ((i // ring.stages) & 1) ^ 1)
     bar = ring.full.index(slot)
-    mbarrier.expect(bar, PLANES * hi_desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(hi_desc, [work.b, work.kv_head, key, 0], bar, ring.hi.index(slot))
+    mbarrier.expect(bar, PLANES * desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(desc, [hi_index, head, key, 0], bar, ring.hi.index(slot))
     if PLANES == 2:
-        tma.async_copy_global_to_shared(lo_desc, [work.b, work.kv_head, key, 0], bar, ring.lo.index(slot))
+        tma.async_copy_global_to_shared(desc, [lo_index, head, key, 0], bar, ring.lo.index(slot))
 
 
 @gluon.jit
@@ -260,21 +263,21 @@ def tiles_of_group(mine, work, BN: gl.constexpr, features):
 
 
 @gluon.jit
-def initial_sums(output, work, unit: gl.constexpr, R: gl.constexpr, features):
-    """(m in log2 units, l) of no key at all, or of the head's sink, whose weight is `unit`."""
+def initial_sums(output, work, R: gl.constexpr, features):
+    """(m in log2 units, l) of no key at all, or of the head's sink, whose weight is 1."""
     l = gl.zeros([ROWS], gl.float32, R)
     m = gl.full([ROWS], NEG_INF, gl.float32, R)
     if features.SINKS:
         m = l + gl.load(output.sinks + work.head).to(gl.float32) * LOG2E
-        l = gl.where(m == NEG_INF, 0.0, l + unit)
+        l = gl.where(m == NEG_INF, 0.0, l + 1.0)
     return m, l
 
 
 @gluon.jit
-def fold(s, m, l, factor, shift: gl.constexpr, t, lo, hi, BN: gl.constexpr, MASK: gl.constexpr):
-    """Fold the products s = q·k of tile t into (m, l); returns them with P·2^shift and the factor that old sums take.
+def fold(s, m, l, factor, t, lo, hi, BN: gl.constexpr, MASK: gl.constexpr):
+    """Fold the products s = q·k of tile t into (m, l); returns them with P ≤ 1 and the factor that old sums take.
 
-    factor (a scalar, or one per row) turns s into logits in log2 units.
+    factor, one per row, turns s into logits in log2 units.
     """
     S: gl.constexpr = s.type.layout
     if MASK:
@@ -286,15 +289,15 @@ def fold(s, m, l, factor, shift: gl.constexpr, t, lo, hi, BN: gl.constexpr, MASK
     else:
         m_new = gl.maximum(m, gl.max(s, axis=1) * factor)
         anchor = m_new
-    p = gl.exp2(s * gl.expand_dims(factor, 1) - gl.expand_dims(anchor - shift, 1))
+    p = gl.exp2(s * gl.expand_dims(factor, 1) - gl.expand_dims(anchor, 1))
     decay = gl.exp2(m - anchor)
     return m_new, l * decay + gl.sum(p, axis=1), p, decay
 
 
 @gluon.jit
-def inverse_power(x):
-    """1 / x, exactly, for x = 2^e with −126 ≤ e ≤ 126."""
-    return ((254 << 23) - x.to(gl.int32, bitcast=True)).to(gl.float32, bitcast=True)
+def power_of_two(e):
+    """2^e as float32 for −127 < e ≤ 127; 0 below."""
+    return (gl.maximum(e + 127, 0) << 23).to(gl.float32, bitcast=True)
 
 
 @gluon.jit
@@ -313,8 +316,8 @@ def state_correction(m):
 
 
 @gluon.jit
-def write_rows(output, mine, Nq, m, l, acc, columns, unit: gl.constexpr, O: gl.constexpr, features):
-    """Write a warp group's rows: acc / l, or the state; both times `columns`. l and acc carry the factor `unit`.
+def write_rows(output, mine, Nq, m, l, acc, unit, undo, O: gl.constexpr, features):
+    """Write a warp group's rows: acc / l, or the state. acc carries 1 / (unit·undo), two powers of two.
 
     A row whose sums are not finite marks the program's tile for the careful second pass.
     """
@@ -325,13 +328,13 @@ def write_rows(output, mine, Nq, m, l, acc, columns, unit: gl.constexpr, O: gl.c
     if features.STATE:
         rows = mine + gl.arange(0, ROWS, layout=l.type.layout)
         m_natural, per_row = state_correction(m)
-        per_row = per_row * (1.0 / unit)
         gl.store(output.m + rows, m_natural, mask=rows < Nq)
         gl.store(output.s + rows, l * per_row, mask=rows < Nq)
     else:
         per_row = gl.where(l == 0.0, 0.0, 1.0 / l)
+    per_row = gl.expand_dims(gl.convert_layout(per_row * unit, gl.SliceLayout(1, O)), 1)
     rows_o = mine + gl.arange(0, ROWS, layout=gl.SliceLayout(1, O))
     channels = gl.arange(0, D, layout=gl.SliceLayout(0, O))
     offsets = gl.expand_dims(rows_o.to(gl.int64) * output.stride, 1) + gl.expand_dims(channels, 0)
-    value = acc * gl.expand_dims(gl.convert_layout(per_row, gl.SliceLayout(1, O)), 1) * columns
+    value = acc * per_row * undo
     gl.store(output.out + offsets, value.to(output.out.dtype.element_ty), mask=gl.expand_dims(rows_o < Nq, 1))

@@ -44,8 +44,8 @@ def _produce(q_desc, k_desc, v_desc, q_all, q_full, keys, values, work, GROUPS: 
             q_desc, [work.b, work.head, work.row0 + g * ROWS, 0], q_full.index(0), q_all.index(g)
         )
     for t in range(work.first, work.end):
-        fill(keys, t - work.first, k_desc, k_desc, work, t * BN, 1)
-        fill(values, t - work.first, v_desc, v_desc, work, t * BN, 1)
+        fill(keys, t - work.first, k_desc, work.b, work.b, work.kv_head, t * BN, 1)
+        fill(values, t - work.first, v_desc, work.b, work.b, work.kv_head, t * BN, 1)
 
 
 @gluon.jit
@@ -74,7 +74,7 @@ def _step(t, m, l, acc, p, q, keys, values, turn, work, factor, lo, hi, GROUP: g
         mbarrier.arrive(turn.index((GROUP + 1) % GROUPS), count=1)
     s = warpgroup_mma_wait(1, deps=[s])
     release(keys, i)
-    m, l, p_new, decay = fold(s, m, l, factor, 0, t, lo, hi, BN, MASK)
+    m, l, p_new, decay = fold(s, m, l, factor, t, lo, hi, BN, MASK)
     p_new = gl.convert_layout(p_new.to(p.dtype), P)
     # ptxas would hoist the wait for P·V over the softmax that is meant to hide it. A second look at a barrier that is
     # open already ends the basic block, and p_new among the dependencies keeps LLVM from sinking the softmax.
@@ -96,7 +96,7 @@ def _consume(scale, q_all, q_full, keys, values, turn, work, output, features, G
     factor = gl.full([ROWS], 0.0, gl.float32, R) + scale * LOG2E
     lo, hi = row_bounds(mine + gl.arange(0, ROWS, layout=R), work, features)
     _a, _z, fa, fz = tiles_of_group(mine, work, BN, features)
-    m, l = initial_sums(output, work, 1.0, R, features)
+    m, l = initial_sums(output, work, R, features)
     acc = gl.zeros([ROWS, D], gl.float32, O)
     mbarrier.wait(q_full.index(0), 0)
     q = q_all.index(GROUP).reshape([ROWS, D])
@@ -105,7 +105,7 @@ def _consume(scale, q_all, q_full, keys, values, turn, work, output, features, G
         s = _issue_products(q, keys, 0, S, BN, D)
         s = warpgroup_mma_wait(0, deps=[s])
         release(keys, 0)
-        m, l, p32, _decay = fold(s, m, l, factor, 0, work.first, lo, hi, BN, True)
+        m, l, p32, _decay = fold(s, m, l, factor, work.first, lo, hi, BN, True)
         p = gl.convert_layout(p32.to(q_all.dtype), P)
         start = work.first + 1
         fa = gl.maximum(fa, start)

@@ -9,12 +9,12 @@ from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from elsa_kernels.gluon.half_kernel import half_attention
+from elsa_kernels.gluon.planes import TilePlanes, split_tiles
 from elsa_kernels.gluon.split_kernel import split_attention
 from elsa_kernels.registry import Operands, Problem
 from elsa_kernels.state import State
 from elsa_kernels.triton.forward import careful_kernel
 from elsa_kernels.triton.launch import CAREFUL_TILE
-from elsa_kernels.triton.split import Planes, split_kv
 
 ROWS = 64
 SHARED_LAYOUT = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
@@ -34,6 +34,7 @@ class Tile:
     turns: bool = True
 
 
+# BN is also the tile of `split_tiles`, so it depends on the head dimension alone.
 SPLIT_TILES = {128: Tile(BN=64, stages=2, groups=2, registers=232), 64: Tile(BN=128, stages=2, groups=2, registers=232)}
 HALF_TILES = {128: Tile(BN=128, stages=2, groups=2, registers=240), 64: Tile(BN=128, stages=3, groups=2, registers=240)}
 SECTION_HEADS = 4  # heads that work at a time under a causal mask, at least, so that their K and V share the L2 cache
@@ -41,20 +42,18 @@ SECTION_PROGRAMS = 132  # and enough of them to give every SM of an H100 or H200
 
 
 def split_forward(
-    problem: Problem, operands: Operands, planes: Planes, tile: Tile | None = None, section: int | None = None
+    problem: Problem, operands: Operands, planes: TilePlanes, tile: Tile | None = None, section: int | None = None
 ) -> torch.Tensor | State:
-    """FP32-accurate attention over K and V that are split already (`elsa_kernels.triton.split.split_kv`)."""
+    """FP32-accurate attention over K and V that are split already, by tiles of the kernel's BN keys."""
     tile = tile or SPLIT_TILES[problem.D]
+    if planes.rows != tile.BN:
+        raise ValueError(f"planes are split by tiles of {planes.rows} keys; this kernel takes {tile.BN}")
     out, m, s, todo = _outputs(problem, tile)
     q = operands.q
     split_attention[_grid(problem, tile)](
         q=q,
-        k_hi=_descriptor(planes.k_hi, tile.BN),
-        k_lo=_descriptor(planes.k_lo, tile.BN),
-        v_hi=_descriptor(planes.v_hi, tile.BN),
-        v_lo=_descriptor(planes.v_lo, tile.BN),
-        k_scale=planes.k_scale,
-        v_scale=planes.v_scale,
+        planes=_descriptor(planes.planes, tile.BN),
+        exponents=planes.exponents,
         q_stride_b=q.stride(0),
         q_stride_h=q.stride(1),
         q_stride_n=q.stride(2),
@@ -85,7 +84,8 @@ def half_forward(
 
 def run(problem: Problem, operands: Operands) -> torch.Tensor | State:
     if problem.dtype == torch.float32:
-        return split_forward(problem, operands, split_kv(operands.k, operands.v))
+        planes = split_tiles(operands.k, operands.v, SPLIT_TILES[problem.D].BN, operands.kv_range)
+        return split_forward(problem, operands, planes)
     return half_forward(problem, operands)
 
 

@@ -1,11 +1,14 @@
 """FP32-accurate attention on Hopper's tensor cores: every operand an FP16 pair (hi, lo), every product three.
 
 One TMA producer warp group streams the (hi, lo) planes of K and V; each consumer warp group owns 64 query rows.
-- S = lo·hi + hi·lo + hi·hi, smallest first, in one chain over D: the tensor core adds at most 3·D products.
-- P·V starts from zero in every KV tile and is merged in FP32. The tensor core truncates inside its accumulator; kept
-  there over N keys that error grows like N. Per tile it does not, and the merge is the monoid's own.
-- Scales are powers of two, so they are exact: K per (batch, head, channel), folded inversely into Q; Q then per row,
-  undone in the exponent's multiply; P by 2^14 in the exponent's subtraction; V per channel, undone at the end.
+- S = lo·hi + hi·lo + hi·hi, smallest first, the large products in chains over 64 channels that are added in FP32: the
+  tensor core truncates what it adds, so the error of S grows with the length of a chain.
+- P·V starts from zero in every KV tile and is merged in FP32, for the same reason.
+- Scales are powers of two, so they are exact: K per tile and Q per row, undone in the exponent's multiply; P by 2^14;
+  V per tile. The accumulator is kept in units of the coarsest scale of V so far: a tile with a finer one (smaller
+  values) folds the difference into P's, a coarser one into the factor of the old sums.
+- Sums over SPAN keys are merged into those of the spans before, which wait in the output: the error of a tree of
+  chains of tens, not of one chain of thousands.
 """
 
 from triton.experimental import gluon
@@ -19,15 +22,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from elsa_kernels.gluon.common import (
     LENGTHS,
     LOG2E,
+    NEG_INF,
     ROWS,
     Features,
     at_head,
     fill,
     fold,
     initial_sums,
-    inverse_power,
     new_ring,
     plan_work,
+    power_of_two,
     release,
     row_bounds,
     tiles_of_group,
@@ -35,21 +39,26 @@ from elsa_kernels.gluon.common import (
     write_rows,
 )
 
-P_EXPONENT = gl.constexpr(14)  # P ≤ 1 is held as P·2^14 < 65504: its lo half then keeps 11 more bits down to 2^-24
-P_UNIT = gl.constexpr(16384.0)
+P_EXPONENT = gl.constexpr(14)  # P ≤ 1 is split as P·2^14 < 65504: its lo half then keeps 11 more bits down to 2^-24
+P_UNIT = gl.constexpr(2.0**-14)
+FINEST = gl.constexpr(126)  # largest exponent of a scale (see planes.py)
+# How much of a finer scale P takes up, lest it leave FP16's range; the rest is taken from the tile's product.
+MAX_FINER = gl.constexpr(8)
+SPAN = gl.constexpr(4096)  # keys
+CHAIN = gl.constexpr(64)  # channels that one chain of large products adds up
 
 
 @gluon.jit
-def _produce(k_hi, k_lo, v_hi, v_lo, keys, values, work, BN: gl.constexpr):
+def _produce(planes, keys, values, work, kv, BN: gl.constexpr):
     """Stream the tiles of K and V into their rings."""
     for t in range(work.first, work.end):
-        fill(keys, t - work.first, k_hi, k_lo, work, t * BN, 2)
-        fill(values, t - work.first, v_hi, v_lo, work, t * BN, 2)
+        fill(keys, t - work.first, planes, 0, 1, kv, t * BN, 2)
+        fill(values, t - work.first, planes, 2, 3, kv, t * BN, 2)
 
 
 @gluon.jit
-def _split_query(q, q_stride, k_scale, qh, ql, row0, Nq, D: gl.constexpr, R: gl.constexpr):
-    """Q·(1/K's scale) of one warp group as (hi, lo) planes in shared memory; returns 2^-e of each row, in layout R.
+def _split_query(q, q_stride, qh, ql, row0, Nq, D: gl.constexpr, R: gl.constexpr):
+    """Q of one warp group as (hi, lo) planes in shared memory; returns 2^-e of each row, in layout R.
 
     A row with an Inf or NaN keeps it in hi (and NaN in lo), so its logits and its output become NaN.
     """
@@ -58,7 +67,6 @@ def _split_query(q, q_stride, k_scale, qh, ql, row0, Nq, D: gl.constexpr, R: gl.
     channels = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
     offsets = gl.expand_dims(rows.to(gl.int64) * q_stride, 1) + gl.expand_dims(channels, 0)
     x = gl.load(q + offsets, mask=gl.expand_dims(rows < Nq, 1), other=0.0)
-    x = x * gl.expand_dims(inverse_power(gl.load(k_scale + channels)), 0)
     largest = gl.max(gl.maximum(x, -x), axis=1)
     # The row's exponent from the float's bits. Its largest value becomes 2^14 … 2^15; below 2^-112 the scale stays.
     e = gl.maximum(largest.to(gl.int32, bitcast=True) >> 23, 15)
@@ -73,25 +81,51 @@ def _split_query(q, q_stride, k_scale, qh, ql, row0, Nq, D: gl.constexpr, R: gl.
 
 
 @gluon.jit
-def _step(t, m, l, acc, qh, ql, keys, values, work, factor, lo, hi, D: gl.constexpr, BN: gl.constexpr,
-          MASK: gl.constexpr):  # fmt: skip
-    """Merge the KV tile t into (m, l, acc). m is in units of log2, l and acc carry P's 2^14."""
+def _products(qh, ql, k_hi, k_lo, D: gl.constexpr, BN: gl.constexpr):
+    """S of one tile. The large products of all but the first CHAIN channels have an accumulator of their own."""
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
+    s = warpgroup_mma(ql, k_hi.permute((1, 0)), gl.zeros([ROWS, BN], gl.float32, S), use_acc=False, is_async=True)
+    s = warpgroup_mma(qh, k_lo.permute((1, 0)), s, is_async=True)
+    if D <= CHAIN:
+        s = warpgroup_mma(qh, k_hi.permute((1, 0)), s, is_async=True)
+        s = warpgroup_mma_wait(0, deps=[s])
+    else:
+        q_0 = qh.slice(0, CHAIN, 1)
+        q_1 = qh.slice(CHAIN, CHAIN, 1)
+        k_0 = k_hi.slice(0, CHAIN, 1).permute((1, 0))
+        k_1 = k_hi.slice(CHAIN, CHAIN, 1).permute((1, 0))
+        s = warpgroup_mma(q_0, k_0, s, is_async=True)
+        more = warpgroup_mma(q_1, k_1, gl.zeros([ROWS, BN], gl.float32, S), use_acc=False, is_async=True)
+        s, more = warpgroup_mma_wait(0, deps=[s, more])
+        s += more
+    return s
+
+
+@gluon.jit
+def _step(t, m, l, acc, unit, k_e, v_e, exponents, qh, ql, keys, values, work, factor, lo, hi, D: gl.constexpr,
+          BN: gl.constexpr, MASK: gl.constexpr):  # fmt: skip
+    """Merge the KV tile t into (m, l, acc). m is in units of log2; acc carries P's 2^14 and 2^unit.
+
+    k_e, v_e: exponents of the tile's scales; those of the next tile are returned, loaded long before their use.
+    """
     O: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     P: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O, k_width=2)
     i = t - work.first
     slot = i % keys.stages
+    following = exponents + 2 * gl.minimum(t + 1, work.end - 1)
+    k_next = gl.load(following)
+    v_next = gl.load(following + 1)
+    coarsest = gl.minimum(unit, v_e)
+    finer = gl.minimum(v_e - coarsest, MAX_FINER)
+    # In two steps, so that neither over- nor underflows where q·k does not.
+    here = factor * power_of_two(-(k_e >> 1)) * power_of_two(-(k_e - (k_e >> 1)))
 
     wait_full(keys, i)
-    k_hi = keys.hi.index(slot).reshape([BN, D]).permute((1, 0))
-    k_lo = keys.lo.index(slot).reshape([BN, D]).permute((1, 0))
-    s = warpgroup_mma(ql, k_hi, gl.zeros([ROWS, BN], gl.float32, S), use_acc=False, is_async=True)
-    s = warpgroup_mma(qh, k_lo, s, is_async=True)
-    s = warpgroup_mma(qh, k_hi, s, is_async=True)
-    s = warpgroup_mma_wait(0, deps=[s])
+    s = _products(qh, ql, keys.hi.index(slot).reshape([BN, D]), keys.lo.index(slot).reshape([BN, D]), D, BN)
     release(keys, i)
 
-    m, l, p, decay = fold(s, m, l, factor, P_EXPONENT, t, lo, hi, BN, MASK)
+    m, l, p, decay = fold(s, m, l, here, t, lo, hi, BN, MASK)
+    p = p * power_of_two(P_EXPONENT - finer)
     p_hi = p.to(gl.float16)
     p_lo = (p - p_hi.to(gl.float32)).to(gl.float16)
     p_hi = gl.convert_layout(p_hi, P)
@@ -105,7 +139,12 @@ def _step(t, m, l, acc, qh, ql, keys, values, work, factor, lo, hi, D: gl.conste
     w = warpgroup_mma(p_hi, v_hi, w, is_async=True)
     w = warpgroup_mma_wait(0, deps=[w])
     release(values, i)
-    return m, l, acc * gl.expand_dims(gl.convert_layout(decay, gl.SliceLayout(1, O)), 1) + w
+    decay = gl.expand_dims(gl.convert_layout(decay * power_of_two(coarsest - unit), gl.SliceLayout(1, O)), 1)
+    if v_e - coarsest > MAX_FINER:
+        acc = gl.fma(acc, decay, w * power_of_two(MAX_FINER - (v_e - coarsest)))
+    else:
+        acc = gl.fma(acc, decay, w)  # named, or the product is hoisted out of both branches and the fusion lost
+    return m, l, acc, coarsest, k_next, v_next
 
 
 @gluon.jit
@@ -118,40 +157,91 @@ def _skip(i, keys, values):
 
 
 @gluon.jit
-def _consume(q, q_stride, k_scale, v_scale, scale, qh_all, ql_all, keys, values, work, output, features,
+def _own_rows(output, mine, Nq, D: gl.constexpr, O: gl.constexpr):
+    """Pointers to a warp group's rows of the output in the accumulator's layout, and which of them exist."""
+    rows = mine + gl.arange(0, ROWS, layout=gl.SliceLayout(1, O))
+    channels = gl.arange(0, D, layout=gl.SliceLayout(0, O))
+    offsets = gl.expand_dims(rows.to(gl.int64) * output.stride, 1) + gl.expand_dims(channels, 0)
+    return output.out + offsets, gl.expand_dims(rows < Nq, 1)
+
+
+@gluon.jit
+def _absorb(m, l, acc, unit, m_before, l_before, unit_before, mine, work, output, D: gl.constexpr, O: gl.constexpr):
+    """(l, acc) with the sums of the spans before, which wait in the output's rows; none yet: unit_before > FINEST."""
+    pointers, exist = _own_rows(output, mine, work.Nq, D, O)
+    before = gl.load(pointers, mask=exist & (unit_before <= FINEST), other=0.0)
+    factor = gl.exp2(m_before - gl.where(m == NEG_INF, 0.0, m))
+    rescale = gl.convert_layout(factor * power_of_two(unit - unit_before), gl.SliceLayout(1, O))
+    return gl.fma(l_before, factor, l), gl.fma(before, gl.expand_dims(rescale, 1), acc)
+
+
+@gluon.jit
+def _walk(begin, end, a, m, l, acc, unit, k_e, v_e, m_before, l_before, unit_before, mine, exponents, qh, ql, keys,
+          values, work, output, factor, lo, hi, D: gl.constexpr, BN: gl.constexpr, MASK: gl.constexpr):  # fmt: skip
+    """The tiles [begin, end) of a walk that began at tile a. Where a span begins, the sums before it are put aside."""
+    O: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
+    TILES: gl.constexpr = SPAN // BN
+    for span in range(begin // TILES, (end + TILES - 1) // TILES):
+        start = gl.maximum(span * TILES, begin)
+        if (start == span * TILES) & (start > a):
+            l_before, acc = _absorb(m, l, acc, unit, m_before, l_before, unit_before, mine, work, output, D, O)
+            pointers, exist = _own_rows(output, mine, work.Nq, D, O)
+            gl.store(pointers, acc, mask=exist)
+            m_before = m
+            unit_before = unit
+            l = l * 0.0
+            acc = acc * 0.0
+        for t in range(start, gl.minimum(span * TILES + TILES, end)):
+            m, l, acc, unit, k_e, v_e = _step(t, m, l, acc, unit, k_e, v_e, exponents, qh, ql, keys, values, work,
+                                              factor, lo, hi, D, BN, MASK)  # fmt: skip
+    return m, l, acc, unit, k_e, v_e, m_before, l_before, unit_before
+
+
+@gluon.jit
+def _consume(q, q_stride, exponents, scale, qh_all, ql_all, keys, values, work, output, features,
              GROUP: gl.constexpr, D: gl.constexpr, BN: gl.constexpr):  # fmt: skip
     """One warp group: 64 query rows over the program's tiles."""
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     R: gl.constexpr = gl.SliceLayout(1, S)
     mine = work.row0 + ROWS * GROUP
+    a, z, fa, fz = tiles_of_group(mine, work, BN, features)
+    begin = exponents + 2 * gl.minimum(a, gl.maximum(work.end - 1, 0))
+    k_e = gl.load(begin)
+    v_e = gl.load(begin + 1)
     qh = qh_all.index(GROUP)
     ql = ql_all.index(GROUP)
-    factor = _split_query(q, q_stride, k_scale, qh, ql, mine, work.Nq, D, R) * (scale * LOG2E)
+    factor = _split_query(q, q_stride, qh, ql, mine, work.Nq, D, R) * (scale * LOG2E)
     lo, hi = row_bounds(mine + gl.arange(0, ROWS, layout=R), work, features)
-    a, z, fa, fz = tiles_of_group(mine, work, BN, features)
-    m, l = initial_sums(output, work, P_UNIT, R, features)
+    m, l = initial_sums(output, work, R, features)
     acc = gl.zeros([ROWS, D], gl.float32, O)
+    unit = gl.to_tensor(FINEST)
+    m_before = gl.full([ROWS], NEG_INF, gl.float32, R)
+    l_before = gl.zeros([ROWS], gl.float32, R)
+    unit_before = gl.to_tensor(FINEST + 1)
     for t in range(work.first, a):
         _skip(t - work.first, keys, values)
     if features.LEFT:
-        for t in range(a, fa):
-            m, l, acc = _step(t, m, l, acc, qh, ql, keys, values, work, factor, lo, hi, D, BN, True)
+        m, l, acc, unit, k_e, v_e, m_before, l_before, unit_before = _walk(
+            a, fa, a, m, l, acc, unit, k_e, v_e, m_before, l_before, unit_before, mine, exponents, qh, ql, keys, values,
+            work, output, factor, lo, hi, D, BN, True)  # fmt: skip
     else:
         fa = a
-    for t in range(fa, fz):
-        m, l, acc = _step(t, m, l, acc, qh, ql, keys, values, work, factor, lo, hi, D, BN, False)
-    for t in range(fz, z):
-        m, l, acc = _step(t, m, l, acc, qh, ql, keys, values, work, factor, lo, hi, D, BN, True)
+    m, l, acc, unit, k_e, v_e, m_before, l_before, unit_before = _walk(
+        fa, fz, a, m, l, acc, unit, k_e, v_e, m_before, l_before, unit_before, mine, exponents, qh, ql, keys, values,
+        work, output, factor, lo, hi, D, BN, False)  # fmt: skip
+    m, l, acc, unit, k_e, v_e, m_before, l_before, unit_before = _walk(
+        fz, z, a, m, l, acc, unit, k_e, v_e, m_before, l_before, unit_before, mine, exponents, qh, ql, keys, values,
+        work, output, factor, lo, hi, D, BN, True)  # fmt: skip
     for t in range(z, work.end):
         _skip(t - work.first, keys, values)
-    channels = gl.arange(0, D, layout=gl.SliceLayout(0, O))
-    columns = gl.expand_dims(inverse_power(gl.load(v_scale + channels)), 0)
-    write_rows(output, mine, work.Nq, m, l, acc, columns, P_UNIT, O, features)
+    if unit_before <= FINEST:
+        l, acc = _absorb(m, l, acc, unit, m_before, l_before, unit_before, mine, work, output, D, O)
+    write_rows(output, mine, work.Nq, m, l, acc, P_UNIT, power_of_two(-unit), O, features)
 
 
 @gluon.jit(do_not_specialize=LENGTHS)
-def split_attention(q, k_hi, k_lo, v_hi, v_lo, k_scale, v_scale, sinks, kv_range, out, m_out, s_out, todo,
+def split_attention(q, planes, exponents, sinks, kv_range, out, m_out, s_out, todo,
                     H, Hkv, heads, tiles, section, Nq, Nk, q_start, window, scale,
                     q_stride_b, q_stride_h, q_stride_n, out_stride_b, out_stride_h, out_stride_n,
                     D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, REGS: gl.constexpr,
@@ -159,9 +249,9 @@ def split_attention(q, k_hi, k_lo, v_hi, v_lo, k_scale, v_scale, sinks, kv_range
                     STATE: gl.constexpr):  # fmt: skip
     """One program: GROUPS·64 query rows of one head. Grid: heads·tiles, heads = B·H, tiles = ⌈Nq / (64·GROUPS)⌉.
 
-    q [B, H, Nq, D] and out float32 by strides; k_hi … v_lo TMA descriptors of FP16 planes [B, Hkv, Nk, D]; k_scale and
-    v_scale float32 [B, Hkv, D]; sinks [H]; kv_range int32 [B, 2]; m_out, s_out float32 [B, H, Nq]; todo int32
-    [B, Hkv, tiles]: 1 where a tile's sums are not finite.
+    q [B, H, Nq, D] and out float32 by strides; planes the TMA descriptor of FP16 [4, B·Hkv, Nk, D] and exponents int32
+    [B·Hkv, ⌈Nk / BN⌉, 2] of a `TilePlanes` of BN rows; sinks [H]; kv_range int32 [B, 2]; m_out, s_out float32
+    [B, H, Nq]; todo int32 [B, Hkv, tiles]: 1 where a tile's sums are not finite.
     """
     features = Features(CAUSAL, WINDOW, WINDOW or KV_RANGE, SINKS, STATE)
     work, mark = plan_work(
@@ -169,23 +259,21 @@ def split_attention(q, k_hi, k_lo, v_hi, v_lo, k_scale, v_scale, sinks, kv_range
     )
     output = at_head(work, H, out, out_stride_b, out_stride_h, out_stride_n, m_out, s_out, todo + mark, sinks)
     q += work.b.to(gl.int64) * q_stride_b + work.head.to(gl.int64) * q_stride_h
-    k_scale += (work.b * Hkv + work.kv_head) * D
-    v_scale += (work.b * Hkv + work.kv_head) * D
+    kv = work.b * Hkv + work.kv_head
+    exponents += kv.to(gl.int64) * (2 * ((Nk + BN - 1) // BN))
 
     layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     qh = gl.allocate_shared_memory(gl.float16, [GROUPS, ROWS, D], layout)
     ql = gl.allocate_shared_memory(gl.float16, [GROUPS, ROWS, D], layout)
-    keys = new_ring(k_hi, STAGES, GROUPS, 2)
-    values = new_ring(v_hi, STAGES, GROUPS, 2)
+    keys = new_ring(planes, STAGES, GROUPS, 2)
+    values = new_ring(planes, STAGES, GROUPS, 2)
     fence_async_shared()
     gl.static_assert(GROUPS == 2)
     gl.warp_specialize(
         [
-            (_produce, (k_hi, k_lo, v_hi, v_lo, keys, values, work, BN)),
-            (_consume, (q, q_stride_n, k_scale, v_scale, scale, qh, ql, keys, values, work, output, features,
-                        0, D, BN)),
-            (_consume, (q, q_stride_n, k_scale, v_scale, scale, qh, ql, keys, values, work, output, features,
-                        1, D, BN)),
+            (_produce, (planes, keys, values, work, kv, BN)),
+            (_consume, (q, q_stride_n, exponents, scale, qh, ql, keys, values, work, output, features, 0, D, BN)),
+            (_consume, (q, q_stride_n, exponents, scale, qh, ql, keys, values, work, output, features, 1, D, BN)),
         ],
         [4, 4], [REGS, REGS],
     )  # fmt: skip
