@@ -30,6 +30,20 @@ def test_fp32(case: Case) -> None:
     check(case, "triton", DEVICE, torch.float32)
 
 
+INLINE = [
+    "causal", "gqa_of_three", "window_both_sides", "sinks", "kv_range_causal_window", "everything", "head_dim_5",
+    "outlier_channels", "zeros", "tiny", "huge_keys_tiny_queries", "subnormal_keys", "nan_key", "non_finite_values",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.name in INLINE], ids=lambda case: case.name)
+def test_fp32_split_by_the_program_itself(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    from elsa_kernels.triton import launch
+
+    monkeypatch.setattr(launch, "INLINE_KEYS", dict.fromkeys(("default", "sm_80", "sm_90"), 10**6))
+    check(case, "triton", DEVICE, torch.float32)
+
+
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("case", [case for case in CASES if not case.fp32_only], ids=lambda case: case.name)
 def test_half(case: Case, dtype: torch.dtype) -> None:

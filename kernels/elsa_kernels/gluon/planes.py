@@ -2,8 +2,8 @@
 
 A tile is split in one pass over its FP32 values, without looking at any other tile, so a cache can be kept in this form
 as it grows. Within a tile every value keeps 22 bits as long as it is no smaller than 2^-17 of the tile's largest, and
-an absolute 2^-40 of that largest below. Keys outside `kv_range` are held as zeros, whatever lies there, so neither their
-values nor their number can change a bit of what is visible.
+an absolute 2^-40 of that largest below. Keys outside `kv_range` are held as zeros, whatever lies there, so neither
+their values nor their number can change a bit of what is visible.
 """
 
 from __future__ import annotations

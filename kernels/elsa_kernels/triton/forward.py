@@ -3,7 +3,8 @@
 The query heads of a key head's group are packed: row r of a group is query r // GROUP under head r % GROUP, so a KV
 tile is read once for all of them. Logits are in base-2 units from the multiplication by scale·log2(e) on. MODE says
 how products are made: "split" (FP32 as FP16 pairs, see split.py), "half" (FP16 or BF16 operands), "ieee" or "tf32"
-(FP32 operands). In "split", each KV tile's PV starts from zero and is added in FP32: the tensor core's accumulator
+(FP32 operands); "inline" is "split" with K and V split by the program itself, tile by tile, which pays where few
+programs read a key. In both, each KV tile's PV starts from zero and is added in FP32: the tensor core's accumulator
 rounds toward zero, which over thousands of keys would cost two digits.
 
 Keys at the edge of what a row may see: a tile's product multiplies masked weights (0) by whatever value lies there,
@@ -16,15 +17,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from elsa_kernels.triton.split import TARGET, exponent, power_of_two, split_pair
+from elsa_kernels.triton.split import MAX_EXPONENT, TARGET, exponent, power_of_two, split_pair
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # log2(e) = LOG2E_HI + LOG2E_LO, both float32
 LOG2E_HI = tl.constexpr(1.4426950216293335)
 LOG2E_LO = tl.constexpr(1.925962991126618e-08)
-# In "split" mode P is scaled by 2^14 through the exponent, so that its low half stays in FP16's range.
-P_SHIFT = tl.constexpr(14)
+# P is split as P·2^14, so that its low half stays in FP16's range.
+P_UNIT = tl.constexpr(16384.0)
 
 
 @triton.jit
@@ -43,14 +44,17 @@ def tanh(x):
 
 
 @triton.jit
-def split_queries(q, KS, o_scale, scale, D: tl.constexpr, BD: tl.constexpr):
-    """q [BM, BD] float32 as (hi, lo) under K's inverse channel scales and a power of two per row.
+def split_queries(q, KS, o_scale, scale, D: tl.constexpr, BD: tl.constexpr, SCALED: tl.constexpr):
+    """q [BM, BD] float32 as (hi, lo) under K's inverse channel scales (if SCALED) and a power of two per row.
 
     Returns hi, lo and factor [BM], which turns hi·k_hi + … into scale·q·k. The powers are applied in two equal steps,
     so that no intermediate over- or underflows where the product of query and key does not.
     """
     cols = tl.arange(0, BD)
-    k_exponent = exponent(tl.load(KS + o_scale + cols, mask=cols < D, other=1.0))
+    if SCALED:
+        k_exponent = exponent(tl.load(KS + o_scale + cols, mask=cols < D, other=1.0))
+    else:
+        k_exponent = tl.zeros([BD], tl.int32)
     largest = tl.max(tl.maximum(exponent(q) - k_exponent[None, :], -1000), 1)
     undo = tl.where(largest == -1000, 0, tl.minimum(tl.maximum(largest - TARGET, -252), 252))
     row_a, row_b = undo >> 1, undo - (undo >> 1)
@@ -62,8 +66,18 @@ def split_queries(q, KS, o_scale, scale, D: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
+def split_tile(x):
+    """A tile of float32 as (hi, lo) of x·2^e, and e: its largest finite value becomes 2^14 … 2^15."""
+    largest = tl.max(tl.max(exponent(x), 1), 0)
+    e = tl.where(largest == -1024, 0, tl.minimum(-(largest - TARGET), MAX_EXPONENT))
+    hi, lo = split_pair(x * power_of_two(e))
+    return hi, lo, e
+
+
+@triton.jit
 def products(q0, q1, K0, K1, o_k, inside, MASKED: tl.constexpr, MODE: tl.constexpr):
-    """q·k of a tile [BM, BN] in float32. K is read transposed, [BD, BN]."""
+    """(q·k of a tile [BM, BN] in float32, what to multiply it by). K is read transposed, [BD, BN]."""
+    undo = 1.0
     if MASKED:
         k0 = tl.load(K0 + o_k, mask=inside, other=0.0)
     else:
@@ -76,16 +90,22 @@ def products(q0, q1, K0, K1, o_k, inside, MASKED: tl.constexpr, MODE: tl.constex
         t = tl.dot(q1, k0, input_precision="ieee")
         t = tl.dot(q0, k1, t, input_precision="ieee")
         t = tl.dot(q0, k0, t, input_precision="ieee")
+    elif MODE == "inline":
+        k0, k1, e = split_tile(k0)
+        t = tl.dot(q1, k0, input_precision="ieee")
+        t = tl.dot(q0, k1, t, input_precision="ieee")
+        t = tl.dot(q0, k0, t, input_precision="ieee")
+        undo = power_of_two(-e)
     elif MODE == "half":
         t = tl.dot(q0, k0, input_precision="ieee")
     else:
         t = tl.dot(q0, k0.to(tl.float32), input_precision=MODE)
-    return t
+    return t, undo
 
 
 @triton.jit
 def weigh(acc, p, V0, V1, o_v, inside, MASKED: tl.constexpr, MODE: tl.constexpr):
-    """acc + p·v of a tile [BM, BD] in float32."""
+    """acc + p·v of a tile [BM, BD] in float32; with split values acc carries P_UNIT."""
     if MASKED:
         v0 = tl.load(V0 + o_v, mask=inside, other=0.0)
     else:
@@ -95,11 +115,18 @@ def weigh(acc, p, V0, V1, o_v, inside, MASKED: tl.constexpr, MODE: tl.constexpr)
             v1 = tl.load(V1 + o_v, mask=inside, other=0.0)
         else:
             v1 = tl.load(V1 + o_v)
-        p0, p1 = split_pair(p)
+        p0, p1 = split_pair(p * P_UNIT)
         t = tl.dot(p1, v0, input_precision="ieee")
         t = tl.dot(p0, v1, t, input_precision="ieee")
         t = tl.dot(p0, v0, t, input_precision="ieee")
         acc += t
+    elif MODE == "inline":
+        v0, v1, e = split_tile(v0)
+        p0, p1 = split_pair(p * P_UNIT)
+        t = tl.dot(p1, v0, input_precision="ieee")
+        t = tl.dot(p0, v1, t, input_precision="ieee")
+        t = tl.dot(p0, v0, t, input_precision="ieee")
+        acc += t * power_of_two(-e)
     elif MODE == "half":
         acc = tl.dot(p.to(v0.dtype), v0, acc, input_precision="ieee")
     else:
@@ -150,8 +177,11 @@ def walk(
         if BD != D:
             in_k, in_v = in_k & (cols[:, None] < D), in_v & (cols[None, :] < D)
         PARTIAL: tl.constexpr = MASKED or BD != D
-        s = products(q0, q1, K0 + o_k, K1 + o_k if MODE == "split" else K0, r_k, in_k, PARTIAL, MODE)
-        s *= factor[:, None]
+        s, undo = products(q0, q1, K0 + o_k, K1 + o_k if MODE == "split" else K0, r_k, in_k, PARTIAL, MODE)
+        if MODE == "inline":
+            s *= (factor * undo)[:, None]
+        else:
+            s *= factor[:, None]
         if SOFTCAP:
             s = softcap * tanh(s / softcap)
         if ALIBI:
@@ -170,10 +200,7 @@ def walk(
         m_new = tl.maximum(m, tl.max(s, 1))
         anchor = tl.where(m_new == float("-inf"), 0.0, m_new)
         decay = tl.exp2(m - anchor)
-        if MODE == "split":
-            p = tl.exp2(s - (anchor - P_SHIFT)[:, None])
-        else:
-            p = tl.exp2(s - anchor[:, None])
+        p = tl.exp2(s - anchor[:, None])
         l = l * decay + tl.sum(p, 1)
         acc *= decay[:, None]
         if CAREFUL:
@@ -207,8 +234,9 @@ def attend_rows(
     BASE2: tl.constexpr = not (SOFTCAP or ALIBI or HAS_BIAS)
     unit = scale * LOG2E if BASE2 else scale
     o_scale = (i_b64 * Hkv + i_hk64) * D
-    if MODE == "split":
-        q0, q1, factor = split_queries(q, KS, o_scale, unit, D, BD)
+    SPLIT: tl.constexpr = MODE == "split" or MODE == "inline"
+    if SPLIT:
+        q0, q1, factor = split_queries(q, KS, o_scale, unit, D, BD, MODE == "split")
     else:
         q0 = q if MODE == "half" else q.to(tl.float32)
         q1 = q0
@@ -265,12 +293,13 @@ def attend_rows(
         m_new = tl.maximum(m, sinks)
         anchor = tl.where(m_new == float("-inf"), 0.0, m_new)
         decay = tl.exp2(m - anchor)
-        unit_weight = 16384.0 if MODE == "split" else 1.0  # 2^P_SHIFT
-        l = l * decay + tl.exp2(sinks - anchor) * unit_weight
+        l = l * decay + tl.exp2(sinks - anchor)
         acc *= decay[:, None]
         m = m_new
     o_row = ((i_chunk.to(tl.int64) * B + i_b) * (Hkv * GROUP) + i_h) * Nq + i_q
     o_out = o_row[:, None] * D + cols[None, :]
+    if SPLIT:
+        acc *= 1.0 / P_UNIT
     if MODE == "split":
         undo = 1.0 / tl.load(VS + o_scale + cols, mask=cols < D, other=1.0)
     if STATE:
@@ -278,7 +307,7 @@ def attend_rows(
         some = tl.where(m == float("-inf"), 0.0, m)
         m_nat = some * LN2
         slip = tl.fma(-m_nat, LOG2E_HI, some) - m_nat * LOG2E_LO
-        repair = tl.exp2(slip - P_SHIFT if MODE == "split" else slip)
+        repair = tl.exp2(slip)
         l *= repair
         acc *= repair[:, None]
         if MODE == "split":

@@ -14,6 +14,9 @@ from elsa_kernels.triton import forward, tiles
 from elsa_kernels.triton.split import split_kv
 
 CAREFUL_TILE = tiles.Tile(BM=16, BN=16, num_warps=4, num_stages=1)
+# Keys up to which each program splits K and V itself, for head dimensions up to INLINE_HEAD_DIM: one launch for two.
+INLINE_KEYS = {"sm_90": 256}
+INLINE_HEAD_DIM = 64
 MERGE_CHUNKS = 16  # chunk states that `merge_kernel` holds at once
 
 
@@ -62,7 +65,9 @@ def choose_mode(problem: Problem, rows: int, arch: str) -> str:
     if problem.dtype != torch.float32:
         return "half"
     # Splitting K and V reads and writes them once more, which few query rows cannot pay for.
-    return "ieee" if rows <= 16 else "split"
+    if rows <= 16:
+        return "ieee"
+    return "inline" if problem.D <= INLINE_HEAD_DIM and problem.Nk <= INLINE_KEYS.get(arch, 0) else "split"
 
 
 def _reach(problem: Problem) -> tuple[int, int]:
