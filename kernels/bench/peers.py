@@ -33,7 +33,7 @@ def names(case: Case) -> list[str]:
     """Everything that can be asked for this dtype."""
     ours = [f"elsa.{name}" for name in OURS]
     if case.dtype == "float32":
-        return [*ours, "sdpa.mem_efficient", "sdpa.math"]
+        return [*ours, "sdpa.mem_efficient", "sdpa.math", "authors"]
     return [*ours, "sdpa.flash", "sdpa.cudnn", "fa3"]
 
 
@@ -48,6 +48,8 @@ def make(name: str, case: Case) -> Call:
         return _ours(name.removeprefix("elsa."), case)
     if name == "fa3":
         return _fa3(case)
+    if name == "authors":
+        return _authors(case)
     if name == "sdpa.math" and 4 * case.B * case.H * case.Nq * case.Nk > MATH_LIMIT:
         raise UnsupportedProblem("its matrix of logits is too large")
     return _sdpa(case)
@@ -88,6 +90,17 @@ def _fa3(case: Case) -> Call:
         return out.unflatten(0, (case.B, case.Nq)).transpose(1, 2)
 
     return call
+
+
+def _authors(case: Case) -> Call:
+    """The package of ELSA's authors (github.com/ming053l/ELSA), whose FP32 is Triton's tf32x3."""
+    try:
+        from elsa_twopass_clean import twopass_attention
+    except ImportError as missing:
+        raise UnsupportedProblem("the authors' package is not importable (put its src on PYTHONPATH)") from missing
+    if case.Nq != case.Nk or case.Hkv != case.H:
+        raise UnsupportedProblem("the authors' package takes q, k and v of one shape")
+    return lambda q, k, v: twopass_attention(q, k, v, is_causal=case.causal)
 
 
 def layout(name: str, x: torch.Tensor) -> torch.Tensor:
