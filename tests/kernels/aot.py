@@ -108,3 +108,32 @@ def cubin_resources(cubin: bytes) -> dict[str, int]:
     if found is None:
         raise ValueError(f"cuobjdump printed no resource usage: {text.stdout!r}")
     return {"registers": int(found[1]), "stack": int(found[2])}
+
+
+def machine_code(compiled) -> str:
+    """SASS of a compiled kernel."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        return subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
+
+
+def count(sass: str, opcode: str) -> int:
+    return len(re.findall(rf"\s{opcode}\b", sass))
+
+
+def product_loops(sass: str) -> list[str]:
+    """The innermost loops that hold tensor-core products, shortest first: the unmasked ones lead."""
+    code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,6})\*/\s+(.*?);", sass)]
+    loops = []
+    for at, text in code:
+        jump = re.search(r"\bBRA (?:U?P?T?\d*, )?0x([0-9a-f]+)", text)
+        if jump is None or int(jump[1], 16) >= at:
+            continue
+        body = [(x, line) for x, line in code if int(jump[1], 16) <= x <= at]
+        joined = "\n".join(line for _, line in body)
+        if "HGMMA" in joined and "EXIT" not in joined:
+            loops.append((int(jump[1], 16), at, joined))
+    inner = [a for a in loops if not any(a[0] <= b[0] and b[1] <= a[1] and a is not b for b in loops)]
+    return sorted((text for _, _, text in inner), key=len)

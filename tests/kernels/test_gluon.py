@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import elsa_kernels
 import pytest
@@ -17,6 +16,8 @@ import torch
 from elsa_kernels import gluon, registry
 from elsa_kernels.reference import attention_reference
 from elsa_kernels.registry import Problem
+
+from tests.kernels import aot
 
 triton = pytest.importorskip("triton")
 pytest.importorskip("triton.experimental.gluon")
@@ -230,65 +231,37 @@ def half_variant(element: str, D: int, causal: bool, features: bool):
     return compile_for_hopper(half_attention, descriptors, "fp32" if features else element, constants)
 
 
-def machine_code(compiled, tmp_path: Path) -> str:
-    """SASS of the compiled kernel."""
-    file = tmp_path / "kernel.cubin"
-    file.write_bytes(compiled.asm["cubin"])
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    return subprocess.run([tool, "-sass", file], capture_output=True, text=True, check=True).stdout
-
-
-def count(sass: str, opcode: str) -> int:
-    return len(re.findall(rf"\s{opcode}\b", sass))
-
-
 SHARED_LIMIT = 227 * 1024
 
 
-def product_loops(sass: str) -> list[str]:
-    """The innermost loops that hold tensor-core products, shortest first: the unmasked ones lead."""
-    code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,6})\*/\s+(.*?);", sass)]
-    loops = []
-    for at, text in code:
-        jump = re.search(r"\bBRA (?:U?P?T?\d*, )?0x([0-9a-f]+)", text)
-        if jump is None or int(jump[1], 16) >= at:
-            continue
-        body = [(x, line) for x, line in code if int(jump[1], 16) <= x <= at]
-        joined = "\n".join(line for _, line in body)
-        if "HGMMA" in joined and "EXIT" not in joined:
-            loops.append((int(jump[1], 16), at, joined))
-    inner = [a for a in loops if not any(a[0] <= b[0] and b[1] <= a[1] and a is not b for b in loops)]
-    return sorted((text for _, _, text in inner), key=len)
-
-
 @pytest.mark.parametrize(("D", "causal", "features"), [(128, True, False), (64, False, True)])
-def test_split_kernel_keeps_its_loop_in_registers(D, causal, features, tmp_path):
+def test_split_kernel_keeps_its_loop_in_registers(D, causal, features):
     compiled = split_variant(D, causal, features)
-    sass = machine_code(compiled, tmp_path)
-    loops = product_loops(sass)
+    sass = aot.machine_code(compiled)
+    loops = aot.product_loops(sass)
     assert len(loops) >= 4  # unmasked and masked tiles, of each of the two consumers
     for loop in loops[:2]:
-        assert count(loop, "LDL") == count(loop, "STL") == 0
-    assert count(sass, "HMMA") == 0
-    assert count(sass, "UTMALDG") >= 4  # both planes of K and of V arrive by TMA
+        assert aot.count(loop, "LDL") == aot.count(loop, "STL") == 0
+    assert aot.count(sass, "HMMA") == 0
+    assert aot.count(sass, "UTMALDG") >= 4  # both planes of K and of V arrive by TMA
     assert compiled.metadata.shared <= SHARED_LIMIT
 
 
 @pytest.mark.parametrize(
     ("element", "D", "causal", "features"), [("fp16", 128, True, True), ("bf16", 64, False, False)]
 )
-def test_half_kernel_hides_its_softmax(element, D, causal, features, tmp_path):
+def test_half_kernel_hides_its_softmax(element, D, causal, features):
     compiled = half_variant(element, D, causal, features)
-    sass = machine_code(compiled, tmp_path)
-    assert count(sass, "HMMA") == 0
+    sass = aot.machine_code(compiled)
+    assert aot.count(sass, "HMMA") == 0
     # A handful of scalars may be parked while the loops run; a spill inside them would show in the hundreds.
-    assert count(sass, "LDL") + count(sass, "STL") <= 32
+    assert aot.count(sass, "LDL") + aot.count(sass, "STL") <= 32
     assert compiled.metadata.shared <= SHARED_LIMIT
     # Between the wait for S (one product may still run) and the wait for P·V (none may) lie the exponentials.
     overlapped = re.findall(r"DEPBAR\.LE gsb0, 0x1 ;(.*?)DEPBAR\.LE gsb0, 0x0 ;", sass, re.DOTALL)
     assert overlapped
     for region in overlapped:
-        assert count(region, r"MUFU\.EX2") >= 64 * 128 // 128
+        assert aot.count(region, r"MUFU\.EX2") >= 64 * 128 // 128
 
 
 # --- the split of K and V, in the interpreter

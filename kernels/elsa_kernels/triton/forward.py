@@ -26,6 +26,8 @@ LOG2E_HI = tl.constexpr(1.4426950216293335)
 LOG2E_LO = tl.constexpr(1.925962991126618e-08)
 # P is split as P·2^14, so that its low half stays in FP16's range.
 P_UNIT = tl.constexpr(16384.0)
+# Sums over so many keys are merged into those before, which wait in the output: a tree's error, not a long chain's.
+SPAN = tl.constexpr(4096)
 
 
 @triton.jit
@@ -44,25 +46,35 @@ def tanh(x):
 
 
 @triton.jit
-def split_queries(q, KS, o_scale, scale, D: tl.constexpr, BD: tl.constexpr, SCALED: tl.constexpr):
-    """q [BM, BD] float32 as (hi, lo) under K's inverse channel scales (if SCALED) and a power of two per row.
-
-    Returns hi, lo and factor [BM], which turns hi·k_hi + … into scale·q·k. The powers are applied in two equal steps,
-    so that no intermediate over- or underflows where the product of query and key does not.
-    """
-    cols = tl.arange(0, BD)
+def key_exponents(KS, cols, D: tl.constexpr, BD: tl.constexpr, SCALED: tl.constexpr):
+    """Exponents of K's channel scales, [BD] from `cols` on; 0 where K has none."""
     if SCALED:
-        k_exponent = exponent(tl.load(KS + o_scale + cols, mask=cols < D, other=1.0))
+        e = exponent(tl.load(KS + cols, mask=cols < D, other=1.0))
     else:
-        k_exponent = tl.zeros([BD], tl.int32)
-    largest = tl.max(tl.maximum(exponent(q) - k_exponent[None, :], -1000), 1)
+        e = tl.zeros([BD], tl.int32)
+    return e
+
+
+@triton.jit
+def row_exponents(q, k_exponent):
+    """The largest exponent of each row of q [BM, BD] once K's inverse scales are on it; −1000 for a row of zeros."""
+    return tl.max(tl.maximum(exponent(q) - k_exponent[None, :], -1000), 1)
+
+
+@triton.jit
+def split_queries(q, k_exponent, largest):
+    """q [BM, BD] float32 as (hi, lo) under K's inverse channel scales and a power of two per row.
+
+    Returns hi, lo and factor [BM], which turns hi·k_hi + … into q·k. The powers are applied in two equal steps, so
+    that no intermediate over- or underflows where the product of query and key does not.
+    """
     undo = tl.where(largest == -1000, 0, tl.minimum(tl.maximum(largest - TARGET, -252), 252))
     row_a, row_b = undo >> 1, undo - (undo >> 1)
     col_a, col_b = k_exponent >> 1, k_exponent - (k_exponent >> 1)
     q *= power_of_two(-row_a)[:, None] * power_of_two(-col_a)[None, :]
     q *= power_of_two(-row_b)[:, None] * power_of_two(-col_b)[None, :]
     hi, lo = split_pair(q)
-    return hi, lo, scale * power_of_two(row_a) * power_of_two(row_b)
+    return hi, lo, power_of_two(row_a), power_of_two(row_b)
 
 
 @triton.jit
@@ -75,21 +87,39 @@ def split_tile(x):
 
 
 @triton.jit
-def products(q0, q1, K0, K1, o_k, inside, MASKED: tl.constexpr, MODE: tl.constexpr):
-    """(q·k of a tile [BM, BN] in float32, what to multiply it by). K is read transposed, [BD, BN]."""
-    undo = 1.0
+def load_keys(K, o_k, inside, MASKED: tl.constexpr):
     if MASKED:
-        k0 = tl.load(K0 + o_k, mask=inside, other=0.0)
+        k = tl.load(K + o_k, mask=inside, other=0.0)
     else:
-        k0 = tl.load(K0 + o_k)
+        k = tl.load(K + o_k)
+    return k
+
+
+@triton.jit
+def products(
+    q0, q1, q2, q3, K0, K1, o_k, inside, inside_2, MASKED: tl.constexpr, MODE: tl.constexpr, HALF: tl.constexpr,
+    BD: tl.constexpr,
+):  # fmt: skip
+    """(q·k of a tile [BM, BN] in float32, what to multiply it by). K is read transposed, [HALF or BD, BN].
+
+    The tensor core truncates what it adds, so S errs with the length of its chains: from 128 channels on the large
+    products of the second half (q2 and q3 are hi and lo there) have an accumulator of their own.
+    """
+    undo = 1.0
+    k0 = load_keys(K0, o_k, inside, MASKED)
     if MODE == "split":
-        if MASKED:
-            k1 = tl.load(K1 + o_k, mask=inside, other=0.0)
-        else:
-            k1 = tl.load(K1 + o_k)
+        k1 = load_keys(K1, o_k, inside, MASKED)
         t = tl.dot(q1, k0, input_precision="ieee")
         t = tl.dot(q0, k1, t, input_precision="ieee")
-        t = tl.dot(q0, k0, t, input_precision="ieee")
+        if HALF != BD:
+            k2 = load_keys(K0 + HALF, o_k, inside_2, MASKED)
+            k3 = load_keys(K1 + HALF, o_k, inside_2, MASKED)
+            t = tl.dot(q3, k2, t, input_precision="ieee")
+            t = tl.dot(q2, k3, t, input_precision="ieee")
+            t = tl.dot(q0, k0, t, input_precision="ieee")
+            t += tl.dot(q2, k2, input_precision="ieee")
+        else:
+            t = tl.dot(q0, k0, t, input_precision="ieee")
     elif MODE == "inline":
         k0, k1, e = split_tile(k0)
         t = tl.dot(q1, k0, input_precision="ieee")
@@ -154,17 +184,19 @@ def weigh_carefully(acc, p, s, V0, o_v, inside):
 
 @triton.jit
 def walk(
-    acc, l, m, q0, q1, factor, positions, o_bias, slopes, K0, K1, V0, V1, BIAS, o_kv_k, o_kv_v, skn, svn, sbj,
-    lo, hi, first, end, window, softcap,
+    acc, l, m, q0, q1, q2, q3, factor, positions, o_bias, slopes, K0, K1, V0, V1, BIAS, o_kv_k, o_kv_v,
+    skn, svn, sbj, lo, hi, first, end, window, softcap,
     D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, MODE: tl.constexpr, CAREFUL: tl.constexpr,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     ALIBI: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RANGES: tl.constexpr,
 ):  # fmt: skip
     """Merge the KV tiles [lo, hi) into (m, l, acc), lo being a multiple of BN. MASKED tiles may be seen in part."""
     cols = tl.arange(0, BD)
+    HALF: tl.constexpr = BD // 2 if MODE == "split" and BD >= 128 else BD
+    channels = tl.arange(0, HALF)
     # Within a tile offsets fit 32 bits (the launcher sees to it); only the tile's own place needs 64.
     in_tile = tl.arange(0, BN)
-    r_k = in_tile[None, :] * skn + cols[:, None]
+    r_k = in_tile[None, :] * skn + channels[:, None]
     r_v = in_tile[:, None] * svn + cols[None, :]
     for j0 in range(lo, hi, BN):
         keys = j0 + in_tile
@@ -173,11 +205,14 @@ def walk(
         exists = keys < end
         if WINDOW or HAS_RANGES:
             exists &= keys >= first
-        in_k, in_v = exists[None, :], exists[:, None]
+        in_k, in_k2, in_v = exists[None, :], exists[None, :], exists[:, None]
         if BD != D:
-            in_k, in_v = in_k & (cols[:, None] < D), in_v & (cols[None, :] < D)
+            in_k2 = in_k & (channels[:, None] + HALF < D)
+            in_k, in_v = in_k & (channels[:, None] < D), in_v & (cols[None, :] < D)
         PARTIAL: tl.constexpr = MASKED or BD != D
-        s, undo = products(q0, q1, K0 + o_k, K1 + o_k if MODE == "split" else K0, r_k, in_k, PARTIAL, MODE)
+        s, undo = products(
+            q0, q1, q2, q3, K0 + o_k, K1 + o_k if MODE == "split" else K0, r_k, in_k, in_k2, PARTIAL, MODE, HALF, BD
+        )
         if MODE == "inline":
             s *= (factor * undo)[:, None]
         else:
@@ -212,6 +247,17 @@ def walk(
 
 
 @triton.jit
+def absorb(OUT, o_row, valid, waiting, m_before, l_before, m, l, acc, D: tl.constexpr, BD: tl.constexpr):
+    """(l, acc) with the sums of the spans before, whose W waits in the output; `waiting` says whether there are any."""
+    tl.debug_barrier()  # what other threads of this program wrote
+    cols = tl.arange(0, BD)
+    there = valid[:, None] & (cols[None, :] < D) & (waiting > 0)
+    before = tl.load(OUT + o_row[:, None] * D + cols[None, :], mask=there, other=0.0)
+    factor = tl.exp2(m_before - tl.where(m == float("-inf"), 0.0, m))
+    return l_before * factor + l, before * factor[:, None] + acc
+
+
+@triton.jit
 def attend_rows(
     row0, i_b, i_hk, i_chunk, first_chunk, Q, K0, K1, KS, V0, V1, VS, OUT, M, S, BIAS, SLOPES, SINKS, RANGES,
     sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sbb, sbh, sbn, sbj,
@@ -229,17 +275,29 @@ def attend_rows(
     positions = q_start + i_q
     i_b64, i_hk64 = i_b.to(tl.int64), i_hk.to(tl.int64)
     o_q = i_b64 * sqb + i_h.to(tl.int64) * sqh + i_q.to(tl.int64) * sqn
-    m_q = valid[:, None] & (cols[None, :] < D)
-    q = tl.load(Q + o_q[:, None] + cols[None, :], mask=m_q, other=0.0)
     BASE2: tl.constexpr = not (SOFTCAP or ALIBI or HAS_BIAS)
     unit = scale * LOG2E if BASE2 else scale
     o_scale = (i_b64 * Hkv + i_hk64) * D
     SPLIT: tl.constexpr = MODE == "split" or MODE == "inline"
+    HALF: tl.constexpr = BD // 2 if MODE == "split" and BD >= 128 else BD
+    channels = tl.arange(0, HALF)
+    q = tl.load(Q + o_q[:, None] + channels[None, :], mask=valid[:, None] & (channels[None, :] < D), other=0.0)
     if SPLIT:
-        q0, q1, factor = split_queries(q, KS, o_scale, unit, D, BD, MODE == "split")
+        e_k = key_exponents(KS + o_scale, channels, D, HALF, MODE == "split")
+        largest = row_exponents(q, e_k)
+        if HALF != BD:
+            beyond = channels + HALF
+            qb = tl.load(Q + o_q[:, None] + beyond[None, :], mask=valid[:, None] & (beyond[None, :] < D), other=0.0)
+            e_kb = key_exponents(KS + o_scale, beyond, D, HALF, True)
+            largest = tl.maximum(largest, row_exponents(qb, e_kb))
+            q2, q3, _, _ = split_queries(qb, e_kb, largest)
+        q0, q1, row_a, row_b = split_queries(q, e_k, largest)
+        if HALF == BD:
+            q2, q3 = q0, q1
+        factor = unit * row_a * row_b
     else:
         q0 = q if MODE == "half" else q.to(tl.float32)
-        q1 = q0
+        q1, q2, q3 = q0, q0, q0
         factor = tl.zeros([BM], tl.float32) + unit
 
     first, end = 0, Nk
@@ -267,26 +325,47 @@ def attend_rows(
     slopes = tl.load(SLOPES + i_h, mask=valid, other=0.0).to(tl.float32) if ALIBI else factor
     o_bias = i_b64 * sbb + i_h.to(tl.int64) * sbh + tl.where(valid, i_q, 0).to(tl.int64) * sbn
     o_kv_k, o_kv_v = i_b64 * skb + i_hk64 * skh, i_b64 * svb + i_hk64 * svh
+    o_row = ((i_chunk.to(tl.int64) * B + i_b) * (Hkv * GROUP) + i_h) * Nq + i_q
+    SPANS: tl.constexpr = CHUNK == 0 and not CAREFUL and OUT.dtype.element_ty == tl.float32
     acc = tl.zeros([BM, BD], tl.float32)
     l = tl.zeros([BM], tl.float32)
     m = tl.full([BM], float("-inf"), tl.float32)
     if WINDOW or HAS_RANGES:
         acc, l, m = walk(
-            acc, l, m, q0, q1, factor, positions, o_bias, slopes, K0, K1, V0, V1, BIAS, o_kv_k, o_kv_v, skn, svn, sbj,
-            lo, full_lo, first, end, window, softcap,
+            acc, l, m, q0, q1, q2, q3, factor, positions, o_bias, slopes, K0, K1, V0, V1, BIAS, o_kv_k, o_kv_v,
+            skn, svn, sbj, lo, full_lo, first, end, window, softcap,
             D, BD, BN, MODE, CAREFUL, True, CAUSAL, WINDOW, SOFTCAP, ALIBI, HAS_BIAS, HAS_RANGES,
         )  # fmt: skip
+    if SPANS:
+        waiting = 0
+        m_before, l_before = m, tl.zeros([BM], tl.float32)
+        for span in range(full_lo // SPAN, tl.cdiv(full_hi, SPAN)):
+            start = tl.maximum(full_lo, span * SPAN)
+            if (start == span * SPAN) & (start > lo):
+                l_before, acc = absorb(OUT, o_row, valid, waiting, m_before, l_before, m, l, acc, D, BD)
+                tl.store(OUT + o_row[:, None] * D + cols[None, :], acc, mask=valid[:, None] & (cols[None, :] < D))
+                m_before, waiting = m, 1
+                l, acc = l * 0.0, acc * 0.0
+            acc, l, m = walk(
+                acc, l, m, q0, q1, q2, q3, factor, positions, o_bias, slopes, K0, K1, V0, V1, BIAS, o_kv_k, o_kv_v,
+                skn, svn, sbj, start, tl.minimum(full_hi, span * SPAN + SPAN), first, end, window, softcap,
+                D, BD, BN, MODE, CAREFUL, False, CAUSAL, WINDOW, SOFTCAP, ALIBI, HAS_BIAS, HAS_RANGES,
+            )  # fmt: skip
+    else:
+        acc, l, m = walk(
+            acc, l, m, q0, q1, q2, q3, factor, positions, o_bias, slopes, K0, K1, V0, V1, BIAS, o_kv_k, o_kv_v,
+            skn, svn, sbj, full_lo, full_hi, first, end, window, softcap,
+            D, BD, BN, MODE, CAREFUL, False, CAUSAL, WINDOW, SOFTCAP, ALIBI, HAS_BIAS, HAS_RANGES,
+        )  # fmt: skip
     acc, l, m = walk(
-        acc, l, m, q0, q1, factor, positions, o_bias, slopes, K0, K1, V0, V1, BIAS, o_kv_k, o_kv_v, skn, svn, sbj,
-        full_lo, full_hi, first, end, window, softcap,
-        D, BD, BN, MODE, CAREFUL, False, CAUSAL, WINDOW, SOFTCAP, ALIBI, HAS_BIAS, HAS_RANGES,
-    )  # fmt: skip
-    acc, l, m = walk(
-        acc, l, m, q0, q1, factor, positions, o_bias, slopes, K0, K1, V0, V1, BIAS, o_kv_k, o_kv_v, skn, svn, sbj,
-        full_hi, hi, first, end, window, softcap,
+        acc, l, m, q0, q1, q2, q3, factor, positions, o_bias, slopes, K0, K1, V0, V1, BIAS, o_kv_k, o_kv_v,
+        skn, svn, sbj, full_hi, hi, first, end, window, softcap,
         D, BD, BN, MODE, CAREFUL, True, CAUSAL, WINDOW, SOFTCAP, ALIBI, HAS_BIAS, HAS_RANGES,
     )  # fmt: skip
 
+    if SPANS:  # noqa: SIM102 (decided at compile time, and with it whether `waiting` exists)
+        if waiting > 0:
+            l, acc = absorb(OUT, o_row, valid, waiting, m_before, l_before, m, l, acc, D, BD)
     broken = ((l - l) != 0.0).to(tl.int32) | tl.max(((acc - acc) != 0.0).to(tl.int32), 1)
     if HAS_SINKS:
         sinks = tl.load(SINKS + i_h, mask=valid, other=float("-inf")).to(tl.float32) * LOG2E
@@ -296,8 +375,8 @@ def attend_rows(
         l = l * decay + tl.exp2(sinks - anchor)
         acc *= decay[:, None]
         m = m_new
-    o_row = ((i_chunk.to(tl.int64) * B + i_b) * (Hkv * GROUP) + i_h) * Nq + i_q
     o_out = o_row[:, None] * D + cols[None, :]
+    m_q = valid[:, None] & (cols[None, :] < D)
     if SPLIT:
         acc *= 1.0 / P_UNIT
     if MODE == "split":
