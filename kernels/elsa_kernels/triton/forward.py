@@ -46,10 +46,10 @@ def tanh(x):
 
 
 @triton.jit
-def key_exponents(KS, cols, D: tl.constexpr, BD: tl.constexpr, SCALED: tl.constexpr):
+def key_exponents(KS, o_scale, cols, D: tl.constexpr, BD: tl.constexpr, SCALED: tl.constexpr):
     """Exponents of K's channel scales, [BD] from `cols` on; 0 where K has none."""
     if SCALED:
-        e = exponent(tl.load(KS + cols, mask=cols < D, other=1.0))
+        e = exponent(tl.load(KS + o_scale + cols, mask=cols < D, other=1.0))
     else:
         e = tl.zeros([BD], tl.int32)
     return e
@@ -283,12 +283,12 @@ def attend_rows(
     channels = tl.arange(0, HALF)
     q = tl.load(Q + o_q[:, None] + channels[None, :], mask=valid[:, None] & (channels[None, :] < D), other=0.0)
     if SPLIT:
-        e_k = key_exponents(KS + o_scale, channels, D, HALF, MODE == "split")
+        e_k = key_exponents(KS, o_scale, channels, D, HALF, MODE == "split")
         largest = row_exponents(q, e_k)
         if HALF != BD:
             beyond = channels + HALF
             qb = tl.load(Q + o_q[:, None] + beyond[None, :], mask=valid[:, None] & (beyond[None, :] < D), other=0.0)
-            e_kb = key_exponents(KS + o_scale, beyond, D, HALF, True)
+            e_kb = key_exponents(KS, o_scale, beyond, D, HALF, True)
             largest = tl.maximum(largest, row_exponents(qb, e_kb))
             q2, q3, _, _ = split_queries(qb, e_kb, largest)
         q0, q1, row_a, row_b = split_queries(q, e_k, largest)
