@@ -326,7 +326,8 @@ def attend_rows(
     o_bias = i_b64 * sbb + i_h.to(tl.int64) * sbh + tl.where(valid, i_q, 0).to(tl.int64) * sbn
     o_kv_k, o_kv_v = i_b64 * skb + i_hk64 * skh, i_b64 * svb + i_hk64 * svh
     o_row = ((i_chunk.to(tl.int64) * B + i_b) * (Hkv * GROUP) + i_h) * Nq + i_q
-    SPANS: tl.constexpr = CHUNK == 0 and not CAREFUL and OUT.dtype.element_ty == tl.float32
+    LONG: tl.constexpr = CHUNK == 0 and MODE != "inline"
+    SPANS: tl.constexpr = LONG and not CAREFUL and OUT.dtype.element_ty == tl.float32
     acc = tl.zeros([BM, BD], tl.float32)
     l = tl.zeros([BM], tl.float32)
     m = tl.full([BM], float("-inf"), tl.float32)
