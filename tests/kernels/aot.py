@@ -51,8 +51,7 @@ def compile_kernel(kernel, pointers: dict[str, str], constants: dict, target: GP
         else:  # an absent tensor
             signature[name], constexprs[(i,)] = "constexpr", None
     source = ASTSource(kernel, signature, constexprs, aligned)
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    return triton.compile(source, target=target, options=options)
+    return triton.compile(source, target=target, options=tile.options())
 
 
 def forward_variant(target: str, mode: str, D: int, features: dict, dtype: str = "fp16", rows: int = 4096):
@@ -75,7 +74,7 @@ def careful_variant(target: str, D: int, features: dict, dtype: str, tile: tiles
     BD = max(16, triton.next_power_of_2(D))
     pointers = {"Q": f"*{dtype}", "K0": f"*{dtype}", "V0": f"*{dtype}", "TODO": "*i32", "OUT": "*fp32"}
     pointers |= _feature_pointers(features)
-    constants = features | {"D": D, "BD": BD, "BM": 128, "PART": tile.BM, "BN": tile.BN}
+    constants = features | {"D": D, "BD": BD, "BM": 128, "PART": tile.BM, "BN": tile.BN, "MARKS": 4, "BMARKS": 4}
     return compile_kernel(forward.careful_kernel, pointers, constants, TARGETS[target], tile)
 
 

@@ -41,7 +41,8 @@ def problem(**changes) -> Problem:
     "changes",
     [
         {}, {"D": 64}, {"dtype": torch.float16}, {"dtype": torch.bfloat16}, {"window": 17}, {"has_sinks": True},
-        {"has_kv_range": True}, {"return_state": True}, {"causal": False}, {"Nq": 64}, {"q_start": -20},
+        {"has_kv_range": True}, {"return_state": True}, {"causal": False}, {"Nq": 64}, {"q_start": -20}, {"D": 96},
+        {"D": 33}, {"D": 40, "dtype": torch.float16}, {"softcap": 30.0}, {"has_alibi": True},
     ],
 )  # fmt: skip
 def test_takes(changes):
@@ -54,12 +55,11 @@ def test_takes(changes):
         ({"dtype": torch.float64}, "float64"),
         ({"precision": "ieee"}, "tensor cores"),
         ({"precision": "tf32"}, "tf32"),
-        ({"D": 96}, "head dimension 96"),
+        ({"D": 256}, "head dimension 256"),
+        ({"D": 36, "dtype": torch.bfloat16}, "multiple of 8"),
         ({"scale": -1.0}, "negative"),
         ({"Nq": 63}, "63 query rows"),
         ({"Nk": 2**30}, "positions"),
-        ({"softcap": 30.0}, "softcap"),
-        ({"has_alibi": True}, "ALiBi"),
         ({"has_bias": True}, "bias"),
     ],
 )
@@ -101,8 +101,8 @@ def test_is_preferred_on_hopper(on_hopper):
 @pytest.mark.parametrize(
     ("changes", "announced"),
     [
-        ({"softcap": 30.0}, "softcap"),
-        ({"D": 96}, "head dimension 96"),
+        ({"has_bias": True}, "bias"),
+        ({"D": 256}, "head dimension 256"),
         ({"Nq": 1}, None),  # decode is not this form's
         ({"precision": "ieee"}, None),
     ],
@@ -183,11 +183,11 @@ def compile_for_hopper(kernel, descriptors: dict[str, str], element: str, consta
             signature[name] = descriptors[name]
         elif name in ("kv_range", "todo", "exponents"):
             signature[name] = "*i32"
-        elif name == "scale":
+        elif name in ("scale", "softcap"):
             signature[name] = "fp32"
         elif "stride" in name:
             signature[name] = "i32"
-        elif name in ("q", "sinks", "m_out", "s_out", "out"):
+        elif name in ("q", "sinks", "slopes", "m_out", "s_out", "out"):
             signature[name] = f"*{element}" if name == "out" else "*fp32"
         else:
             signature[name] = "i32"
@@ -203,6 +203,7 @@ def descriptor(element: str, rows: int, D: int) -> str:
 
 
 FEATURES = ("WINDOW", "KV_RANGE", "SINKS", "STATE")
+LOGITS = ("SOFTCAP", "ALIBI")
 
 
 def split_variant(D: int, causal: bool, features: bool):
@@ -211,22 +212,23 @@ def split_variant(D: int, causal: bool, features: bool):
 
     tile = SPLIT_TILES[D]
     planes = {"planes": descriptor("fp16", tile.BN, D)}
-    constants = dict.fromkeys(FEATURES, features) | {
+    constants = dict.fromkeys(FEATURES + LOGITS, features) | {
         "D": D, "BN": tile.BN, "STAGES": tile.stages, "GROUPS": tile.groups, "REGS": tile.registers, "CAUSAL": causal,
+        "WIDTH": D - 8 * features,
     }  # fmt: skip
     return compile_for_hopper(split_attention, planes, "fp32", constants)
 
 
-def half_variant(element: str, D: int, causal: bool, features: bool):
+def half_variant(element: str, D: int, causal: bool, features: bool, logits: bool = False):
     from elsa_kernels.gluon.half_kernel import half_attention
     from elsa_kernels.gluon.launch import HALF_TILES, ROWS
 
     tile = HALF_TILES[D]
     kv = descriptor(element, tile.BN, D)
     descriptors = {"q_desc": descriptor(element, ROWS, D), "k_desc": kv, "v_desc": kv}
-    constants = dict.fromkeys(FEATURES, features) | {
+    constants = dict.fromkeys(FEATURES, features) | dict.fromkeys(LOGITS, logits) | {
         "D": D, "BN": tile.BN, "STAGES": tile.stages, "GROUPS": tile.groups, "REGS": tile.registers,
-        "TURNS": tile.turns, "CAUSAL": causal,
+        "TURNS": tile.turns, "CAUSAL": causal, "WIDTH": D - 8 * features,
     }  # fmt: skip
     return compile_for_hopper(half_attention, descriptors, "fp32" if features else element, constants)
 
@@ -241,7 +243,8 @@ def test_split_kernel_keeps_its_loop_in_registers(D, causal, features):
     loops = aot.product_loops(sass)
     assert len(loops) >= 4  # unmasked and masked tiles, of each of the two consumers
     for loop in loops[:2]:
-        assert aot.count(loop, "LDL") == aot.count(loop, "STL") == 0
+        # With every feature at once a scalar may have to wait in memory; an accumulator would show in the dozens.
+        assert aot.count(loop, "LDL") + aot.count(loop, "STL") <= 4 * features
     assert aot.count(sass, "HMMA") == 0
     assert aot.count(sass, "UTMALDG") >= 4  # both planes of K and of V arrive by TMA
     assert compiled.metadata.shared <= SHARED_LIMIT
@@ -276,8 +279,10 @@ v[0, 0, :64] = 0
 v[1, 1, 3, 3] = float("inf")
 garbage = [torch.cat([x, torch.full_like(x[:, :, :60], 1e9)], 2) for x in (k, v)]
 ends = torch.tensor([[0, 100], [0, 100]], dtype=torch.int32)
-padded = split_tiles(*garbage, 64, ends)
-out = split_tiles(k, v, 64)
+padded = split_tiles(*garbage, 64, 64, ends)
+out = split_tiles(k, v, 64, 64)
+wide = split_tiles(k[..., :40], v[..., :40], 64, 64)
+assert not wide.planes[..., 40:].any() and wide.planes[..., :40].any()
 assert torch.equal(padded.planes[:, :, :100].view(torch.int16), out.planes.view(torch.int16))
 assert torch.equal(padded.exponents[:, :2], out.exponents) and not padded.planes[:, :, 100:].any()
 planes = out.planes.double().view(4, 2, 3, 100, 64)
@@ -328,9 +333,9 @@ def launches(monkeypatch):
     for name, recorder in recorders.items():
         monkeypatch.setattr(launch, name, recorder)
 
-    def planes(k, v, rows, kv_range):
+    def planes(k, v, rows, width, kv_range):
         heads = k.shape[0] * k.shape[1]
-        half = torch.zeros((4, heads, k.shape[2], k.shape[3]), dtype=torch.float16)
+        half = torch.zeros((4, heads, k.shape[2], width), dtype=torch.float16)
         return launch.TilePlanes(half, torch.zeros((heads, -(-k.shape[2] // rows), 2), dtype=torch.int32), rows)
 
     monkeypatch.setattr(launch, "split_tiles", planes)
@@ -357,7 +362,8 @@ def test_launches_pass_all_that_the_kernels_take(launches, dtype, state):
     # One mark per tile of a key head: its query heads are packed into blocks of twice as many rows.
     assert careful_grid == (2 * 2 * 3,)
     assert main["todo"] is careful["TODO"]
-    assert main["todo"].count_nonzero() == 0
+    assert main["todo"].shape == (2, 2, 3, careful["MARKS"])
+    assert careful["MARKS"] == 2 * 2 <= careful["BMARKS"]
     assert careful["BM"] == 128 * 2
     assert (main["m_out"] is out) is not state
 
@@ -366,15 +372,15 @@ def test_descriptors_copy_what_tma_cannot_read():
     from elsa_kernels.gluon.launch import _descriptor
 
     x = torch.zeros(2, 100, 3, 64, dtype=torch.float16).transpose(1, 2)
-    described = _descriptor(x, 64)
+    described = _descriptor(x, 64, 64)
     assert described.base is x
     assert described.strides == [100 * 3 * 64, 64, 3 * 64, 1]
     odd = torch.zeros(2, 3, 100, 65, dtype=torch.float16)[..., :64]
-    assert _descriptor(odd, 64).strides == [3 * 100 * 64, 100 * 64, 64, 1]
+    assert _descriptor(odd, 64, 64).strides == [3 * 100 * 64, 100 * 64, 64, 1]
     unaligned = torch.zeros(1 + 3 * 100 * 64, dtype=torch.float16)[1:].view(1, 3, 100, 64)
-    assert _descriptor(unaligned, 64).base.data_ptr() % 16 == 0
+    assert _descriptor(unaligned, 64, 64).base.data_ptr() % 16 == 0
     expanded = torch.zeros(1, 1, 100, 64, dtype=torch.float16).expand(1, 3, 100, 64)
-    assert _descriptor(expanded, 64).strides[1] == 100 * 64
+    assert _descriptor(expanded, 64, 64).strides[1] == 100 * 64
 
 
 # --- results
@@ -423,21 +429,35 @@ def test_agrees_with_the_reference(dtype, D, H, Hkv, Nq, Nk, causal):
 @pytest.mark.gpu
 @pytest.mark.hopper
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("features", ["window", "sinks", "kv_range", "q_start", "all"])
+@pytest.mark.parametrize("features", ["window", "sinks", "kv_range", "q_start", "softcap", "alibi", "all"])
 @pytest.mark.parametrize("causal", [True, False])
-def test_state_under_every_mask(dtype, features, causal):
+def test_state_under_every_feature(dtype, features, causal):
     q, k, v = inputs(2, 4, 2, 200, 333, 128, dtype)
     options = {
         "window": {"window": 70},
         "sinks": {"sinks": torch.tensor([0.5, -math.inf, 30.0, -3.0], device="cuda")},
         "kv_range": {"kv_range": torch.tensor([[5, 300], [200, 200]], dtype=torch.int32, device="cuda")},
         "q_start": {"q_start": -40},
+        "softcap": {"softcap": 2.0},
+        "alibi": {"alibi_slopes": torch.tensor([0.5, 0.25, 0.125, 0.0625], device="cuda")},
     }
     chosen = {k: v for part in options.values() for k, v in part.items()} if features == "all" else options[features]
     state = elsa_kernels.attention(q, k, v, causal=causal, return_state=True, impl="gluon", **chosen)
     want = truth(q, k, v, causal=causal, return_state=True, **chosen)
     torch.testing.assert_close(state.logsumexp().double(), want.logsumexp(), rtol=1e-6, atol=4e-6)
     assert relative_error(state.finalize(), want.finalize()) < LIMIT[dtype]
+
+
+@needs_hopper
+@pytest.mark.gpu
+@pytest.mark.hopper
+@pytest.mark.parametrize(
+    ("dtype", "D"), [(torch.float32, 33), (torch.float32, 96), (torch.float16, 40), (torch.bfloat16, 120)]
+)
+def test_head_dimensions_between(dtype, D):
+    q, k, v = inputs(1, 4, 2, 130, 4500, D, dtype)
+    out = elsa_kernels.attention(q, k, v, causal=True, impl="gluon")
+    assert relative_error(out, truth(q, k, v, causal=True)) < LIMIT[dtype]
 
 
 @needs_hopper
@@ -465,7 +485,7 @@ def test_fp32_accuracy_whatever_the_range(family):
     elif family == "growing":  # the scale of V's tiles rises and falls by more than P can take up
         steps = torch.tensor([1.0, 1e6, 1e-6, 1e12, 1.0, 1e-12, 3.0, 1e9], device="cuda")
         v = v * steps.repeat_interleave(128)[None, None, :, None]
-        k[:, :, 384:512] -= 100 * q.mean(2, keepdim=True).sign()
+        q[..., 0], k[:, :, 384:512, 0] = 4.0, -30.0  # the largest values weigh least
     out, want = elsa_kernels.attention(q, k, v, impl="gluon"), truth(q, k, v)
     # Where results are subnormal, FP32 itself has no more than its smallest number to offer.
     quantum = 0.5 * 2.0**-149 * want.numel() ** 0.5
@@ -534,7 +554,7 @@ def test_equal_bits_from_run_to_run_and_whatever_the_padding(dtype):
         assert torch.equal(first, elsa_kernels.attention(q, k, v, causal=True, impl="gluon"))
     one_head = elsa_kernels.attention(*(x[:, 7:8] for x in (q, k, v)), causal=True, impl="gluon")
     assert torch.equal(first[:, 7:8], one_head)
-    longer = [torch.cat([x, torch.full_like(x[:, :, :300], 1e9)], 2) for x in (k, v)]
+    longer = [torch.cat([x, torch.full_like(x[:, :, :300], 1e9 if dtype == torch.float32 else 6e4)], 2) for x in (k, v)]
     ends = torch.tensor([[0, 5000], [0, 5000]], dtype=torch.int32, device="cuda")
     padded = elsa_kernels.attention(q, *longer, causal=True, q_start=4300, kv_range=ends, impl="gluon")
     assert torch.equal(first, padded)

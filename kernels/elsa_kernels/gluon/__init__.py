@@ -15,7 +15,7 @@ import torch
 from elsa_kernels.registry import Implementation, Operands, Problem, register
 from elsa_kernels.state import State
 
-HEAD_DIMS = (64, 128)
+MAX_HEAD_DIM = 128  # the accumulators of more would not fit a consumer's registers
 # Under this many query rows most of a program's 128 would be padding, and splitting the keys over the SMs pays more.
 MIN_QUERIES = 64
 GLUON = "3.6."  # Gluon is experimental: its names and signatures change from one Triton to the next
@@ -71,17 +71,17 @@ def refuse(problem: Problem) -> str | None:
         return "precision 'ieee' excludes tensor cores"
     if problem.precision == "tf32":
         return "it is FP32-accurate; precision 'tf32' asks for less"
-    if problem.D not in HEAD_DIMS:
-        return f"head dimension {problem.D} is neither 64 nor 128"
+    if problem.D > MAX_HEAD_DIM:
+        return f"head dimension {problem.D} is larger than {MAX_HEAD_DIM}: its accumulators would not fit the registers"
+    if problem.D % 8 and problem.dtype != torch.float32:
+        return f"TMA reads rows of 16-byte multiples, and head dimension {problem.D} is no multiple of 8"
     if problem.scale < 0:
         return "the scale is negative"
     if problem.Nq < MIN_QUERIES:
         return f"{problem.Nq} query rows are fewer than {MIN_QUERIES}"
     if max(problem.Nq, problem.Nk, abs(problem.q_start)) > MAX_POSITION:
         return f"positions reach beyond {MAX_POSITION}"
-    extras = {"softcap": problem.softcap is not None, "ALiBi slopes": problem.has_alibi, "bias": problem.has_bias}
-    refused = [name for name, present in extras.items() if present]
-    return f"it does not take {' or '.join(refused)}" if refused else None
+    return "it does not take a bias, whose tiles have no room beside those of K and V" if problem.has_bias else None
 
 
 def run(problem: Problem, operands: Operands) -> torch.Tensor | State:

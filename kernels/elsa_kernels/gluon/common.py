@@ -25,26 +25,35 @@ LENGTHS = ["H", "Hkv", "heads", "tiles", "section", "Nq", "Nk", "q_start", "wind
 
 @aggregate
 class Features:
-    """What a variant is compiled for. LEFT: rows may begin after key 0."""
+    """What a variant is compiled for. LEFT: rows may begin after key 0. WIDTH: channels of a head."""
 
     CAUSAL: gl.constexpr
     WINDOW: gl.constexpr
     LEFT: gl.constexpr
     SINKS: gl.constexpr
+    SOFTCAP: gl.constexpr
+    ALIBI: gl.constexpr
     STATE: gl.constexpr
+    WIDTH: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, CAUSAL, WINDOW, LEFT, SINKS, STATE):
+    def __init__(self, CAUSAL, WINDOW, LEFT, SINKS, SOFTCAP, ALIBI, STATE, WIDTH):
         self.CAUSAL = gl.constexpr(CAUSAL)
         self.WINDOW = gl.constexpr(WINDOW)
         self.LEFT = gl.constexpr(LEFT)
         self.SINKS = gl.constexpr(SINKS)
+        self.SOFTCAP = gl.constexpr(SOFTCAP)
+        self.ALIBI = gl.constexpr(ALIBI)
         self.STATE = gl.constexpr(STATE)
+        self.WIDTH = gl.constexpr(WIDTH)
 
 
 @aggregate
 class Work:
-    """One program's share: rows from row0 on of one head, over the KV tiles [first, end) and the keys [kv0, kv1)."""
+    """One program's share: rows from row0 on of one head, over the KV tiles [first, end) and the keys [kv0, kv1).
+
+    softcap and slope (ALiBi's, of this head) in units of log2.
+    """
 
     b: gl.tensor
     head: gl.tensor
@@ -57,9 +66,11 @@ class Work:
     q_start: gl.tensor
     window: gl.tensor
     Nq: gl.tensor
+    softcap: gl.tensor
+    slope: gl.tensor
 
     @gluon.constexpr_function
-    def __init__(self, b, head, kv_head, row0, first, end, kv0, kv1, q_start, window, Nq):
+    def __init__(self, b, head, kv_head, row0, first, end, kv0, kv1, q_start, window, Nq, softcap, slope):
         self.b = b
         self.head = head
         self.kv_head = kv_head
@@ -71,11 +82,13 @@ class Work:
         self.q_start = q_start
         self.window = window
         self.Nq = Nq
+        self.softcap = softcap
+        self.slope = slope
 
 
 @aggregate
 class Output:
-    """Where results go, at this head's first row: out by its row stride, m and s, and the tile's mark (`todo`)."""
+    """Where results go, at this head's first row: out by its row stride, m and s, and the tile's marks (`todo`)."""
 
     out: gl.tensor
     m: gl.tensor
@@ -216,9 +229,11 @@ def tile_range(row0, row1, kv0, kv1, q_start, window, BN: gl.constexpr, CAUSAL: 
 
 
 @gluon.jit
-def plan_work(H, Hkv, heads, tiles, section, Nq, Nk, q_start, window, kv_range, BN: gl.constexpr, TILE: gl.constexpr,
-              features, KV_RANGE: gl.constexpr):  # fmt: skip
-    """This program's work (a tile of TILE rows), and where its mark lies: the Triton form's order of programs."""
+def plan_work(H, Hkv, heads, tiles, section, Nq, Nk, q_start, window, kv_range, softcap, slopes, BN: gl.constexpr,
+              TILE: gl.constexpr, features, KV_RANGE: gl.constexpr):  # fmt: skip
+    """This program's work (a tile of TILE rows), and where its first mark lies: by the Triton form's order of programs,
+    then by query head of the key head, then by warp group.
+    """
     bh, tile = tile_of_program(gl.program_id(0), heads, tiles, section)
     b = bh // H
     head = bh % H
@@ -231,8 +246,14 @@ def plan_work(H, Hkv, heads, tiles, section, Nq, Nk, q_start, window, kv_range, 
         kv1 = gl.minimum(gl.load(kv_range + 2 * b + 1), Nk)
     row1 = gl.minimum(row0 + TILE, Nq)
     first, end, _, _ = tile_range(row0, row1, kv0, kv1, q_start, window, BN, features.CAUSAL, features.WINDOW)
-    mark = (b * Hkv + kv_head) * tiles + (tiles - 1 - tile if features.CAUSAL else tile)
-    return Work(b, head, kv_head, row0, first, end, kv0, kv1, q_start, window, Nq), mark
+    block = (b * Hkv + kv_head) * tiles + (tiles - 1 - tile if features.CAUSAL else tile)
+    mark = (block * (H // Hkv) + head % (H // Hkv)) * (TILE // ROWS)
+    slope = softcap
+    if features.ALIBI:
+        slope = gl.load(slopes + head) * LOG2E
+    return Work(
+        b, head, kv_head, row0, first, end, kv0, kv1, q_start, window, Nq, softcap * LOG2E, slope
+    ), mark  # fmt: skip
 
 
 @gluon.jit
@@ -274,14 +295,35 @@ def initial_sums(output, work, R: gl.constexpr, features):
 
 
 @gluon.jit
-def fold(s, m, l, factor, t, lo, hi, BN: gl.constexpr, MASK: gl.constexpr):
+def tanh(x):
+    """tanh in float32 to 2e-7 relative: a polynomial near 0, where 1 − 2/(e^2x + 1) cancels."""
+    z = x * x
+    p = 0.0021429616 * z - 0.0081773978
+    p = p * z + 0.0217007026
+    p = p * z - 0.0539467633
+    p = p * z + 0.1333320588
+    p = p * z - 0.3333333135
+    size = gl.maximum(x, -x)
+    far = 1.0 - 2.0 / (gl.exp2(size * (2.0 * LOG2E)) + 1.0)
+    return gl.where(size < 0.625, x + x * z * p, gl.where(x < 0.0, -far, far))
+
+
+@gluon.jit
+def fold(s, m, l, factor, t, lo, hi, positions, work, BN: gl.constexpr, MASK: gl.constexpr, features):
     """Fold the products s = q·k of tile t into (m, l); returns them with P ≤ 1 and the factor that old sums take.
 
     factor, one per row, turns s into logits in log2 units.
     """
     S: gl.constexpr = s.type.layout
+    keys = gl.expand_dims(t * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, S)), 0)
+    if features.SOFTCAP or features.ALIBI:
+        s = s * gl.expand_dims(factor, 1)
+        if features.SOFTCAP:
+            s = work.softcap * tanh(s / work.softcap)
+        if features.ALIBI:
+            s = s + work.slope * (keys - gl.expand_dims(positions, 1)).to(gl.float32)
+        factor = gl.full([ROWS], 1.0, gl.float32, gl.SliceLayout(1, S))
     if MASK:
-        keys = gl.expand_dims(t * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, S)), 0)
         s = gl.where((keys >= gl.expand_dims(lo, 1)) & (keys < gl.expand_dims(hi, 1)), s, NEG_INF)
         m_new = gl.maximum(m, gl.max(s, axis=1) * factor)
         # A row that has seen no key yet: any finite stand-in gives exp2(-inf) = 0 instead of NaN.
@@ -316,14 +358,26 @@ def state_correction(m):
 
 
 @gluon.jit
-def write_rows(output, mine, Nq, m, l, acc, unit, undo, O: gl.constexpr, features):
+def own_rows(output, mine, Nq, D: gl.constexpr, O: gl.constexpr, features):
+    """Pointers to a warp group's rows of the output in the accumulator's layout, and which of them exist."""
+    rows = mine + gl.arange(0, ROWS, layout=gl.SliceLayout(1, O))
+    channels = gl.arange(0, D, layout=gl.SliceLayout(0, O))
+    exist = gl.expand_dims(rows < Nq, 1)
+    if D != features.WIDTH:
+        exist = exist & gl.expand_dims(channels < features.WIDTH, 0)
+    offsets = gl.expand_dims(rows.to(gl.int64) * output.stride, 1) + gl.expand_dims(channels, 0)
+    return output.out + offsets, exist
+
+
+@gluon.jit
+def write_rows(output, mine, Nq, m, l, acc, unit, undo, GROUP: gl.constexpr, O: gl.constexpr, features):
     """Write a warp group's rows: acc / l, or the state. acc carries 1 / (unit·undo), two powers of two.
 
-    A row whose sums are not finite marks the program's tile for the careful second pass.
+    The group's mark says whether a row's sums are not finite: then the careful second pass does them again.
     """
     broken = gl.max(((l - l) != 0.0).to(gl.int32), axis=0)
     broken = gl.maximum(broken, gl.max(gl.max(((acc - acc) != 0.0).to(gl.int32), axis=1), axis=0))
-    gl.store(output.todo, 1, mask=broken != 0)
+    gl.store(output.todo + GROUP, broken)
     D: gl.constexpr = acc.shape[1]
     if features.STATE:
         rows = mine + gl.arange(0, ROWS, layout=l.type.layout)
@@ -333,8 +387,5 @@ def write_rows(output, mine, Nq, m, l, acc, unit, undo, O: gl.constexpr, feature
     else:
         per_row = gl.where(l == 0.0, 0.0, 1.0 / l)
     per_row = gl.expand_dims(gl.convert_layout(per_row * unit, gl.SliceLayout(1, O)), 1)
-    rows_o = mine + gl.arange(0, ROWS, layout=gl.SliceLayout(1, O))
-    channels = gl.arange(0, D, layout=gl.SliceLayout(0, O))
-    offsets = gl.expand_dims(rows_o.to(gl.int64) * output.stride, 1) + gl.expand_dims(channels, 0)
-    value = acc * per_row * undo
-    gl.store(output.out + offsets, value.to(output.out.dtype.element_ty), mask=gl.expand_dims(rows_o < Nq, 1))
+    pointers, exist = own_rows(output, mine, Nq, D, O, features)
+    gl.store(pointers, (acc * per_row * undo).to(output.out.dtype.element_ty), mask=exist)

@@ -56,8 +56,9 @@ def _issue_products(q, keys, i, S: gl.constexpr, BN: gl.constexpr, D: gl.constex
 
 
 @gluon.jit
-def _step(t, m, l, acc, p, q, keys, values, turn, work, factor, lo, hi, GROUP: gl.constexpr, GROUPS: gl.constexpr,
-          TURNS: gl.constexpr, D: gl.constexpr, BN: gl.constexpr, MASK: gl.constexpr):  # fmt: skip
+def _step(t, m, l, acc, p, q, keys, values, turn, work, factor, lo, hi, positions, features, GROUP: gl.constexpr,
+          GROUPS: gl.constexpr, TURNS: gl.constexpr, D: gl.constexpr, BN: gl.constexpr,
+          MASK: gl.constexpr):  # fmt: skip
     """Issue S(i) and P(i−1)·V; softmax of S(i) while P(i−1)·V runs. Returns with P(i) pending."""
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
@@ -74,7 +75,7 @@ def _step(t, m, l, acc, p, q, keys, values, turn, work, factor, lo, hi, GROUP: g
         mbarrier.arrive(turn.index((GROUP + 1) % GROUPS), count=1)
     s = warpgroup_mma_wait(1, deps=[s])
     release(keys, i)
-    m, l, p_new, decay = fold(s, m, l, factor, t, lo, hi, BN, MASK)
+    m, l, p_new, decay = fold(s, m, l, factor, t, lo, hi, positions, work, BN, MASK, features)
     p_new = gl.convert_layout(p_new.to(p.dtype), P)
     # ptxas would hoist the wait for P·V over the softmax that is meant to hide it. A second look at a barrier that is
     # open already ends the basic block, and p_new among the dependencies keeps LLVM from sinking the softmax.
@@ -94,7 +95,9 @@ def _consume(scale, q_all, q_full, keys, values, turn, work, output, features, G
     R: gl.constexpr = gl.SliceLayout(1, S)
     mine = work.row0 + ROWS * GROUP
     factor = gl.full([ROWS], 0.0, gl.float32, R) + scale * LOG2E
-    lo, hi = row_bounds(mine + gl.arange(0, ROWS, layout=R), work, features)
+    rows = mine + gl.arange(0, ROWS, layout=R)
+    lo, hi = row_bounds(rows, work, features)
+    positions = work.q_start + rows
     _a, _z, fa, fz = tiles_of_group(mine, work, BN, features)
     m, l = initial_sums(output, work, R, features)
     acc = gl.zeros([ROWS, D], gl.float32, O)
@@ -105,44 +108,62 @@ def _consume(scale, q_all, q_full, keys, values, turn, work, output, features, G
         s = _issue_products(q, keys, 0, S, BN, D)
         s = warpgroup_mma_wait(0, deps=[s])
         release(keys, 0)
-        m, l, p32, _decay = fold(s, m, l, factor, work.first, lo, hi, BN, True)
+        m, l, p32, _decay = fold(s, m, l, factor, work.first, lo, hi, positions, work, BN, True, features)
         p = gl.convert_layout(p32.to(q_all.dtype), P)
         start = work.first + 1
         fa = gl.maximum(fa, start)
         fz = gl.maximum(fz, fa)
         if features.LEFT:
             for t in range(start, fa):
-                m, l, acc, p = _step(t, m, l, acc, p, q, keys, values, turn, work, factor, lo, hi, GROUP, GROUPS, TURNS,
-                                     D, BN, True)  # fmt: skip
+                m, l, acc, p = _step(t, m, l, acc, p, q, keys, values, turn, work, factor, lo, hi, positions, features,
+                                     GROUP, GROUPS, TURNS, D, BN, True)  # fmt: skip
             start = fa
         for t in range(start, fz):
-            m, l, acc, p = _step(t, m, l, acc, p, q, keys, values, turn, work, factor, lo, hi, GROUP, GROUPS, TURNS, D,
-                                 BN, False)  # fmt: skip
+            m, l, acc, p = _step(t, m, l, acc, p, q, keys, values, turn, work, factor, lo, hi, positions, features,
+                                 GROUP, GROUPS, TURNS, D, BN, False)  # fmt: skip
         for t in range(gl.maximum(fz, start), work.end):
-            m, l, acc, p = _step(t, m, l, acc, p, q, keys, values, turn, work, factor, lo, hi, GROUP, GROUPS, TURNS, D,
-                                 BN, True)  # fmt: skip
+            m, l, acc, p = _step(t, m, l, acc, p, q, keys, values, turn, work, factor, lo, hi, positions, features,
+                                 GROUP, GROUPS, TURNS, D, BN, True)  # fmt: skip
         last = work.end - 1 - work.first
         wait_full(values, last)
         pending = warpgroup_mma(p, values.hi.index(last % values.stages).reshape([BN, D]), acc, is_async=True)
         acc, p = warpgroup_mma_wait(0, deps=[pending, p])
-    write_rows(output, mine, work.Nq, m, l, acc, 1.0, 1.0, O, features)
+    write_rows(output, mine, work.Nq, m, l, acc, 1.0, 1.0, GROUP, O, features)
 
 
 @gluon.jit(do_not_specialize=LENGTHS)
-def half_attention(q_desc, k_desc, v_desc, sinks, kv_range, out, m_out, s_out, todo, H, Hkv, heads, tiles, section,
-                   Nq, Nk, q_start, window, scale, out_stride_b, out_stride_h, out_stride_n,
+def half_attention(q_desc, k_desc, v_desc, sinks, slopes, kv_range, out, m_out, s_out, todo,
+                   H, Hkv, heads, tiles, section, Nq, Nk, q_start, window, scale, softcap,
+                   out_stride_b, out_stride_h, out_stride_n,
                    D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, REGS: gl.constexpr,
                    TURNS: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, KV_RANGE: gl.constexpr,
-                   SINKS: gl.constexpr, STATE: gl.constexpr):  # fmt: skip
+                   SINKS: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, STATE: gl.constexpr,
+                   WIDTH: gl.constexpr):  # fmt: skip
     """One program: GROUPS·64 query rows of one head. Grid: heads·tiles, heads = B·H, tiles = ⌈Nq / (64·GROUPS)⌉.
 
-    q_desc [B, H, Nq, D], k_desc and v_desc [B, Hkv, Nk, D]: TMA descriptors, FP16 or BF16; out in the same type, or
-    float32 for a state, by strides; sinks [H] float32; kv_range int32 [B, 2]; m_out, s_out float32 [B, H, Nq]; todo
-    int32 [B, Hkv, tiles]: 1 where a tile's sums are not finite.
+    Heads have WIDTH ≤ D channels; TMA reads zeros beyond. q_desc [B, H, Nq, WIDTH], k_desc and v_desc [B, Hkv, Nk,
+    WIDTH]: TMA descriptors, FP16 or BF16; out in the same type, or float32 for a state, by strides; sinks and slopes
+    float32 [H]; kv_range int32 [B, 2]; m_out, s_out float32 [B, H, Nq]; todo int32 [B, Hkv, tiles, H / Hkv, GROUPS]: 1
+    where sums are not finite.
     """
-    features = Features(CAUSAL, WINDOW, WINDOW or KV_RANGE, SINKS, STATE)
+    features = Features(CAUSAL, WINDOW, WINDOW or KV_RANGE, SINKS, SOFTCAP, ALIBI, STATE, WIDTH)
     work, mark = plan_work(
-        H, Hkv, heads, tiles, section, Nq, Nk, q_start, window, kv_range, BN, ROWS * GROUPS, features, KV_RANGE
+        H,
+        Hkv,
+        heads,
+        tiles,
+        section,
+        Nq,
+        Nk,
+        q_start,
+        window,
+        kv_range,
+        softcap,
+        slopes,
+        BN,
+        ROWS * GROUPS,
+        features,
+        KV_RANGE,
     )
     output = at_head(work, H, out, out_stride_b, out_stride_h, out_stride_n, m_out, s_out, todo + mark, sinks)
     q_all = gl.allocate_shared_memory(q_desc.dtype, [GROUPS, 1, 1, ROWS, D], q_desc.layout)

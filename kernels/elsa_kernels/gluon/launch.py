@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from triton import next_power_of_2
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -45,14 +46,14 @@ def split_forward(
     problem: Problem, operands: Operands, planes: TilePlanes, tile: Tile | None = None, section: int | None = None
 ) -> torch.Tensor | State:
     """FP32-accurate attention over K and V that are split already, by tiles of the kernel's BN keys."""
-    tile = tile or SPLIT_TILES[problem.D]
+    tile = tile or SPLIT_TILES[width(problem)]
     if planes.rows != tile.BN:
         raise ValueError(f"planes are split by tiles of {planes.rows} keys; this kernel takes {tile.BN}")
     out, m, s, todo = _outputs(problem, tile)
     q = operands.q
     split_attention[_grid(problem, tile)](
         q=q,
-        planes=_descriptor(planes.planes, tile.BN),
+        planes=_descriptor(planes.planes, tile.BN, width(problem)),
         exponents=planes.exponents,
         q_stride_b=q.stride(0),
         q_stride_h=q.stride(1),
@@ -68,12 +69,12 @@ def half_forward(
     problem: Problem, operands: Operands, tile: Tile | None = None, section: int | None = None
 ) -> torch.Tensor | State:
     """FP16 or BF16 attention."""
-    tile = tile or HALF_TILES[problem.D]
+    tile = tile or HALF_TILES[width(problem)]
     out, m, s, todo = _outputs(problem, tile)
     half_attention[_grid(problem, tile)](
-        q_desc=_descriptor(operands.q, ROWS),
-        k_desc=_descriptor(operands.k, tile.BN),
-        v_desc=_descriptor(operands.v, tile.BN),
+        q_desc=_descriptor(operands.q, ROWS, width(problem)),
+        k_desc=_descriptor(operands.k, tile.BN, width(problem)),
+        v_desc=_descriptor(operands.v, tile.BN, width(problem)),
         STAGES=tile.stages,
         TURNS=tile.turns,
         **_common(problem, operands, tile, out, m, s, todo, section),
@@ -84,9 +85,14 @@ def half_forward(
 
 def run(problem: Problem, operands: Operands) -> torch.Tensor | State:
     if problem.dtype == torch.float32:
-        planes = split_tiles(operands.k, operands.v, SPLIT_TILES[problem.D].BN, operands.kv_range)
+        planes = split_tiles(operands.k, operands.v, SPLIT_TILES[width(problem)].BN, width(problem), operands.kv_range)
         return split_forward(problem, operands, planes)
     return half_forward(problem, operands)
+
+
+def width(problem: Problem) -> int:
+    """Channels of a tile: heads between are padded with zeros."""
+    return 64 if problem.D <= 64 else 128
 
 
 def _tiles(problem: Problem, tile: Tile) -> int:
@@ -98,9 +104,11 @@ def _grid(problem: Problem, tile: Tile) -> tuple[int]:
 
 
 def _outputs(problem: Problem, tile: Tile) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """out [B, H, Nq, D]; m and S [B, H, Nq] of a state (without one, out stands in); marks [B, Hkv, tiles], all 0."""
+    """out [B, H, Nq, D]; m and S [B, H, Nq] of a state (without one, out stands in); marks [B, Hkv, tiles, ·]: of
+    each query head of a key head and each of its warp groups."""
     shape, device = (problem.B, problem.H, problem.Nq), problem.device
-    todo = torch.zeros((problem.B, problem.Hkv, _tiles(problem, tile)), dtype=torch.int32, device=device)
+    marks = (problem.H // problem.Hkv) * tile.groups
+    todo = torch.empty((problem.B, problem.Hkv, _tiles(problem, tile), marks), dtype=torch.int32, device=device)
     if not problem.return_state:
         out = torch.empty((*shape, problem.D), dtype=problem.dtype, device=device)
         return out, out, out, todo
@@ -126,15 +134,17 @@ def _careful_pass(
     # Its offsets within a tile of keys are 32 bits wide.
     k, v = (x if x.stride(2) * 128 < 2**31 else x.contiguous() for x in (operands.k, operands.v))
     q = operands.q
-    careful_kernel[(todo.numel(),)](
-        q, k, v, out, m, s, todo, None, None, operands.sinks, operands.kv_range,
+    marks = todo.shape[3]
+    careful_kernel[(todo.numel() // marks,)](
+        q, k, v, out, m, s, todo, None, operands.alibi_slopes, operands.sinks, operands.kv_range,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], 0, 0, 0, 0,
         B=problem.B, Hkv=problem.Hkv, Nq=problem.Nq, Nk=problem.Nk, q_start=problem.q_start,
-        window=problem.window or 0, scale=problem.scale, softcap=0.0, n_blocks=todo.shape[2], first_chunk=0,
-        GROUP=group, D=problem.D, BD=problem.D, BM=ROWS * tile.groups * group, PART=CAREFUL_TILE.BM,
+        window=problem.window or 0, scale=problem.scale, softcap=problem.softcap or 0.0,
+        n_blocks=todo.shape[2], first_chunk=0, GROUP=group, D=problem.D, BD=max(16, next_power_of_2(problem.D)),
+        BM=ROWS * tile.groups * group, PART=CAREFUL_TILE.BM,
         BN=CAREFUL_TILE.BN, CHUNK=0, STATE=problem.return_state, CAUSAL=problem.causal,
-        WINDOW=problem.window is not None, SOFTCAP=False, ALIBI=False, HAS_BIAS=False,
-        HAS_SINKS=problem.has_sinks, HAS_RANGES=problem.has_kv_range,
+        WINDOW=problem.window is not None, SOFTCAP=problem.softcap is not None, ALIBI=problem.has_alibi, HAS_BIAS=False,
+        HAS_SINKS=problem.has_sinks, HAS_RANGES=problem.has_kv_range, MARKS=marks, BMARKS=next_power_of_2(marks),
         num_warps=CAREFUL_TILE.num_warps, num_stages=CAREFUL_TILE.num_stages,
     )  # fmt: skip
 
@@ -155,9 +165,11 @@ def _common(
         enough = max(SECTION_HEADS, -(-SECTION_PROGRAMS // _tiles(problem, tile)))
         section = min(heads, enough) if problem.causal else 1
     sinks = None if operands.sinks is None else operands.sinks.float().contiguous()
+    slopes = None if operands.alibi_slopes is None else operands.alibi_slopes.float().contiguous()
     reach = problem.Nk + problem.Nq + abs(problem.q_start)
     return {
         "sinks": out if sinks is None else sinks,
+        "slopes": out if slopes is None else slopes,
         "kv_range": out if operands.kv_range is None else operands.kv_range.contiguous(),
         "out": out,
         "m_out": m,
@@ -173,10 +185,12 @@ def _common(
         "q_start": problem.q_start,
         "window": reach if problem.window is None else min(problem.window, reach),
         "scale": problem.scale,
+        "softcap": problem.softcap or 0.0,
         "out_stride_b": out.stride(0),
         "out_stride_h": out.stride(1),
         "out_stride_n": out.stride(2),
-        "D": problem.D,
+        "D": width(problem),
+        "WIDTH": problem.D,
         "BN": tile.BN,
         "GROUPS": tile.groups,
         "REGS": tile.registers,
@@ -184,13 +198,18 @@ def _common(
         "WINDOW": problem.window is not None,
         "KV_RANGE": problem.has_kv_range,
         "SINKS": problem.has_sinks,
+        "SOFTCAP": problem.softcap is not None,
+        "ALIBI": problem.has_alibi,
         "STATE": problem.return_state,
         "num_warps": 4,
     }
 
 
-def _descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:
-    """[1, 1, rows, D] boxes of x [B, heads, N, D]; rows past N read as zero. TMA needs 16-byte strides: else a copy."""
+def _descriptor(x: torch.Tensor, rows: int, channels: int) -> TensorDescriptor:
+    """[1, 1, rows, channels ≥ D] boxes of x [B, heads, N, D]; zeros past N and D.
+
+    TMA needs 16-byte strides: where x has others, it is copied.
+    """
     unit = 16 // x.element_size()
     sizes, strides = x.shape[:3], x.stride()[:3]
     if x.data_ptr() % 16 or any(n > 1 and (s <= 0 or s % unit) for n, s in zip(sizes, strides)):
@@ -199,4 +218,4 @@ def _descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:
     B, heads, N, D = x.shape
     # The stride of a dimension of length 1 is never used; what torch keeps there may be odd.
     used = [s if n > 1 else N * D * heads for n, s in zip(sizes, strides)]
-    return TensorDescriptor(x, [B, heads, N, D], [*used, 1], [1, 1, rows, D], SHARED_LAYOUT)
+    return TensorDescriptor(x, [B, heads, N, D], [*used, 1], [1, 1, rows, channels], SHARED_LAYOUT)

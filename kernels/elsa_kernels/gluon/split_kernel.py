@@ -30,6 +30,7 @@ from elsa_kernels.gluon.common import (
     fold,
     initial_sums,
     new_ring,
+    own_rows,
     plan_work,
     power_of_two,
     release,
@@ -57,7 +58,7 @@ def _produce(planes, keys, values, work, kv, BN: gl.constexpr):
 
 
 @gluon.jit
-def _split_query(q, q_stride, qh, ql, row0, Nq, D: gl.constexpr, R: gl.constexpr):
+def _split_query(q, q_stride, qh, ql, row0, Nq, features, D: gl.constexpr, R: gl.constexpr):
     """Q of one warp group as (hi, lo) planes in shared memory; returns 2^-e of each row, in layout R.
 
     A row with an Inf or NaN keeps it in hi (and NaN in lo), so its logits and its output become NaN.
@@ -66,7 +67,10 @@ def _split_query(q, q_stride, qh, ql, row0, Nq, D: gl.constexpr, R: gl.constexpr
     rows = row0 + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
     channels = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
     offsets = gl.expand_dims(rows.to(gl.int64) * q_stride, 1) + gl.expand_dims(channels, 0)
-    x = gl.load(q + offsets, mask=gl.expand_dims(rows < Nq, 1), other=0.0)
+    exist = gl.expand_dims(rows < Nq, 1)
+    if D != features.WIDTH:
+        exist = exist & gl.expand_dims(channels < features.WIDTH, 0)
+    x = gl.load(q + offsets, mask=exist, other=0.0)
     largest = gl.max(gl.maximum(x, -x), axis=1)
     # The row's exponent from the float's bits. Its largest value becomes 2^14 … 2^15; below 2^-112 the scale stays.
     e = gl.maximum(largest.to(gl.int32, bitcast=True) >> 23, 15)
@@ -102,8 +106,8 @@ def _products(qh, ql, k_hi, k_lo, D: gl.constexpr, BN: gl.constexpr):
 
 
 @gluon.jit
-def _step(t, m, l, acc, unit, k_e, v_e, exponents, qh, ql, keys, values, work, factor, lo, hi, D: gl.constexpr,
-          BN: gl.constexpr, MASK: gl.constexpr):  # fmt: skip
+def _step(t, m, l, acc, unit, k_e, v_e, exponents, qh, ql, keys, values, work, factor, lo, hi, positions,
+          features, D: gl.constexpr, BN: gl.constexpr, MASK: gl.constexpr):  # fmt: skip
     """Merge the KV tile t into (m, l, acc). m is in units of log2; acc carries P's 2^14 and 2^unit.
 
     k_e, v_e: exponents of the tile's scales; those of the next tile are returned, loaded long before their use.
@@ -124,7 +128,7 @@ def _step(t, m, l, acc, unit, k_e, v_e, exponents, qh, ql, keys, values, work, f
     s = _products(qh, ql, keys.hi.index(slot).reshape([BN, D]), keys.lo.index(slot).reshape([BN, D]), D, BN)
     release(keys, i)
 
-    m, l, p, decay = fold(s, m, l, here, t, lo, hi, BN, MASK)
+    m, l, p, decay = fold(s, m, l, here, t, lo, hi, positions, work, BN, MASK, features)
     p = p * power_of_two(P_EXPONENT - finer)
     p_hi = p.to(gl.float16)
     p_lo = (p - p_hi.to(gl.float32)).to(gl.float16)
@@ -157,18 +161,10 @@ def _skip(i, keys, values):
 
 
 @gluon.jit
-def _own_rows(output, mine, Nq, D: gl.constexpr, O: gl.constexpr):
-    """Pointers to a warp group's rows of the output in the accumulator's layout, and which of them exist."""
-    rows = mine + gl.arange(0, ROWS, layout=gl.SliceLayout(1, O))
-    channels = gl.arange(0, D, layout=gl.SliceLayout(0, O))
-    offsets = gl.expand_dims(rows.to(gl.int64) * output.stride, 1) + gl.expand_dims(channels, 0)
-    return output.out + offsets, gl.expand_dims(rows < Nq, 1)
-
-
-@gluon.jit
-def _absorb(m, l, acc, unit, m_before, l_before, unit_before, mine, work, output, D: gl.constexpr, O: gl.constexpr):
+def _absorb(m, l, acc, unit, m_before, l_before, unit_before, mine, work, output, features, D: gl.constexpr,
+            O: gl.constexpr):  # fmt: skip
     """(l, acc) with the sums of the spans before, which wait in the output's rows; none yet: unit_before > FINEST."""
-    pointers, exist = _own_rows(output, mine, work.Nq, D, O)
+    pointers, exist = own_rows(output, mine, work.Nq, D, O, features)
     before = gl.load(pointers, mask=exist & (unit_before <= FINEST), other=0.0)
     factor = gl.exp2(m_before - gl.where(m == NEG_INF, 0.0, m))
     rescale = gl.convert_layout(factor * power_of_two(unit - unit_before), gl.SliceLayout(1, O))
@@ -177,15 +173,18 @@ def _absorb(m, l, acc, unit, m_before, l_before, unit_before, mine, work, output
 
 @gluon.jit
 def _walk(begin, end, a, m, l, acc, unit, k_e, v_e, m_before, l_before, unit_before, mine, exponents, qh, ql, keys,
-          values, work, output, factor, lo, hi, D: gl.constexpr, BN: gl.constexpr, MASK: gl.constexpr):  # fmt: skip
+          values, work, output, factor, lo, hi, positions, features, D: gl.constexpr, BN: gl.constexpr,
+          MASK: gl.constexpr):  # fmt: skip
     """The tiles [begin, end) of a walk that began at tile a. Where a span begins, the sums before it are put aside."""
     O: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     TILES: gl.constexpr = SPAN // BN
     for span in range(begin // TILES, (end + TILES - 1) // TILES):
         start = gl.maximum(span * TILES, begin)
         if (start == span * TILES) & (start > a):
-            l_before, acc = _absorb(m, l, acc, unit, m_before, l_before, unit_before, mine, work, output, D, O)
-            pointers, exist = _own_rows(output, mine, work.Nq, D, O)
+            l_before, acc = _absorb(
+                m, l, acc, unit, m_before, l_before, unit_before, mine, work, output, features, D, O
+            )
+            pointers, exist = own_rows(output, mine, work.Nq, D, O, features)
             gl.store(pointers, acc, mask=exist)
             m_before = m
             unit_before = unit
@@ -193,7 +192,7 @@ def _walk(begin, end, a, m, l, acc, unit, k_e, v_e, m_before, l_before, unit_bef
             acc = acc * 0.0
         for t in range(start, gl.minimum(span * TILES + TILES, end)):
             m, l, acc, unit, k_e, v_e = _step(t, m, l, acc, unit, k_e, v_e, exponents, qh, ql, keys, values, work,
-                                              factor, lo, hi, D, BN, MASK)  # fmt: skip
+                                              factor, lo, hi, positions, features, D, BN, MASK)  # fmt: skip
     return m, l, acc, unit, k_e, v_e, m_before, l_before, unit_before
 
 
@@ -211,8 +210,10 @@ def _consume(q, q_stride, exponents, scale, qh_all, ql_all, keys, values, work, 
     v_e = gl.load(begin + 1)
     qh = qh_all.index(GROUP)
     ql = ql_all.index(GROUP)
-    factor = _split_query(q, q_stride, qh, ql, mine, work.Nq, D, R) * (scale * LOG2E)
-    lo, hi = row_bounds(mine + gl.arange(0, ROWS, layout=R), work, features)
+    factor = _split_query(q, q_stride, qh, ql, mine, work.Nq, features, D, R) * (scale * LOG2E)
+    rows = mine + gl.arange(0, ROWS, layout=R)
+    lo, hi = row_bounds(rows, work, features)
+    positions = work.q_start + rows
     m, l = initial_sums(output, work, R, features)
     acc = gl.zeros([ROWS, D], gl.float32, O)
     unit = gl.to_tensor(FINEST)
@@ -224,38 +225,54 @@ def _consume(q, q_stride, exponents, scale, qh_all, ql_all, keys, values, work, 
     if features.LEFT:
         m, l, acc, unit, k_e, v_e, m_before, l_before, unit_before = _walk(
             a, fa, a, m, l, acc, unit, k_e, v_e, m_before, l_before, unit_before, mine, exponents, qh, ql, keys, values,
-            work, output, factor, lo, hi, D, BN, True)  # fmt: skip
+            work, output, factor, lo, hi, positions, features, D, BN, True)  # fmt: skip
     else:
         fa = a
     m, l, acc, unit, k_e, v_e, m_before, l_before, unit_before = _walk(
         fa, fz, a, m, l, acc, unit, k_e, v_e, m_before, l_before, unit_before, mine, exponents, qh, ql, keys, values,
-        work, output, factor, lo, hi, D, BN, False)  # fmt: skip
+        work, output, factor, lo, hi, positions, features, D, BN, False)  # fmt: skip
     m, l, acc, unit, k_e, v_e, m_before, l_before, unit_before = _walk(
         fz, z, a, m, l, acc, unit, k_e, v_e, m_before, l_before, unit_before, mine, exponents, qh, ql, keys, values,
-        work, output, factor, lo, hi, D, BN, True)  # fmt: skip
+        work, output, factor, lo, hi, positions, features, D, BN, True)  # fmt: skip
     for t in range(z, work.end):
         _skip(t - work.first, keys, values)
     if unit_before <= FINEST:
-        l, acc = _absorb(m, l, acc, unit, m_before, l_before, unit_before, mine, work, output, D, O)
-    write_rows(output, mine, work.Nq, m, l, acc, P_UNIT, power_of_two(-unit), O, features)
+        l, acc = _absorb(m, l, acc, unit, m_before, l_before, unit_before, mine, work, output, features, D, O)
+    write_rows(output, mine, work.Nq, m, l, acc, P_UNIT, power_of_two(-unit), GROUP, O, features)
 
 
 @gluon.jit(do_not_specialize=LENGTHS)
-def split_attention(q, planes, exponents, sinks, kv_range, out, m_out, s_out, todo,
-                    H, Hkv, heads, tiles, section, Nq, Nk, q_start, window, scale,
+def split_attention(q, planes, exponents, sinks, slopes, kv_range, out, m_out, s_out, todo,
+                    H, Hkv, heads, tiles, section, Nq, Nk, q_start, window, scale, softcap,
                     q_stride_b, q_stride_h, q_stride_n, out_stride_b, out_stride_h, out_stride_n,
                     D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, REGS: gl.constexpr,
                     CAUSAL: gl.constexpr, WINDOW: gl.constexpr, KV_RANGE: gl.constexpr, SINKS: gl.constexpr,
-                    STATE: gl.constexpr):  # fmt: skip
+                    SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, STATE: gl.constexpr,
+                    WIDTH: gl.constexpr):  # fmt: skip
     """One program: GROUPS·64 query rows of one head. Grid: heads·tiles, heads = B·H, tiles = ⌈Nq / (64·GROUPS)⌉.
 
-    q [B, H, Nq, D] and out float32 by strides; planes the TMA descriptor of FP16 [4, B·Hkv, Nk, D] and exponents int32
-    [B·Hkv, ⌈Nk / BN⌉, 2] of a `TilePlanes` of BN rows; sinks [H]; kv_range int32 [B, 2]; m_out, s_out float32
-    [B, H, Nq]; todo int32 [B, Hkv, tiles]: 1 where a tile's sums are not finite.
+    q [B, H, Nq, WIDTH ≤ D] and out float32 by strides; planes the TMA descriptor of FP16 [4, B·Hkv, Nk, D] and
+    exponents int32 [B·Hkv, ⌈Nk / BN⌉, 2] of a `TilePlanes` of BN rows; sinks and slopes float32 [H]; kv_range int32
+    [B, 2]; m_out, s_out float32 [B, H, Nq]; todo int32 [B, Hkv, tiles, H / Hkv, GROUPS]: 1 where sums are not finite.
     """
-    features = Features(CAUSAL, WINDOW, WINDOW or KV_RANGE, SINKS, STATE)
+    features = Features(CAUSAL, WINDOW, WINDOW or KV_RANGE, SINKS, SOFTCAP, ALIBI, STATE, WIDTH)
     work, mark = plan_work(
-        H, Hkv, heads, tiles, section, Nq, Nk, q_start, window, kv_range, BN, ROWS * GROUPS, features, KV_RANGE
+        H,
+        Hkv,
+        heads,
+        tiles,
+        section,
+        Nq,
+        Nk,
+        q_start,
+        window,
+        kv_range,
+        softcap,
+        slopes,
+        BN,
+        ROWS * GROUPS,
+        features,
+        KV_RANGE,
     )
     output = at_head(work, H, out, out_stride_b, out_stride_h, out_stride_n, m_out, s_out, todo + mark, sinks)
     q += work.b.to(gl.int64) * q_stride_b + work.head.to(gl.int64) * q_stride_h

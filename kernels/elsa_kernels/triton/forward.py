@@ -80,19 +80,20 @@ def split_queries(q, k_exponent, largest):
 @triton.jit
 def split_tile(x):
     """A tile of float32 as (hi, lo) of x·2^e, and e: its largest finite value becomes 2^14 … 2^15."""
-    largest = tl.max(tl.max(exponent(x), 1), 0)
-    e = tl.where(largest == -1024, 0, tl.minimum(-(largest - TARGET), MAX_EXPONENT))
+    bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    largest = tl.max(tl.max(tl.where(bits < 0x7F800000, bits, 0), 1), 0)
+    e = tl.minimum(-((largest >> 23) - 127 - TARGET), MAX_EXPONENT)
     hi, lo = split_pair(x * power_of_two(e))
     return hi, lo, e
 
 
 @triton.jit
-def load_keys(K, o_k, inside, MASKED: tl.constexpr):
+def load_tile(X, offsets, inside, MASKED: tl.constexpr):
     if MASKED:
-        k = tl.load(K + o_k, mask=inside, other=0.0)
+        x = tl.load(X + offsets, mask=inside, other=0.0)
     else:
-        k = tl.load(K + o_k)
-    return k
+        x = tl.load(X + offsets)
+    return x
 
 
 @triton.jit
@@ -106,14 +107,14 @@ def products(
     products of the second half (q2 and q3 are hi and lo there) have an accumulator of their own.
     """
     undo = 1.0
-    k0 = load_keys(K0, o_k, inside, MASKED)
+    k0 = load_tile(K0, o_k, inside, MASKED)
     if MODE == "split":
-        k1 = load_keys(K1, o_k, inside, MASKED)
+        k1 = load_tile(K1, o_k, inside, MASKED)
         t = tl.dot(q1, k0, input_precision="ieee")
         t = tl.dot(q0, k1, t, input_precision="ieee")
         if HALF != BD:
-            k2 = load_keys(K0 + HALF, o_k, inside_2, MASKED)
-            k3 = load_keys(K1 + HALF, o_k, inside_2, MASKED)
+            k2 = load_tile(K0 + HALF, o_k, inside_2, MASKED)
+            k3 = load_tile(K1 + HALF, o_k, inside_2, MASKED)
             t = tl.dot(q3, k2, t, input_precision="ieee")
             t = tl.dot(q2, k3, t, input_precision="ieee")
             t = tl.dot(q0, k0, t, input_precision="ieee")
@@ -136,32 +137,30 @@ def products(
 @triton.jit
 def weigh(acc, p, V0, V1, o_v, inside, MASKED: tl.constexpr, MODE: tl.constexpr):
     """acc + p·v of a tile [BM, BD] in float32; with split values acc carries P_UNIT."""
-    if MASKED:
-        v0 = tl.load(V0 + o_v, mask=inside, other=0.0)
-    else:
-        v0 = tl.load(V0 + o_v)
+    v0 = load_tile(V0, o_v, inside, MASKED)
     if MODE == "split":
-        if MASKED:
-            v1 = tl.load(V1 + o_v, mask=inside, other=0.0)
-        else:
-            v1 = tl.load(V1 + o_v)
+        v1 = load_tile(V1, o_v, inside, MASKED)
         p0, p1 = split_pair(p * P_UNIT)
         t = tl.dot(p1, v0, input_precision="ieee")
         t = tl.dot(p0, v1, t, input_precision="ieee")
         t = tl.dot(p0, v0, t, input_precision="ieee")
         acc += t
-    elif MODE == "inline":
-        v0, v1, e = split_tile(v0)
-        p0, p1 = split_pair(p * P_UNIT)
-        t = tl.dot(p1, v0, input_precision="ieee")
-        t = tl.dot(p0, v1, t, input_precision="ieee")
-        t = tl.dot(p0, v0, t, input_precision="ieee")
-        acc += t * power_of_two(-e)
     elif MODE == "half":
         acc = tl.dot(p.to(v0.dtype), v0, acc, input_precision="ieee")
     else:
         acc += tl.dot(p, v0.to(tl.float32), input_precision=MODE)
     return acc
+
+
+@triton.jit
+def weigh_inline(acc, p, v):
+    """acc + P_UNIT·p·v of a tile of float32 values, split here."""
+    v0, v1, e = split_tile(v)
+    p0, p1 = split_pair(p * P_UNIT)
+    t = tl.dot(p1, v0, input_precision="ieee")
+    t = tl.dot(p0, v1, t, input_precision="ieee")
+    t = tl.dot(p0, v0, t, input_precision="ieee")
+    return acc + t * power_of_two(-e)
 
 
 @triton.jit
@@ -210,6 +209,8 @@ def walk(
             in_k2 = in_k & (channels[:, None] + HALF < D)
             in_k, in_v = in_k & (channels[:, None] < D), in_v & (cols[None, :] < D)
         PARTIAL: tl.constexpr = MASKED or BD != D
+        if MODE == "inline":  # on its way while S is computed
+            v = load_tile(V0 + o_v, r_v, in_v, PARTIAL)
         s, undo = products(
             q0, q1, q2, q3, K0 + o_k, K1 + o_k if MODE == "split" else K0, r_k, in_k, in_k2, PARTIAL, MODE, HALF, BD
         )
@@ -240,6 +241,8 @@ def walk(
         acc *= decay[:, None]
         if CAREFUL:
             acc = weigh_carefully(acc, p, s, V0 + o_v, r_v, in_v)
+        elif MODE == "inline":
+            acc = weigh_inline(acc, p, v)
         else:
             acc = weigh(acc, p, V0 + o_v, V1 + o_v if MODE == "split" else V0, r_v, in_v, PARTIAL, MODE)
         m = m_new
@@ -345,8 +348,10 @@ def attend_rows(
             if (start == span * SPAN) & (start > lo):
                 l_before, acc = absorb(OUT, o_row, valid, waiting, m_before, l_before, m, l, acc, D, BD)
                 tl.store(OUT + o_row[:, None] * D + cols[None, :], acc, mask=valid[:, None] & (cols[None, :] < D))
-                m_before, waiting = m, 1
-                l, acc = l * 0.0, acc * 0.0
+                m_before = m
+                waiting += 1  # a number in a tuple assignment would be lost when compiled
+                l *= 0.0
+                acc *= 0.0
             acc, l, m = walk(
                 acc, l, m, q0, q1, q2, q3, factor, positions, o_bias, slopes, K0, K1, V0, V1, BIAS, o_kv_k, o_kv_v,
                 skn, svn, sbj, start, tl.minimum(full_hi, span * SPAN + SPAN), first, end, window, softcap,
@@ -404,6 +409,27 @@ def attend_rows(
 
 
 @triton.jit
+def attend_block_carefully(
+    block, i_b, i_hk, i_chunk, first_chunk, Q, K0, V0, OUT, M, S, BIAS, SLOPES, SINKS, RANGES,
+    sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sbb, sbh, sbn, sbj,
+    B, Hkv, Nq, Nk, q_start, window, scale, softcap,
+    GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, PART: tl.constexpr, BN: tl.constexpr,
+    CHUNK: tl.constexpr, STATE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    ALIBI: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_RANGES: tl.constexpr,
+):  # fmt: skip
+    """The BM rows of a block by exact FP32 products, PART at a time, leaving out masked keys whatever their values."""
+    for row0 in range(block * BM, tl.minimum(block * BM + BM, Nq * GROUP), PART):
+        attend_rows(
+            row0, i_b, i_hk, i_chunk, first_chunk,
+            Q, K0, K0, K0, V0, V0, V0, OUT, M, S, BIAS, SLOPES, SINKS, RANGES,
+            sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sbb, sbh, sbn, sbj,
+            B, Hkv, Nq, Nk, q_start, window, scale, softcap,
+            GROUP, D, BD, PART, BN, CHUNK, "ieee", True, STATE, CAUSAL, WINDOW, SOFTCAP, ALIBI, HAS_BIAS,
+            HAS_SINKS, HAS_RANGES,
+        )  # fmt: skip
+
+
+@triton.jit
 def locate(n_blocks, Hkv, B, CAUSAL: tl.constexpr):
     """Block of rows, batch element, key head and chunk of this program; with causal masks the longest blocks first."""
     pid = tl.program_id(0)
@@ -437,7 +463,17 @@ def forward_kernel(
         GROUP, D, BD, BM, BN, CHUNK, MODE, False, STATE, CAUSAL, WINDOW, SOFTCAP, ALIBI, HAS_BIAS, HAS_SINKS,
         HAS_RANGES,
     )  # fmt: skip
-    tl.store(TODO + pid, broken)
+    if MODE == "inline":  # K and V are at hand as they are: no second launch
+        if broken != 0:
+            tl.debug_barrier()  # the rows are about to be written again, by other threads
+            attend_block_carefully(
+                block, i_b, i_hk, i_chunk, first_chunk, Q, K0, V0, OUT, M, S, BIAS, SLOPES, SINKS, RANGES,
+                sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sbb, sbh, sbn, sbj,
+                B, Hkv, Nq, Nk, q_start, window, scale, softcap,
+                GROUP, D, BD, BM, 16, 16, CHUNK, STATE, CAUSAL, WINDOW, SOFTCAP, ALIBI, HAS_BIAS, HAS_SINKS, HAS_RANGES,
+            )  # fmt: skip
+    else:
+        tl.store(TODO + pid, broken)
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
@@ -448,19 +484,22 @@ def careful_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, PART: tl.constexpr, BN: tl.constexpr,
     CHUNK: tl.constexpr, STATE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     ALIBI: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_RANGES: tl.constexpr,
+    MARKS: tl.constexpr, BMARKS: tl.constexpr,
 ):  # fmt: skip
-    """The blocks that `forward_kernel` marked, again, PART rows at a time; every other program leaves at once."""
+    """The blocks of which one of the MARKS in TODO [programs, MARKS] is set, again; other programs leave at once."""
     pid, block, i_b, i_hk, i_chunk = locate(n_blocks, Hkv, B, CAUSAL)
-    if tl.load(TODO + pid) != 0:
-        for row0 in range(block * BM, tl.minimum(block * BM + BM, Nq * GROUP), PART):
-            attend_rows(
-                row0, i_b, i_hk, i_chunk, first_chunk,
-                Q, K0, K0, K0, V0, V0, V0, OUT, M, S, BIAS, SLOPES, SINKS, RANGES,
-                sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sbb, sbh, sbn, sbj,
-                B, Hkv, Nq, Nk, q_start, window, scale, softcap,
-                GROUP, D, BD, PART, BN, CHUNK, "ieee", True, STATE, CAUSAL, WINDOW, SOFTCAP, ALIBI, HAS_BIAS,
-                HAS_SINKS, HAS_RANGES,
-            )  # fmt: skip
+    if MARKS == 1:
+        marked = tl.load(TODO + pid)
+    else:
+        i_mark = tl.arange(0, BMARKS)
+        marked = tl.max(tl.load(TODO + pid * MARKS + i_mark, mask=i_mark < MARKS, other=0), 0)
+    if marked != 0:
+        attend_block_carefully(
+            block, i_b, i_hk, i_chunk, first_chunk, Q, K0, V0, OUT, M, S, BIAS, SLOPES, SINKS, RANGES,
+            sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sbb, sbh, sbn, sbj,
+            B, Hkv, Nq, Nk, q_start, window, scale, softcap,
+            GROUP, D, BD, BM, PART, BN, CHUNK, STATE, CAUSAL, WINDOW, SOFTCAP, ALIBI, HAS_BIAS, HAS_SINKS, HAS_RANGES,
+        )  # fmt: skip
 
 
 @triton.jit

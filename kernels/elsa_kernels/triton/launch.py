@@ -102,20 +102,20 @@ def _run(problem: Problem, operands: Operands, arch: str) -> torch.Tensor | Stat
         strides_of_planes = (*q.stride()[:3], *planes.k_hi.stride()[:3], *planes.v_hi.stride()[:3])
     state = problem.return_state or cut.chunks > 1
     m, S, out = _results(problem, cut.chunks, state)
-    todo = torch.empty(cut.blocks * problem.B * problem.Hkv * cut.chunks, dtype=torch.int32, device=problem.device)
+    grid = (cut.blocks * problem.B * problem.Hkv * cut.chunks,)
+    todo = out if cut.mode == "inline" else torch.empty(grid, dtype=torch.int32, device=problem.device)
     shared = _shared_arguments(problem, operands, cut, state)
     extras = (operands.bias, operands.alibi_slopes, operands.sinks, operands.kv_range)
-    grid = (todo.numel(),)
     forward.forward_kernel[grid](
         q, *keys, *values, out, m, S, todo, *extras, *strides_of_planes,
-        **shared, BM=cut.tile.BM, BN=cut.tile.BN, MODE=cut.mode,
-        num_warps=cut.tile.num_warps, num_stages=cut.tile.num_stages,
+        **shared, BM=cut.tile.BM, BN=cut.tile.BN, MODE=cut.mode, **cut.tile.options(),
     )  # fmt: skip
-    forward.careful_kernel[grid](
-        q, k, v, out, m, S, todo, *extras, *strides,
-        **shared, BM=cut.tile.BM, PART=CAREFUL_TILE.BM, BN=CAREFUL_TILE.BN,
-        num_warps=CAREFUL_TILE.num_warps, num_stages=CAREFUL_TILE.num_stages,
-    )  # fmt: skip
+    if cut.mode != "inline":
+        forward.careful_kernel[grid](
+            q, k, v, out, m, S, todo, *extras, *strides,
+            **shared, BM=cut.tile.BM, PART=CAREFUL_TILE.BM, BN=CAREFUL_TILE.BN, MARKS=1, BMARKS=1,
+            num_warps=CAREFUL_TILE.num_warps, num_stages=CAREFUL_TILE.num_stages,
+        )  # fmt: skip
     if cut.chunks > 1:
         return _merge(problem, operands, m, S, out)
     if m is not None and S is not None:

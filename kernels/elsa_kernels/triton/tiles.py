@@ -18,12 +18,21 @@ CHUNK_KEYS = 512
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """BM query rows by BN keys; threads and pipeline depth of the program that holds them."""
+    """BM query rows by BN keys; threads and pipeline depth of the program that holds them; registers a thread may use.
+
+    registers 0 leaves their number to the compiler; fewer than it takes let more programs share a multiprocessor.
+    """
 
     BM: int
     BN: int
     num_warps: int
     num_stages: int
+    registers: int = 0
+
+    def options(self) -> dict[str, int]:
+        """Of a Triton launch."""
+        limit = {"maxnreg": self.registers} if self.registers else {}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
 
 
 @functools.cache
