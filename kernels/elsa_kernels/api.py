@@ -190,8 +190,9 @@ def attention_varlen(
 
     q [T, H, D], k and v [Tk, Hkv, D]; sequence s holds queries cu_seqlens_q[s] … cu_seqlens_q[s+1] and likewise keys
     (int32 [S + 1], starting at 0 and ending at T and Tk). Each sequence is aligned bottom-right, as if it were alone:
-    the result of a sequence does not depend on its neighbours. max_seqlen_q and max_seqlen_k are upper bounds on the
-    lengths. Other options as in `attention`.
+    the result of a sequence depends on its own tokens and on the bounds max_seqlen_q and max_seqlen_k of the lengths,
+    never on its neighbours. An implementation that takes packed sequences as one problem makes one launch of them, and
+    the offsets are not read by the host; the others get them one by one. Other options as in `attention`.
 
     Returns [T, H, D] in q's dtype, or a `State` with m, S [H, T] and W [H, T, D].
     """
@@ -342,6 +343,12 @@ def _varlen_op(
     precision: str,
     impl: str | None,
 ) -> torch.Tensor:
+    problem, operands = varlen.packed(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, alibi_slopes, sinks, causal, scale, window,
+        softcap, precision, False,
+    )  # fmt: skip
+    if q.numel() and k.numel() and select(problem, impl).packs:
+        return _output(problem, operands, impl)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     for rows, problem, operands in varlen.sequences(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, alibi_slopes, sinks, causal, scale, window,
@@ -377,6 +384,13 @@ def _varlen_state_op(
     precision: str,
     impl: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    problem, operands = varlen.packed(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, alibi_slopes, sinks, causal, scale, window,
+        softcap, precision, True,
+    )  # fmt: skip
+    if q.numel() and k.numel() and select(problem, impl).packs:
+        state = _state(problem, operands, impl)
+        return state.m, state.S, state.W
     T, H, D = q.shape
     dtype = state_dtype(q.dtype)
     m, S, W = q.new_empty((H, T), dtype=dtype), q.new_empty((H, T), dtype=dtype), q.new_empty((H, T, D), dtype=dtype)

@@ -32,6 +32,9 @@ class Problem:
     Query i sits at key position `q_start + i`. With `causal`, it sees keys up to its own position; with `window = w`,
     only keys less than w positions away. Logits are `softcap·tanh(scale·q·k / softcap)` (where softcap is given), then
     `+ slope·(j − i)` (ALiBi), then `+ bias`; keys outside `kv_range` are masked.
+
+    `packed`: B sequences lie one after another in q [1, H, tokens, D], k and v, each bottom-right aligned (`q_start`
+    means nothing then); Nq and Nk bound their lengths.
     """
 
     B: int
@@ -53,6 +56,7 @@ class Problem:
     has_sinks: bool = False
     has_kv_range: bool = False
     return_state: bool = False
+    packed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +65,7 @@ class Operands:
 
     q [B, H, Nq, D], k and v [B, Hkv, Nk, D] (any strides with a contiguous last dimension); alibi_slopes [H] float32;
     bias [B|1, H|1, Nq|1, Nk] floating, −∞ masks; sinks [H] float32 logits; kv_range [B, 2] int32, the half-open range
-    of keys that exist for each batch element.
+    of keys that exist for each batch element. cu_seqlens_q, cu_seqlens_k [B + 1] int32: where packed sequences begin.
     """
 
     q: torch.Tensor
@@ -71,6 +75,8 @@ class Operands:
     bias: torch.Tensor | None = None
     sinks: torch.Tensor | None = None
     kv_range: torch.Tensor | None = None
+    cu_seqlens_q: torch.Tensor | None = None
+    cu_seqlens_k: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +91,7 @@ class Implementation:
     home: tuple[str, ...] = ()
     # Where given and False, automatic choice passes the entry by without a word; a choice by name still reaches it.
     preferred: Callable[[Problem], bool] | None = None
+    packs: bool = False  # takes packed sequences as one problem; else they come to it one by one
 
 
 _implementations: dict[str, Implementation] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -37,6 +38,48 @@ def check(
             f"cu_seqlens_q has {cu_seqlens_q.numel()} entries and cu_seqlens_k {cu_seqlens_k.numel()}; "
             "both need sequences + 1"
         )
+
+
+def packed(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    alibi_slopes: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    causal: bool,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    precision: str,
+    return_state: bool,
+) -> tuple[Problem, Operands]:
+    """All sequences as one problem, for implementations that take it (`packs`). The offsets are not read."""
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+    operands = Operands(
+        q,
+        k,
+        v,
+        alibi_slopes,
+        sinks=sinks,
+        cu_seqlens_q=cu_seqlens_q.contiguous(),
+        cu_seqlens_k=cu_seqlens_k.contiguous(),
+    )
+    problem = checks.describe(
+        operands,
+        causal=causal,
+        scale=scale,
+        q_start=0,
+        window=window,
+        softcap=softcap,
+        precision=precision,
+        return_state=return_state,
+    )
+    B = cu_seqlens_q.numel() - 1
+    return dataclasses.replace(problem, B=B, Nq=max_seqlen_q, Nk=max_seqlen_k, packed=True), operands
 
 
 def sequences(

@@ -19,11 +19,11 @@ TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-INTEGERS = ["B", "Hkv", "Nq", "Nk", "q_start", "window", "n_blocks", "first_chunk", "H", "rows", "chunks"]
+INTEGERS = ["B", "Hkv", "Nq", "Nk", "total", "q_start", "window", "n_blocks", "first_chunk", "H", "rows", "chunks"]
 STRIDES = [f"s{t}{d}" for t in "qkv" for d in "bhn"] + ["sbb", "sbh", "sbn", "sbj"]
 PLAIN = {
     "GROUP": 1, "CHUNK": 0, "STATE": False, "CAUSAL": True, "WINDOW": False, "SOFTCAP": False, "ALIBI": False,
-    "HAS_BIAS": False, "HAS_SINKS": False, "HAS_RANGES": False,
+    "HAS_BIAS": False, "HAS_SINKS": False, "HAS_RANGES": False, "VARLEN": False,
 }  # fmt: skip
 EVERYTHING = PLAIN | {
     "GROUP": 4, "STATE": True, "WINDOW": True, "SOFTCAP": True, "ALIBI": True, "HAS_BIAS": True, "HAS_SINKS": True,
@@ -84,7 +84,7 @@ def _feature_pointers(features: dict) -> dict[str, str]:
         pointers |= {"M": "*fp32", "S": "*fp32"}
     for flag, name, kind in (
         ("HAS_BIAS", "BIAS", "*fp32"), ("ALIBI", "SLOPES", "*fp32"), ("HAS_SINKS", "SINKS", "*fp32"),
-        ("HAS_RANGES", "RANGES", "*i32"),
+        ("HAS_RANGES", "RANGES", "*i32"), ("VARLEN", "CUQ", "*i32"), ("VARLEN", "CUK", "*i32"),
     ):  # fmt: skip
         if features[flag]:
             pointers[name] = kind

@@ -12,7 +12,7 @@ import pytest
 import torch
 from elsa_kernels.reference import attention_reference
 
-from tests.kernels.cases import CASES, NAN, TOLERANCE, Case, check, judge
+from tests.kernels.cases import CASES, NAN, TOLERANCE, Case, check, judge, poisoned_memory
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -114,15 +114,42 @@ def test_a_sequence_does_not_depend_on_its_batch(dtype: torch.dtype, Nq: int) ->
     torch.testing.assert_close(together, again, rtol=0, atol=0, equal_nan=True)
 
 
-def test_packed_sequences() -> None:
+PACKED = {
+    # lengths of queries and of keys, options
+    "prefill": ([20, 0, 1, 68], [20, 0, 1, 75], {"causal": True}),
+    "features": ([30, 66, 3], [35, 66, 0], {"causal": True, "window": 20, "softcap": 3.0}),
+    "decode": ([1, 2], [520, 5], {"causal": True}),
+    "decode_full": ([1, 1], [30, 40], {}),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_sequences(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One launch for all; each sequence as in the reference, whatever lies in its neighbours."""
+    lengths_q, lengths_k, options = PACKED[name]
     torch.manual_seed(0)
-    offsets = torch.tensor([0, 20, 20, 21, 64], dtype=torch.int32, device=DEVICE)
-    q, k, v = (torch.randn(64, 2, 32, device=DEVICE) for _ in range(3))
-    bounds = {"max_seqlen_q": 43, "max_seqlen_k": 43}
-    out = elsa_kernels.attention_varlen(q, k, v, offsets, offsets, **bounds, causal=True, impl="triton")
-    for a, b in ((0, 20), (20, 21), (21, 64)):
-        one = attention_reference(*(x[a:b].transpose(0, 1).unsqueeze(0) for x in (q, k, v)), causal=True)
-        judge(out[a:b].transpose(0, 1).unsqueeze(0), one, torch.float32)
+    cu_q, cu_k = (torch.tensor([0, *n], device=DEVICE).cumsum(0).int() for n in (lengths_q, lengths_k))
+    q = torch.randn(sum(lengths_q), 4, 32, device=DEVICE).to(dtype)
+    k, v = torch.randn(2, sum(lengths_k), 2, 32, device=DEVICE).to(dtype)
+    spoilt = slice(int(cu_k[1]), int(cu_k[-1])) if name == "decode_full" else slice(0, 0)
+    k[spoilt], v[spoilt] = NAN, NAN  # the last sequence: the first must not notice
+    options = options | {"sinks": torch.tensor([0.5, -1.0, 2.0, 0.0], device=DEVICE)}
+    call = {"max_seqlen_q": max(lengths_q), "max_seqlen_k": max(lengths_k), "impl": "triton"} | options
+    from elsa_kernels import varlen
+
+    monkeypatch.setattr(varlen, "sequences", lambda *_: pytest.fail("the sequences were taken one by one"))
+    with poisoned_memory():
+        out = elsa_kernels.attention_varlen(q, k, v, cu_q, cu_k, **call)
+        state = elsa_kernels.attention_varlen(q, k, v, cu_q, cu_k, **call, return_state=True)
+    assert out.dtype == dtype
+    assert out.is_contiguous()
+    for a, b, c, d in zip(cu_q, cu_q[1:], cu_k, cu_k[1:]):
+        one = [x.transpose(0, 1).unsqueeze(0) for x in (q[a:b], k[c:d], v[c:d])]
+        if b > a:
+            truth = attention_reference(*one, **options)
+            judge(out[a:b].transpose(0, 1).unsqueeze(0), truth, dtype)
+            judge(state.finalize()[:, a:b].unsqueeze(0), truth, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

@@ -89,3 +89,8 @@ def test_turing_falls_back_to_plain_fp32_products() -> None:
     )  # fmt: skip
     assert launch.plan(problem, "sm_75").mode == "ieee"
     assert launch.plan(problem, "sm_90").mode == "split"
+
+
+def test_packed_sequences_compile() -> None:
+    compiled = aot.forward_variant("sm_90", "split", 64, aot.PLAIN | {"VARLEN": True})
+    assert compiled.metadata.shared <= SHARED["sm_90"]

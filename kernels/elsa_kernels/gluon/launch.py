@@ -136,15 +136,16 @@ def _careful_pass(
     q = operands.q
     marks = todo.shape[3]
     careful_kernel[(todo.numel() // marks,)](
-        q, k, v, out, m, s, todo, None, operands.alibi_slopes, operands.sinks, operands.kv_range,
+        q, k, v, out, m, s, todo, None, operands.alibi_slopes, operands.sinks, operands.kv_range, None, None,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], 0, 0, 0, 0,
-        B=problem.B, Hkv=problem.Hkv, Nq=problem.Nq, Nk=problem.Nk, q_start=problem.q_start,
+        B=problem.B, Hkv=problem.Hkv, Nq=problem.Nq, Nk=problem.Nk, total=problem.Nq, q_start=problem.q_start,
         window=problem.window or 0, scale=problem.scale, softcap=problem.softcap or 0.0,
         n_blocks=todo.shape[2], first_chunk=0, GROUP=group, D=problem.D, BD=max(16, next_power_of_2(problem.D)),
         BM=ROWS * tile.groups * group, PART=CAREFUL_TILE.BM,
         BN=CAREFUL_TILE.BN, CHUNK=0, STATE=problem.return_state, CAUSAL=problem.causal,
         WINDOW=problem.window is not None, SOFTCAP=problem.softcap is not None, ALIBI=problem.has_alibi, HAS_BIAS=False,
-        HAS_SINKS=problem.has_sinks, HAS_RANGES=problem.has_kv_range, MARKS=marks, BMARKS=next_power_of_2(marks),
+        HAS_SINKS=problem.has_sinks, HAS_RANGES=problem.has_kv_range, VARLEN=False,
+        MARKS=marks, BMARKS=next_power_of_2(marks),
         num_warps=CAREFUL_TILE.num_warps, num_stages=CAREFUL_TILE.num_stages,
     )  # fmt: skip
 

@@ -70,4 +70,6 @@ def run(problem: Problem, operands: Operands) -> torch.Tensor | State:
     return launch.run(problem, operands)
 
 
-implementation = register(Implementation(name="triton", priority=20, supports=supports, run=run, home=("cuda",)))
+implementation = register(
+    Implementation(name="triton", priority=20, supports=supports, run=run, home=("cuda",), packs=True)
+)

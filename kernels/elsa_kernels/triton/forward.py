@@ -250,27 +250,37 @@ def walk(
 
 
 @triton.jit
-def absorb(OUT, o_row, valid, waiting, m_before, l_before, m, l, acc, D: tl.constexpr, BD: tl.constexpr):
+def absorb(OUT, o_line, valid, waiting, m_before, l_before, m, l, acc, D: tl.constexpr, BD: tl.constexpr):
     """(l, acc) with the sums of the spans before, whose W waits in the output; `waiting` says whether there are any."""
     tl.debug_barrier()  # what other threads of this program wrote
     cols = tl.arange(0, BD)
     there = valid[:, None] & (cols[None, :] < D) & (waiting > 0)
-    before = tl.load(OUT + o_row[:, None] * D + cols[None, :], mask=there, other=0.0)
+    before = tl.load(OUT + o_line[:, None] * D + cols[None, :], mask=there, other=0.0)
     factor = tl.exp2(m_before - tl.where(m == float("-inf"), 0.0, m))
     return l_before * factor + l, before * factor[:, None] + acc
 
 
 @triton.jit
 def attend_rows(
-    row0, i_b, i_hk, i_chunk, first_chunk, Q, K0, K1, KS, V0, V1, VS, OUT, M, S, BIAS, SLOPES, SINKS, RANGES,
+    row0, i_b, i_hk, i_chunk, first_chunk, Q, K0, K1, KS, V0, V1, VS, OUT, M, S, BIAS, SLOPES, SINKS, RANGES, CUQ, CUK,
     sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sbb, sbh, sbn, sbj,
-    B, Hkv, Nq, Nk, q_start, window, scale, softcap,
+    B, Hkv, Nq, Nk, total, q_start, window, scale, softcap,
     GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr,
     MODE: tl.constexpr, CAREFUL: tl.constexpr, STATE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SINKS: tl.constexpr,
-    HAS_RANGES: tl.constexpr,
+    HAS_RANGES: tl.constexpr, VARLEN: tl.constexpr,
 ):  # fmt: skip
-    """Attention of BM packed rows from row0 on; writes them and returns whether any of them is not finite."""
+    """Attention of BM packed rows from row0 on; writes them and returns whether any of them is not finite.
+
+    VARLEN: i_b is one of several sequences whose tokens lie one after another, `total` queries in all; CUQ and CUK say
+    where. Nq and Nk are upper bounds of their lengths then.
+    """
+    begin_q, begin_k = 0, 0
+    if VARLEN:
+        begin_q, begin_k = tl.load(CUQ + i_b), tl.load(CUK + i_b)
+        Nq = tl.minimum(tl.load(CUQ + i_b + 1) - begin_q, Nq)
+        Nk = tl.minimum(tl.load(CUK + i_b + 1) - begin_k, Nk)
+        q_start = Nk - Nq
     rows = row0 + tl.arange(0, BM)
     cols = tl.arange(0, BD)
     i_q, i_h = rows // GROUP, i_hk * GROUP + rows % GROUP
@@ -278,6 +288,8 @@ def attend_rows(
     positions = q_start + i_q
     i_b64, i_hk64 = i_b.to(tl.int64), i_hk.to(tl.int64)
     o_q = i_b64 * sqb + i_h.to(tl.int64) * sqh + i_q.to(tl.int64) * sqn
+    if VARLEN:
+        o_q = i_h.to(tl.int64) * sqh + (begin_q + i_q).to(tl.int64) * sqn
     BASE2: tl.constexpr = not (SOFTCAP or ALIBI or HAS_BIAS)
     unit = scale * LOG2E if BASE2 else scale
     o_scale = (i_b64 * Hkv + i_hk64) * D
@@ -310,6 +322,8 @@ def attend_rows(
     if CHUNK > 0:
         first = tl.maximum(first, (first_chunk + i_chunk) * CHUNK)
         end = tl.minimum(end, (first_chunk + i_chunk + 1) * CHUNK)
+    if VARLEN:
+        end = tl.where(row0 < Nq * GROUP, end, 0)  # a block past the end of its sequence has nothing to do
     p_min = q_start + row0 // GROUP
     p_max = q_start + (tl.minimum(row0 + BM, Nq * GROUP) - 1) // GROUP
     lo, hi, full_lo, full_hi = first, end, first, end  # [lo, hi) some row sees, [full_lo, full_hi) all rows see
@@ -327,8 +341,16 @@ def attend_rows(
 
     slopes = tl.load(SLOPES + i_h, mask=valid, other=0.0).to(tl.float32) if ALIBI else factor
     o_bias = i_b64 * sbb + i_h.to(tl.int64) * sbh + tl.where(valid, i_q, 0).to(tl.int64) * sbn
-    o_kv_k, o_kv_v = i_b64 * skb + i_hk64 * skh, i_b64 * svb + i_hk64 * svh
-    o_row = ((i_chunk.to(tl.int64) * B + i_b) * (Hkv * GROUP) + i_h) * Nq + i_q
+    if VARLEN:
+        begin_k = begin_k.to(tl.int64)
+        o_kv_k, o_kv_v = begin_k * skn + i_hk64 * skh, begin_k * svn + i_hk64 * svh
+        o_row = (i_chunk.to(tl.int64) * (Hkv * GROUP) + i_h) * total + begin_q + i_q
+    else:
+        o_kv_k, o_kv_v = i_b64 * skb + i_hk64 * skh, i_b64 * svb + i_hk64 * svh
+        o_row = ((i_chunk.to(tl.int64) * B + i_b) * (Hkv * GROUP) + i_h) * Nq + i_q
+    o_line = o_row  # of OUT: heads before tokens, but for the output of packed sequences
+    if VARLEN and not STATE:
+        o_line = (begin_q + i_q).to(tl.int64) * (Hkv * GROUP) + i_h
     LONG: tl.constexpr = CHUNK == 0 and MODE != "inline"
     SPANS: tl.constexpr = LONG and not CAREFUL and OUT.dtype.element_ty == tl.float32
     acc = tl.zeros([BM, BD], tl.float32)
@@ -346,8 +368,8 @@ def attend_rows(
         for span in range(full_lo // SPAN, tl.cdiv(full_hi, SPAN)):
             start = tl.maximum(full_lo, span * SPAN)
             if (start == span * SPAN) & (start > lo):
-                l_before, acc = absorb(OUT, o_row, valid, waiting, m_before, l_before, m, l, acc, D, BD)
-                tl.store(OUT + o_row[:, None] * D + cols[None, :], acc, mask=valid[:, None] & (cols[None, :] < D))
+                l_before, acc = absorb(OUT, o_line, valid, waiting, m_before, l_before, m, l, acc, D, BD)
+                tl.store(OUT + o_line[:, None] * D + cols[None, :], acc, mask=valid[:, None] & (cols[None, :] < D))
                 m_before = m
                 waiting += 1  # a number in a tuple assignment would be lost when compiled
                 l *= 0.0
@@ -371,7 +393,7 @@ def attend_rows(
 
     if SPANS:  # noqa: SIM102 (decided at compile time, and with it whether `waiting` exists)
         if waiting > 0:
-            l, acc = absorb(OUT, o_row, valid, waiting, m_before, l_before, m, l, acc, D, BD)
+            l, acc = absorb(OUT, o_line, valid, waiting, m_before, l_before, m, l, acc, D, BD)
     broken = ((l - l) != 0.0).to(tl.int32) | tl.max(((acc - acc) != 0.0).to(tl.int32), 1)
     if HAS_SINKS:
         sinks = tl.load(SINKS + i_h, mask=valid, other=float("-inf")).to(tl.float32) * LOG2E
@@ -381,7 +403,7 @@ def attend_rows(
         l = l * decay + tl.exp2(sinks - anchor)
         acc *= decay[:, None]
         m = m_new
-    o_out = o_row[:, None] * D + cols[None, :]
+    o_out = o_line[:, None] * D + cols[None, :]
     m_q = valid[:, None] & (cols[None, :] < D)
     if SPLIT:
         acc *= 1.0 / P_UNIT
@@ -410,22 +432,23 @@ def attend_rows(
 
 @triton.jit
 def attend_block_carefully(
-    block, i_b, i_hk, i_chunk, first_chunk, Q, K0, V0, OUT, M, S, BIAS, SLOPES, SINKS, RANGES,
+    block, i_b, i_hk, i_chunk, first_chunk, Q, K0, V0, OUT, M, S, BIAS, SLOPES, SINKS, RANGES, CUQ, CUK,
     sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sbb, sbh, sbn, sbj,
-    B, Hkv, Nq, Nk, q_start, window, scale, softcap,
+    B, Hkv, Nq, Nk, total, q_start, window, scale, softcap,
     GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, PART: tl.constexpr, BN: tl.constexpr,
     CHUNK: tl.constexpr, STATE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     ALIBI: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_RANGES: tl.constexpr,
+    VARLEN: tl.constexpr,
 ):  # fmt: skip
     """The BM rows of a block by exact FP32 products, PART at a time, leaving out masked keys whatever their values."""
     for row0 in range(block * BM, tl.minimum(block * BM + BM, Nq * GROUP), PART):
         attend_rows(
             row0, i_b, i_hk, i_chunk, first_chunk,
-            Q, K0, K0, K0, V0, V0, V0, OUT, M, S, BIAS, SLOPES, SINKS, RANGES,
+            Q, K0, K0, K0, V0, V0, V0, OUT, M, S, BIAS, SLOPES, SINKS, RANGES, CUQ, CUK,
             sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sbb, sbh, sbn, sbj,
-            B, Hkv, Nq, Nk, q_start, window, scale, softcap,
+            B, Hkv, Nq, Nk, total, q_start, window, scale, softcap,
             GROUP, D, BD, PART, BN, CHUNK, "ieee", True, STATE, CAUSAL, WINDOW, SOFTCAP, ALIBI, HAS_BIAS,
-            HAS_SINKS, HAS_RANGES,
+            HAS_SINKS, HAS_RANGES, VARLEN,
         )  # fmt: skip
 
 
@@ -441,36 +464,38 @@ def locate(n_blocks, Hkv, B, CAUSAL: tl.constexpr):
 
 
 # Lengths change with every token: none of them may become part of a compiled variant.
-_LENGTHS = ["B", "Hkv", "Nq", "Nk", "q_start", "window", "n_blocks", "first_chunk"]
+_LENGTHS = ["B", "Hkv", "Nq", "Nk", "total", "q_start", "window", "n_blocks", "first_chunk"]
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
 def forward_kernel(
-    Q, K0, K1, KS, V0, V1, VS, OUT, M, S, TODO, BIAS, SLOPES, SINKS, RANGES,
+    Q, K0, K1, KS, V0, V1, VS, OUT, M, S, TODO, BIAS, SLOPES, SINKS, RANGES, CUQ, CUK,
     sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sbb, sbh, sbn, sbj,
-    B, Hkv, Nq, Nk, q_start, window, scale, softcap, n_blocks, first_chunk,
+    B, Hkv, Nq, Nk, total, q_start, window, scale, softcap, n_blocks, first_chunk,
     GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr,
     MODE: tl.constexpr, STATE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     ALIBI: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_RANGES: tl.constexpr,
+    VARLEN: tl.constexpr,
 ):  # fmt: skip
     """Every block of BM packed rows, over all keys (CHUNK = 0) or chunk by chunk of CHUNK keys; TODO [programs]."""
     pid, block, i_b, i_hk, i_chunk = locate(n_blocks, Hkv, B, CAUSAL)
     broken = attend_rows(
         block * BM, i_b, i_hk, i_chunk, first_chunk,
-        Q, K0, K1, KS, V0, V1, VS, OUT, M, S, BIAS, SLOPES, SINKS, RANGES,
+        Q, K0, K1, KS, V0, V1, VS, OUT, M, S, BIAS, SLOPES, SINKS, RANGES, CUQ, CUK,
         sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sbb, sbh, sbn, sbj,
-        B, Hkv, Nq, Nk, q_start, window, scale, softcap,
+        B, Hkv, Nq, Nk, total, q_start, window, scale, softcap,
         GROUP, D, BD, BM, BN, CHUNK, MODE, False, STATE, CAUSAL, WINDOW, SOFTCAP, ALIBI, HAS_BIAS, HAS_SINKS,
-        HAS_RANGES,
+        HAS_RANGES, VARLEN,
     )  # fmt: skip
     if MODE == "inline":  # K and V are at hand as they are: no second launch
         if broken != 0:
             tl.debug_barrier()  # the rows are about to be written again, by other threads
             attend_block_carefully(
-                block, i_b, i_hk, i_chunk, first_chunk, Q, K0, V0, OUT, M, S, BIAS, SLOPES, SINKS, RANGES,
+                block, i_b, i_hk, i_chunk, first_chunk, Q, K0, V0, OUT, M, S, BIAS, SLOPES, SINKS, RANGES, CUQ, CUK,
                 sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sbb, sbh, sbn, sbj,
-                B, Hkv, Nq, Nk, q_start, window, scale, softcap,
+                B, Hkv, Nq, Nk, total, q_start, window, scale, softcap,
                 GROUP, D, BD, BM, 16, 16, CHUNK, STATE, CAUSAL, WINDOW, SOFTCAP, ALIBI, HAS_BIAS, HAS_SINKS, HAS_RANGES,
+                VARLEN,
             )  # fmt: skip
     else:
         tl.store(TODO + pid, broken)
@@ -478,12 +503,13 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=_LENGTHS)
 def careful_kernel(
-    Q, K0, V0, OUT, M, S, TODO, BIAS, SLOPES, SINKS, RANGES,
+    Q, K0, V0, OUT, M, S, TODO, BIAS, SLOPES, SINKS, RANGES, CUQ, CUK,
     sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sbb, sbh, sbn, sbj,
-    B, Hkv, Nq, Nk, q_start, window, scale, softcap, n_blocks, first_chunk,
+    B, Hkv, Nq, Nk, total, q_start, window, scale, softcap, n_blocks, first_chunk,
     GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, PART: tl.constexpr, BN: tl.constexpr,
     CHUNK: tl.constexpr, STATE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     ALIBI: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_RANGES: tl.constexpr,
+    VARLEN: tl.constexpr,
     MARKS: tl.constexpr, BMARKS: tl.constexpr,
 ):  # fmt: skip
     """The blocks of which one of the MARKS in TODO [programs, MARKS] is set, again; other programs leave at once."""
@@ -495,10 +521,11 @@ def careful_kernel(
         marked = tl.max(tl.load(TODO + pid * MARKS + i_mark, mask=i_mark < MARKS, other=0), 0)
     if marked != 0:
         attend_block_carefully(
-            block, i_b, i_hk, i_chunk, first_chunk, Q, K0, V0, OUT, M, S, BIAS, SLOPES, SINKS, RANGES,
+            block, i_b, i_hk, i_chunk, first_chunk, Q, K0, V0, OUT, M, S, BIAS, SLOPES, SINKS, RANGES, CUQ, CUK,
             sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sbb, sbh, sbn, sbj,
-            B, Hkv, Nq, Nk, q_start, window, scale, softcap,
+            B, Hkv, Nq, Nk, total, q_start, window, scale, softcap,
             GROUP, D, BD, BM, PART, BN, CHUNK, STATE, CAUSAL, WINDOW, SOFTCAP, ALIBI, HAS_BIAS, HAS_SINKS, HAS_RANGES,
+            VARLEN,
         )  # fmt: skip
 
 

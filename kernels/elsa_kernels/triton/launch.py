@@ -73,6 +73,8 @@ def choose_mode(problem: Problem, rows: int, arch: str) -> str:
 def _reach(problem: Problem) -> tuple[int, int]:
     """The half-open range of keys that any query sees by causality and window."""
     first, end = 0, problem.Nk
+    if problem.packed:  # each sequence has positions of its own
+        return first, end
     if problem.causal:
         end = min(end, problem.q_start + problem.Nq)
     if problem.window is not None:
@@ -96,16 +98,19 @@ def _run(problem: Problem, operands: Operands, arch: str) -> torch.Tensor | Stat
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     strides_of_planes = strides
     if cut.mode == "split":
-        planes = split_kv(k, v)
+        planes = split_kv(k, v, operands.cu_seqlens_k, problem.Nk if problem.packed else None)
         keys = (planes.k_hi, planes.k_lo, planes.k_scale)
         values = (planes.v_hi, planes.v_lo, planes.v_scale)
         strides_of_planes = (*q.stride()[:3], *planes.k_hi.stride()[:3], *planes.v_hi.stride()[:3])
     state = problem.return_state or cut.chunks > 1
-    m, S, out = _results(problem, cut.chunks, state)
+    m, S, out = _results(problem, operands, cut.chunks, state)
     grid = (cut.blocks * problem.B * problem.Hkv * cut.chunks,)
     todo = out if cut.mode == "inline" else torch.empty(grid, dtype=torch.int32, device=problem.device)
     shared = _shared_arguments(problem, operands, cut, state)
-    extras = (operands.bias, operands.alibi_slopes, operands.sinks, operands.kv_range)
+    extras = (
+        operands.bias, operands.alibi_slopes, operands.sinks, operands.kv_range,
+        operands.cu_seqlens_q, operands.cu_seqlens_k,
+    )  # fmt: skip
     forward.forward_kernel[grid](
         q, *keys, *values, out, m, S, todo, *extras, *strides_of_planes,
         **shared, BM=cut.tile.BM, BN=cut.tile.BN, MODE=cut.mode, **cut.tile.options(),
@@ -129,10 +134,15 @@ def _addressable(x: torch.Tensor) -> torch.Tensor:
 
 
 def _results(
-    problem: Problem, chunks: int, state: bool
+    problem: Problem, operands: Operands, chunks: int, state: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
-    """Room for m, S [chunks, B, H, Nq] and W or output [chunks, B, H, Nq, D]."""
-    shape = (chunks, problem.B, problem.H, problem.Nq)
+    """Room for m, S [chunks, B, H, Nq] and W or output [chunks, B, H, Nq, D].
+
+    Of packed sequences: [chunks, H, tokens] and [chunks, H, tokens, D], but for the output, [1, tokens, H, D].
+    """
+    shape: tuple[int, ...] = (chunks, problem.B, problem.H, problem.Nq)
+    if problem.packed:
+        shape = (chunks, *operands.q.shape[1:3]) if state else (chunks, operands.q.shape[2], problem.H)
     if not state:
         return None, None, torch.empty((*shape, problem.D), dtype=problem.dtype, device=problem.device)
     m, S = (torch.empty(shape, dtype=torch.float32, device=problem.device) for _ in range(2))
@@ -149,6 +159,7 @@ def _shared_arguments(problem: Problem, operands: Operands, cut: Plan, state: bo
         "Hkv": problem.Hkv,
         "Nq": problem.Nq,
         "Nk": problem.Nk,
+        "total": operands.q.shape[2],
         "q_start": problem.q_start,
         "window": problem.window or 0,
         "scale": problem.scale,
@@ -168,23 +179,27 @@ def _shared_arguments(problem: Problem, operands: Operands, cut: Plan, state: bo
         # With several chunks the sinks join once, when the chunks are merged.
         "HAS_SINKS": problem.has_sinks and cut.chunks == 1,
         "HAS_RANGES": problem.has_kv_range,
+        "VARLEN": problem.packed,
     }
 
 
 def _merge(
     problem: Problem, operands: Operands, m: torch.Tensor | None, S: torch.Tensor | None, W: torch.Tensor
 ) -> torch.Tensor | State:
-    merged_m, merged_S, out = _results(problem, 1, problem.return_state)
-    rows = problem.B * problem.H * problem.Nq
+    merged_m, merged_S, out = _results(problem, operands, 1, problem.return_state)
+    tokens = operands.q.shape[2]  # Nq, or those of all packed sequences
+    rows = operands.q.shape[0] * problem.H * tokens
+    if problem.packed:
+        out = out.view(1, problem.H, tokens, problem.D)
     forward.merge_kernel[(rows,)](
         m, S, W, operands.sinks, merged_m, merged_S, out,
-        chunks=W.shape[0], rows=rows, Nq=problem.Nq, H=problem.H,
+        chunks=W.shape[0], rows=rows, Nq=tokens, H=problem.H,
         D=problem.D, BD=triton.next_power_of_2(problem.D), BC=MERGE_CHUNKS,
         STATE=problem.return_state, HAS_SINKS=problem.has_sinks, num_warps=4,
     )  # fmt: skip
     if merged_m is not None and merged_S is not None:
         return State(merged_m[0], merged_S[0], out[0])
-    return out[0]
+    return out[0].transpose(0, 1).contiguous() if problem.packed else out[0]
 
 
 def merge_pair(first: State, second: State, dtype: torch.dtype) -> torch.Tensor:

@@ -77,17 +77,31 @@ def _column_amax(
 
 
 @triton.jit
+def _extent(CUK, b, N, VARLEN: tl.constexpr):
+    """(first key, number of keys) of sequence b, where several lie one after another; N bounds their lengths."""
+    begin = b * 0
+    if VARLEN:
+        begin = tl.load(CUK + b).to(tl.int64)
+        N = tl.minimum((tl.load(CUK + b + 1) - begin).to(tl.int32), N)
+    return begin, N
+
+
+@triton.jit
 def _amax_kernel(
-    K, V, KMAX, VMAX, skb, skh, skn, svb, svh, svn, Hkv, N,
-    D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
+    K, V, KMAX, VMAX, CUK, skb, skh, skn, svb, svh, svn, Hkv, N,
+    D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, VARLEN: tl.constexpr,
 ):  # fmt: skip
     """Largest finite |k| and |v| per (batch, head, channel), as the bits of a non-negative float (they order alike)."""
     i_bh = tl.program_id(1).to(tl.int64)
     b, h = i_bh // Hkv, i_bh % Hkv
     row0 = tl.program_id(0) * (ROWS * TILES)
     cols = tl.arange(0, BD)
-    k_max = _column_amax(K, b * skb + h * skh, skn, row0, N, D, BD, ROWS, TILES)
-    v_max = _column_amax(V, b * svb + h * svh, svn, row0, N, D, BD, ROWS, TILES)
+    begin, N = _extent(CUK, b, N, VARLEN)
+    o_k, o_v = b * skb, b * svb
+    if VARLEN:
+        o_k, o_v = begin * skn, begin * svn
+    k_max = _column_amax(K, o_k + h * skh, skn, row0, N, D, BD, ROWS, TILES)
+    v_max = _column_amax(V, o_v + h * svh, svn, row0, N, D, BD, ROWS, TILES)
     # A maximum does not depend on the order of its atomics.
     tl.atomic_max(KMAX + i_bh * D + cols, k_max, mask=cols < D)
     tl.atomic_max(VMAX + i_bh * D + cols, v_max, mask=cols < D)
@@ -103,22 +117,22 @@ def _channel_scale(MAX, i_bh, D: tl.constexpr, BD: tl.constexpr):
 
 @triton.jit
 def _write_planes(
-    X, HI, LO, scale, base, stride_n, i_bh, row0, N, D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr
+    X, HI, LO, scale, base, stride_n, plane, row0, N, D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr
 ):
     cols = tl.arange(0, BD)
     rows = row0 + tl.arange(0, ROWS)
     inside = (rows[:, None] < N) & (cols[None, :] < D)
     x = tl.load(X + base + rows.to(tl.int64)[:, None] * stride_n + cols[None, :], mask=inside, other=0.0)
     hi, lo = split_pair(x * scale[None, :])
-    o_plane = (i_bh * N + rows.to(tl.int64))[:, None] * D + cols[None, :]
+    o_plane = (plane + rows.to(tl.int64))[:, None] * D + cols[None, :]
     tl.store(HI + o_plane, hi, mask=inside)
     tl.store(LO + o_plane, lo, mask=inside)
 
 
 @triton.jit
 def _split_kernel(
-    K, V, KMAX, VMAX, K_HI, K_LO, K_SCALE, V_HI, V_LO, V_SCALE, skb, skh, skn, svb, svh, svn, Hkv, N,
-    D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr,
+    K, V, KMAX, VMAX, CUK, K_HI, K_LO, K_SCALE, V_HI, V_LO, V_SCALE, skb, skh, skn, svb, svh, svn, Hkv, N, total,
+    D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr, VARLEN: tl.constexpr,
 ):  # fmt: skip
     i_bh = tl.program_id(1).to(tl.int64)
     b, h = i_bh // Hkv, i_bh % Hkv
@@ -128,27 +142,41 @@ def _split_kernel(
     if row0 == 0:
         tl.store(K_SCALE + i_bh * D + cols, k_scale, mask=cols < D)
         tl.store(V_SCALE + i_bh * D + cols, v_scale, mask=cols < D)
-    _write_planes(K, K_HI, K_LO, k_scale, b * skb + h * skh, skn, i_bh, row0, N, D, BD, ROWS)
-    _write_planes(V, V_HI, V_LO, v_scale, b * svb + h * svh, svn, i_bh, row0, N, D, BD, ROWS)
+    begin, N = _extent(CUK, b, N, VARLEN)
+    o_k, o_v, plane = b * skb, b * svb, i_bh * N
+    if VARLEN:
+        o_k, o_v, plane = begin * skn, begin * svn, h * total + begin
+    _write_planes(K, K_HI, K_LO, k_scale, o_k + h * skh, skn, plane, row0, N, D, BD, ROWS)
+    _write_planes(V, V_HI, V_LO, v_scale, o_v + h * svh, svn, plane, row0, N, D, BD, ROWS)
 
 
-def split_kv(k: torch.Tensor, v: torch.Tensor) -> Planes:
+def split_kv(
+    k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor | None = None, longest: int | None = None
+) -> Planes:
     """Split k and v [B, Hkv, Nk, D] float32 (last dimension contiguous, Nk ≥ 1) into planes: one read for the scales,
-    one read and one write for the planes."""
-    B, Hkv, N, D = k.shape
+    one read and one write for the planes.
+
+    cu_seqlens int32 [S + 1]: k and v [1, Hkv, tokens, D] hold S sequences of at most `longest` keys, each with scales
+    of its own [S, Hkv, D].
+    """
+    rows, Hkv, total, D = k.shape
+    packed = cu_seqlens is not None and longest is not None
+    B, N = (cu_seqlens.numel() - 1, longest) if packed else (rows, total)
     BD = triton.next_power_of_2(D)
-    k_hi, k_lo, v_hi, v_lo = (torch.empty((B, Hkv, N, D), dtype=torch.float16, device=k.device) for _ in range(4))
+    k_hi, k_lo, v_hi, v_lo = (
+        torch.empty((rows, Hkv, total, D), dtype=torch.float16, device=k.device) for _ in range(4)
+    )
     k_scale, v_scale = (torch.empty((B, Hkv, D), dtype=torch.float32, device=k.device) for _ in range(2))
     planes = Planes(k_hi, k_lo, k_scale, v_hi, v_lo, v_scale)
     amax = torch.zeros((2, B, Hkv, D), dtype=torch.int32, device=k.device)
     strides = (*k.stride()[:3], *v.stride()[:3])
     per_program = _AMAX_TILES if N > _MANY_KEYS else 1  # a maximum is the same however it is cut
     _amax_kernel[(triton.cdiv(N, _ROWS * per_program), B * Hkv)](
-        k, v, amax[0], amax[1], *strides, Hkv, N, D=D, BD=BD, ROWS=_ROWS, TILES=per_program
+        k, v, amax[0], amax[1], cu_seqlens, *strides, Hkv, N, D=D, BD=BD, ROWS=_ROWS, TILES=per_program, VARLEN=packed
     )
     _split_kernel[(triton.cdiv(N, _ROWS), B * Hkv)](
-        k, v, amax[0], amax[1],
+        k, v, amax[0], amax[1], cu_seqlens,
         k_hi, k_lo, k_scale, v_hi, v_lo, v_scale,
-        *strides, Hkv, N, D=D, BD=BD, ROWS=_ROWS,
+        *strides, Hkv, N, total, D=D, BD=BD, ROWS=_ROWS, VARLEN=packed,
     )  # fmt: skip
     return planes
