@@ -342,8 +342,8 @@ def attend_rows(
     slopes = tl.load(SLOPES + i_h, mask=valid, other=0.0).to(tl.float32) if ALIBI else factor
     o_bias = i_b64 * sbb + i_h.to(tl.int64) * sbh + tl.where(valid, i_q, 0).to(tl.int64) * sbn
     if VARLEN:
-        begin_k = begin_k.to(tl.int64)
-        o_kv_k, o_kv_v = begin_k * skn + i_hk64 * skh, begin_k * svn + i_hk64 * svh
+        o_first = tl.cast(begin_k, tl.int64)
+        o_kv_k, o_kv_v = o_first * skn + i_hk64 * skh, o_first * svn + i_hk64 * svh
         o_row = (i_chunk.to(tl.int64) * (Hkv * GROUP) + i_h) * total + begin_q + i_q
     else:
         o_kv_k, o_kv_v = i_b64 * skb + i_hk64 * skh, i_b64 * svb + i_hk64 * svh

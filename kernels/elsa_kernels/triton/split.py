@@ -160,8 +160,8 @@ def split_kv(
     of its own [S, Hkv, D].
     """
     rows, Hkv, total, D = k.shape
-    packed = cu_seqlens is not None and longest is not None
-    B, N = (cu_seqlens.numel() - 1, longest) if packed else (rows, total)
+    packed = cu_seqlens is not None
+    B, N = (rows, total) if cu_seqlens is None else (cu_seqlens.numel() - 1, longest or total)
     BD = triton.next_power_of_2(D)
     k_hi, k_lo, v_hi, v_lo = (
         torch.empty((rows, Hkv, total, D), dtype=torch.float16, device=k.device) for _ in range(4)
