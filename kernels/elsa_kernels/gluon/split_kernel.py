@@ -45,7 +45,7 @@ P_UNIT = gl.constexpr(2.0**-14)
 FINEST = gl.constexpr(126)  # largest exponent of a scale (see planes.py)
 # How much of a finer scale P takes up, lest it leave FP16's range; the rest is taken from the tile's product.
 MAX_FINER = gl.constexpr(8)
-SPAN = gl.constexpr(4096)  # keys
+SPAN = gl.constexpr(8192)  # keys
 CHAIN = gl.constexpr(64)  # channels that one chain of large products adds up
 
 

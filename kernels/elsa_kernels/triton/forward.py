@@ -364,14 +364,16 @@ def attend_rows(
         )  # fmt: skip
     if SPANS:
         waiting = 0
-        m_before, l_before = m, tl.zeros([BM], tl.float32)
+        # Values of their own: of two names for one value the compiler takes the second for unchanged.
+        m_before = tl.full([BM], float("-inf"), tl.float32)
+        l_before = tl.zeros([BM], tl.float32)
         for span in range(full_lo // SPAN, tl.cdiv(full_hi, SPAN)):
             start = tl.maximum(full_lo, span * SPAN)
             if (start == span * SPAN) & (start > lo):
                 l_before, acc = absorb(OUT, o_line, valid, waiting, m_before, l_before, m, l, acc, D, BD)
                 tl.store(OUT + o_line[:, None] * D + cols[None, :], acc, mask=valid[:, None] & (cols[None, :] < D))
                 m_before = m
-                waiting += 1  # a number in a tuple assignment would be lost when compiled
+                waiting += 1
                 l *= 0.0
                 acc *= 0.0
             acc, l, m = walk(
