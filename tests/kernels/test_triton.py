@@ -86,9 +86,9 @@ def test_spans_of_keys_are_merged() -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(1, 1, 70, 16, device=DEVICE), *torch.randn(2, 1, 1, 4200, 16, device=DEVICE)
     k[:, :, 4096:] *= 3  # the running maximum changes after sums have been put aside
-    options = {"causal": True, "window": 1000, "sinks": torch.tensor([2.0], device=DEVICE)}
-    out = elsa_kernels.attention(q, k, v, impl="triton", **options)
-    judge(out, attention_reference(q, k, v, **options), torch.float32)
+    for options in ({}, {"window": 1000, "sinks": torch.tensor([2.0], device=DEVICE)}):
+        out = elsa_kernels.attention(q, k, v, causal=True, impl="triton", **options)
+        judge(out, attention_reference(q, k, v, causal=True, **options), torch.float32)
 
 
 def test_strided_inputs_give_the_same_bits() -> None:
