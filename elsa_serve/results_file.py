@@ -135,3 +135,8 @@ def _cpu_name() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def others(path: str | Path, impls: list[str]) -> list[Row]:
+    """The rows that a file has of other implementations than these: what a run of these alone may keep."""
+    return [row for row in read(path)["rows"] if row.get("impl") not in impls]

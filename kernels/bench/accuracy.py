@@ -51,10 +51,12 @@ def contenders() -> dict[str, object]:
     }
 
 
-def rows_of(case: Case, family: str) -> list[results_file.Row]:
+def rows_of(case: Case, family: str, impls: list[str]) -> list[results_file.Row]:
     tensors = inputs.draw(case, family)
     rows = []
     for name, call in contenders().items():
+        if name not in impls:
+            continue
         if name == "sdpa.math" and 4 * case.H * case.Nq * case.Nk > MATH_LIMIT:
             continue
         try:
@@ -78,16 +80,20 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--lengths", nargs="+", type=int, default=list(ACCURACY_LENGTHS))
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--head-dims", nargs="+", type=int, default=[128])
+    parser.add_argument("--impls", nargs="+", choices=list(contenders()), default=list(contenders()))
     parser.add_argument("--output", help="results file to write")
+    parser.add_argument("--add", action="store_true", help="keep the rows that the file has of other implementations")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         parser.error("the implementations compared run on a CUDA device")
-    rows: list[results_file.Row] = []
+    if options.add and not options.output:
+        parser.error("--add needs --output")
+    rows = results_file.others(options.output, options.impls) if options.add else []
     for D in options.head_dims:
         for family in options.families:
             for N in options.lengths:
                 case = Case("float32", False, 1, HEADS, min(N, QUERIES), D, Nk=N)
-                found = rows_of(case, family)
+                found = rows_of(case, family, options.impls)
                 rows += found
                 print(D, family, N, {row["impl"]: row["relerr"] for row in found}, flush=True)
                 if options.output:

@@ -49,7 +49,7 @@ FP32_D64 = [Case("float32", False, 1, 16, N, 64) for N in (8192, 16384)]
 # A chunk of 8K queries against 32K keys, as chunked prefill of a long prompt has it.
 CHUNKED = [Case("float32", True, 1, 40, 8192, 128, Nk=32768), Case("float16", True, 1, 40, 8192, 128, Nk=32768)]
 HALF = [Case(dtype, causal, 1, 40, 16384, 128) for dtype in ("float16", "bfloat16") for causal in (True, False)] + [
-    Case("float16", causal, 1, 40, 4096, 128) for causal in (True, False)
+    Case("float16", causal, 1, 40, N, 128) for N, causal in ((4096, True), (4096, False), (32768, True))
 ]
 GQA = [Case("float32", True, 1, 32, 16384, 128, Hkv=8), Case("bfloat16", True, 1, 32, 16384, 128, Hkv=8)]
 # Encoders: BERT-base (12 heads of 64) and ViT-B/16 at 224 (197 tokens) and 384 (577 tokens).

@@ -80,14 +80,22 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suites", nargs="+", choices=list(SUITES), default=list(SUITES))
     parser.add_argument("--impls", nargs="+", help="names of rows, such as elsa.gluon; default: all that apply")
+    parser.add_argument("--longest", type=int, help="leave out cases of more query rows")
     parser.add_argument("--output", help="results file to write")
+    parser.add_argument("--add", action="store_true", help="keep the rows that the file has of other implementations")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         parser.error("timing needs a CUDA device")
+    if options.add and not (options.impls and options.output):
+        parser.error("--add needs --impls and --output")
     ceilings, rows = measured_ceilings()
+    if options.add:
+        rows = results_file.others(options.output, options.impls)
     print({name: round(value) for name, value in ceilings.items()})
     for suite in options.suites:
         for case in SUITES[suite]:
+            if options.longest and case.Nq > options.longest:
+                continue
             print(case, flush=True)
             for row in run_case(case, options.impls, ceilings):
                 rows.append(row)

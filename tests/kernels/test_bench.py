@@ -57,6 +57,12 @@ def test_rotation_covers_the_cache():
     assert measure.sets_needed(1 << 10, 50 << 20) == measure.MAX_SETS
 
 
+def test_a_run_of_some_implementations_keeps_the_rows_of_the_others(tmp_path):
+    path = tmp_path / "attention-x.json"
+    results_file.write(path, [{"impl": "ours", "ms": 1}, {"impl": "peer", "ms": 2}, {"op": "gemm", "impl": "cublas"}])
+    assert results_file.others(path, ["peer"]) == [{"impl": "ours", "ms": 1}, {"op": "gemm", "impl": "cublas"}]
+
+
 @pytest.mark.parametrize("tool", [run, accuracy])
 def test_tools_refuse_without_a_gpu(tool, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
