@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 from tests.kernels import aot, paged_aot
-from tests.kernels.test_triton_aot import SHARED, disassemble
+from tests.kernels.test_triton_aot import SHARED
 
 FP8 = torch.float8_e4m3fn
 
@@ -36,7 +36,7 @@ def test_compiles_and_fits(target, form, dtype, group, kv, features) -> None:
 
 def test_exact_decode_touches_no_tensor_core_and_reads_16_bytes_at_a_time() -> None:
     compiled = paged_aot.variant("sm_90", "lanes", paged_aot.problem(torch.float32, 1, 128), paged_aot.PLAIN)
-    lines = disassemble(compiled.asm["cubin"])
+    lines = aot.machine_code(compiled).splitlines()
     assert not [line for line in lines if re.search(r"\b[HQI]G?MMA\b", line)]
     assert [line for line in lines if re.search(r"\bLD(G|GSTS)\b.*\.128\b", line)]
     assert aot.resources(compiled)["stack"] <= 32  # a pointer or two that waits for the merge
