@@ -566,3 +566,25 @@ def test_equal_bits_from_run_to_run_and_whatever_the_padding(dtype):
     ends = torch.tensor([[0, 5000], [0, 5000]], dtype=torch.int32, device="cuda")
     padded = elsa_kernels.attention(q, *longer, causal=True, q_start=4300, kv_range=ends, impl="gluon")
     assert torch.equal(first, padded)
+
+
+@needs_hopper
+@pytest.mark.gpu
+@pytest.mark.hopper
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_equal_bits_in_whatever_order_programs_run(dtype):
+    """What the number of SMs changes is which programs run together, and so does `section`."""
+    from elsa_kernels import checks
+    from elsa_kernels.gluon import launch
+    from elsa_kernels.gluon.planes import split_tiles
+
+    operands = elsa_kernels.Operands(*inputs(1, 8, 8, 700, 900, 128, dtype))
+    p = checks.build_problem(
+        operands, causal=True, scale=None, q_start=None, window=None, softcap=None, precision=None, return_state=False
+    )
+    if dtype == torch.float32:
+        planes = split_tiles(operands.k, operands.v, launch.SPLIT_TILES[128].BN, 128)
+        runs = [launch.split_forward(p, operands, planes, section=s) for s in (1, 3, 8)]
+    else:
+        runs = [launch.half_forward(p, operands, section=s) for s in (1, 3, 8)]
+    assert all(torch.equal(runs[0], run) for run in runs[1:])
