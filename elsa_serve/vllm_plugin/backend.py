@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -31,6 +32,8 @@ FP8_NAMES = ("fp8", "fp8_e4m3")
 HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 # Rows of so many tokens are what the kernels run in the dense form, where they are told the lengths.
 LONG_QUERY = 128
+# What decode may hold beside the cache without a word: vLLM leaves a few GiB of the GPU free.
+MUCH_BYTES = 2 << 30
 
 # vLLM names what its base class refuses in a few words; here is what they mean for ELSA, and what to do.
 EXPLANATIONS = {
@@ -187,7 +190,8 @@ class ElsaMetadataBuilder(AttentionMetadataBuilder[ElsaMetadata]):
         if device.type == "cuda" and impls:
             rows, longest = self._counters_for
             self._counters = decode_counters(rows, impls[0].num_kv_heads, longest, device)
-            self._chunk = decode_chunk(impls[0], kv_cache_spec, vllm_config.model_config.dtype, device)
+            self._chunk = self._plan_decode(impls[0], vllm_config.model_config.dtype)
+            warm_up(impls[0], kv_cache_spec.block_size, vllm_config.model_config.dtype, device)
         self._recorder = metrics.recorder()
         self._counting.setdefault(id(vllm_config), self)
         self._recorder.add_layers(len(impls))
@@ -263,6 +267,38 @@ class ElsaMetadataBuilder(AttentionMetadataBuilder[ElsaMetadata]):
             return None, "host_lengths_unknown"
         return tuple(zip(step.query_lens, step.kv_lens)), None
 
+    def _plan_decode(self, impl: Any, dtype: torch.dtype) -> int:
+        """Keys in one split of a row in decode, on a GPU. Warns where the largest graph will hold much for them."""
+        from elsa_kernels.paged import PagedProblem, tuning
+        from elsa_kernels.paged.launch import decode_launches, decode_slots
+
+        rows, longest = self._counters_for
+        problem = PagedProblem(
+            T=1, B=1, H=impl.num_heads, Hkv=impl.num_kv_heads, D=impl.head_size, page=self.kv_cache_spec.block_size,
+            dtype=dtype, kv_dtype=dtype, device=self.device, precision="fp32", causal=True, scale=impl.scale,
+            window=None, softcap=None, max_seqlen_q=1, max_seqlen_k=1,
+        )  # fmt: skip
+        arch = tuning.architecture(self.device.index or 0)
+        reached = self._decode_tokens_per_row * problem.group
+        launches = [
+            cut
+            for cut in decode_launches(problem, tuning.choose_mode(dtype, "fp32", arch), arch)
+            if cut.above < reached
+        ]
+        held = max(
+            decode_slots(rows, problem.Hkv, longest, cut.tile.CHUNK) * cut.rows_max * (problem.D + 2) * 4
+            for cut in launches
+        )
+        if held > MUCH_BYTES:
+            logger.warning(
+                "ELSA: a decode batch of %d requests of %d tokens needs %.1f GiB for its splits, which vLLM does not "
+                "plan for. A smaller --max-num-seqs or --max-model-len takes in proportion less",
+                rows,
+                longest,
+                held / 2**30,
+            )
+        return launches[0].tile.CHUNK
+
     def _share(self, batch: Any) -> Share:
         assert self._dcp is not None
         assert self._dcp_lens is not None
@@ -278,18 +314,49 @@ class ElsaMetadataBuilder(AttentionMetadataBuilder[ElsaMetadata]):
         return Share(group=self._dcp, seq_lens=lens, context_lens=before, max_seq_len=longest)
 
 
-def decode_chunk(impl: Any, kv_cache_spec: Any, dtype: torch.dtype, device: torch.device) -> int:
-    """Keys in one split of a row in decode, on a GPU."""
-    from elsa_kernels.paged import PagedProblem, tuning
-    from elsa_kernels.paged.launch import decode_launches
+def warm_up(impl: Any, page: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Call every kind of kernel that a layer will need, so that they are compiled before requests come.
 
-    problem = PagedProblem(
-        T=1, B=1, H=impl.num_heads, Hkv=impl.num_kv_heads, D=impl.head_size, page=kv_cache_spec.block_size,
-        dtype=dtype, kv_dtype=dtype, device=device, precision="fp32", causal=True, scale=impl.scale,
-        window=None, softcap=None, max_seqlen_q=1, max_seqlen_k=1,
-    )  # fmt: skip
-    arch = tuning.architecture(device.index or 0)
-    return decode_launches(problem, tuning.choose_mode(dtype, "fp32", arch), arch)[0].tile.CHUNK
+    Returns the number of calls. What is compiled is kept on disk (TRITON_CACHE_DIR): the first start pays for it.
+    """
+    if impl.attn_type != AttentionType.DECODER or impl.context_group() is not None:
+        return 0
+    start, calls = time.perf_counter(), 0
+    group = impl.num_heads // impl.num_kv_heads
+    # One query; few and more rows of packed heads; over pages; whole prompts and later chunks in the dense form.
+    lengths = sorted({1, max(2, 16 // group), max(3, 64 // group), LONG_QUERY - 28, LONG_QUERY, LONG_QUERY + 2})
+    for queries in lengths:
+        for rows in (1, 2):
+            for context in (0, page):
+                impl.warm_up(dummy_batch(rows, queries, context, page, device), page, dtype, device)
+                calls += 1
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    logger.info("ELSA: kernels ready in %.1f s (%d kinds of calls)", time.perf_counter() - start, calls)
+    return calls
+
+
+def dummy_batch(rows: int, queries: int, context: int, page: int, device: torch.device) -> ElsaMetadata:
+    """`rows` requests of `queries` tokens after `context` cached ones, all in the first pages."""
+    keys = queries + context
+    starts = torch.arange(rows + 1, dtype=torch.int32) * queries
+    lens = torch.full((rows,), keys, dtype=torch.int32)
+    dense = queries >= LONG_QUERY
+    return ElsaMetadata(
+        num_tokens=rows * queries,
+        real_tokens=rows * queries,
+        max_query_len=queries,
+        max_seq_len=keys,
+        query_start_loc=starts.to(device),
+        seq_lens=lens.to(device),
+        block_table=torch.arange(-(-keys // page), dtype=torch.int32, device=device).repeat(rows, 1),
+        causal=True,
+        step=describe(starts, lens, None),
+        seqlens=((queries, keys),) * rows if dense else None,
+        fresh=dense and context == 0,
+        share=None,
+        counters=None,
+    )
 
 
 def check_layers(vllm_config: Any, layer_names: list[str]) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -122,6 +123,23 @@ class ElsaImpl(AttentionImpl):
             self._paged(layer, q, kv_cache, attn_metadata, out)
         self._stopwatch.stop(started, attn_metadata.step.phase)
         return output
+
+    def warm_up(self, batch: ElsaMetadata, page: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Attend on zeros as `forward` would, uncounted."""
+        if self._stopwatch is None:
+            self._prepare(device)
+        heads, dim = self.num_kv_heads, self.head_size
+        q = torch.zeros(batch.num_tokens, self.num_heads, dim, dtype=dtype, device=device)
+        k = torch.zeros(batch.num_tokens, heads, dim, dtype=dtype, device=device)
+        out = torch.empty_like(q)
+        if batch.fresh and not self._fp8:
+            self._fresh(q, k, k, batch, out)
+            return
+        pages = batch.block_table.shape[1]
+        cache = torch.zeros(pages, page, heads, 2 * dim, dtype=torch.uint8 if self._fp8 else dtype, device=device)
+        one = torch.ones((), device=device)
+        scales = SimpleNamespace(_k_scale=one, _v_scale=one)
+        self._paged(scales, q, cache.transpose(1, 2), batch, out)
 
     def _prepare(self, device: torch.device) -> None:
         self._stopwatch = metrics.Stopwatch(metrics.recorder(), device)

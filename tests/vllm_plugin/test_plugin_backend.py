@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from elsa_kernels import attention
+from elsa_kernels import attention, attention_paged
 from vllm_support import DEMO_MODEL, ThreadGroup, needs_vllm
 
 from elsa_serve.vllm_plugin import BACKEND, NAME, PLATFORM, compat, cpu_platform, register
@@ -386,6 +386,35 @@ def test_batch_invariance_withholds_lengths_that_depend_on_the_batch(monkeypatch
     metadata = builder.build(0, common(((9, 1), (0, 200))))
     assert metadata.seqlens is None
     assert builder._recorder.value("elsa_vllm_fallbacks", cause="batch_invariant") - before == builder._counts()
+
+
+@pytest.mark.parametrize("options", [{}, {"kv_cache_dtype": "fp8"}, {"sliding_window": 8}, {"logits_soft_cap": 4.0}])
+def test_every_kind_of_call_is_made_once_before_requests_come(options, monkeypatch):
+    from elsa_serve.vllm_plugin import impl as module
+    from elsa_serve.vllm_plugin.backend import warm_up
+
+    seen = []
+
+    def paged(q, *args, **kwargs):
+        seen.append((len(args[3]), kwargs["max_seqlen_q"], kwargs["seqlens"] is not None))
+        return attention_paged(q, *args, **kwargs)
+
+    monkeypatch.setattr(module, "attention_paged", paged)
+    impl = make_impl(**options)
+    counted = impl_calls()
+    calls = warm_up(impl, 16, torch.float32, torch.device("cpu"))
+    # Whole prompts of 128 and 130 tokens, one and two of them, do without pages, unless the cache is FP8.
+    assert len(seen) == calls - (0 if "kv_cache_dtype" in options else 4)
+    assert {1, 100, 128} <= {queries for _, queries, _ in seen}
+    assert all(dense == (queries >= 128) for _, queries, dense in seen)
+    assert impl_calls() == counted
+    assert warm_up(make_impl(attn_type="encoder_only"), 16, torch.float32, torch.device("cpu")) == 0
+
+
+def impl_calls():
+    from elsa_serve.vllm_plugin.metrics import recorder
+
+    return sum(recorder().value("elsa_vllm_attention_calls", phase=p) for p in ("prefill", "decode", "mixed"))
 
 
 def test_the_builder_refuses_what_it_cannot_plan():
