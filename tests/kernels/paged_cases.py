@@ -55,6 +55,16 @@ def _bad_keys(q, k, v):
     q[0, 0, 0] = 1.0
 
 
+def _hidden_key(q, k, v):
+    k[0][-1, 0, 0] = INF  # times a negative query: a logit of −∞
+    q[0, :, 0] = -1.0
+
+
+def _hidden_value(q, k, v):
+    _hidden_key(q, k, v)
+    v[0][-1, 0, 4] = NAN
+
+
 def _positive(q, k, v):
     for x in (q, *k, *v):
         x.abs_()
@@ -118,6 +128,9 @@ BATCHES = [
     Batch("bad_values", MIXED, prepare=_bad_values),
     Batch("bad_values_gqa", ((2, 50), (30, 30), (4, 33)), H=4, prepare=_bad_values),
     Batch("bad_keys", ((1, 50), (20, 30)), prepare=_bad_keys),
+    Batch("hidden_key", ((1, 50), (1, 20)), prepare=_hidden_key),
+    Batch("hidden_only_key", ((1, 1), (1, 20)), prepare=_hidden_key),
+    Batch("hidden_value", ((1, 50), (1, 20)), prepare=_hidden_value),
     Batch("fp8", MIXED, H=4, fp8=True),
     Batch("fp8_scales", DECODE, fp8=True, scales=(0.37, 2.9)),
 ]  # fmt: skip

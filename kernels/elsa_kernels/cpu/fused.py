@@ -3,8 +3,9 @@
 `aten::_scaled_dot_product_flash_attention_for_cpu` returns (output, logsumexp) and is several times faster than tiles
 of separate operations. What it gets wrong is kept away from it: its causal mask is aligned upper-left (a prefix that
 all queries see becomes a call of its own, merged with the diagonal), a fully masked row has logsumexp 0 (no row of any
-call is fully masked), an empty KV kills the process (never passed), results are rounded to the inputs' dtype (16-bit
-inputs are widened first), and it does not split along the keys (chunks become heads of the call).
+call is fully masked, unless by infinite keys, and such rows are computed again), an empty KV kills the process (never
+passed), results are rounded to the inputs' dtype (16-bit inputs are widened first), and it does not split along the
+keys (chunks become heads of the call).
 """
 
 from __future__ import annotations
@@ -114,4 +115,22 @@ def _chunk_states(problem: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.T
 
 def _call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, *, causal: bool) -> State:
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
-    return State.from_output(out, lse)
+    state = State.from_output(out, lse)
+    # A row whose logits are all −∞, by an infinite key, comes back like one whose only logit is 0 and whose value is 0.
+    doubtful = (lse == 0) & (out == 0).all(-1)
+    if bool(doubtful.any()):
+        _settle(state, doubtful, q, k, v, scale, causal)
+    return state
+
+
+def _settle(
+    state: State, rows: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool
+) -> None:
+    """Compute the marked rows [B, H, N] of a call again in plain operations, in place."""
+    for b, h in rows.any(-1).nonzero().tolist():
+        which = rows[b, h].nonzero().squeeze(1)
+        logits = q[b, h, which] @ k[b, h].transpose(0, 1) * scale
+        if causal:
+            logits = logits.masked_fill(torch.arange(k.shape[2]) > which.unsqueeze(1), float("-inf"))
+        exact = State.from_logits(logits, v[b, h])
+        state.m[b, h, which], state.S[b, h, which], state.W[b, h, which] = exact.m, exact.S, exact.W
