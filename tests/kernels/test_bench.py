@@ -8,7 +8,7 @@ import pytest
 import torch
 from elsa_kernels.reference import attention_reference
 
-from kernels.bench import accuracy, inputs, measure, results_file, run, table
+from kernels.bench import accuracy, inputs, measure, merge, results_file, run, table
 from kernels.bench.cases import FAMILIES, SUITES, Case
 
 
@@ -55,6 +55,19 @@ def test_rotation_covers_the_cache():
     assert measure.sets_needed(10 << 20, 50 << 20) == 10
     assert measure.sets_needed(1 << 30, 50 << 20) == 2
     assert measure.sets_needed(1 << 10, 50 << 20) == measure.MAX_SETS
+
+
+def test_a_merged_file_says_where_its_older_rows_come_from(tmp_path):
+    case = Case("float32", True, 1, 4, 64, 32).row()
+    new, old = ([case | {"impl": i, "ms": ms} for i in impls] for ms, impls in ((1, ["a"]), (2, ["a", "b"])))
+    for name, rows in (("new", new), ("old", old)):
+        results_file.write(tmp_path / f"{name}.json", rows)
+    before = results_file.read(tmp_path / "old.json")
+    out = tmp_path / "out.json"
+    merge.main([str(tmp_path / "new.json"), str(tmp_path / "old.json"), "--output", str(out)])
+    first, second = results_file.read(out)["rows"]
+    assert first == new[0]
+    assert second == {"commit": before["commit"], "date": before["date"]} | old[1]
 
 
 def test_a_run_of_some_implementations_keeps_the_rows_of_the_others(tmp_path):
