@@ -34,7 +34,6 @@ logger = logging.getLogger(__name__)
 
 ALIGNMENT = 256
 FIRST_STAGING = 1 << 20  # bytes
-SPIN_US = 1000  # microseconds: longer than what a layer computes between two calls, where the host sets the pace
 SPARE_CORES = 1  # beside a GPU: what its driver's threads and Python need of the host
 
 
@@ -112,7 +111,7 @@ class InPlace:
         self.threads = threads or worker_threads(streams.device)
         self._pool: Pool | None = None
         if self.refusal is None:
-            self._pool = make_pool(streams.device, self.threads)
+            self._pool = library.Pool(self.threads)
         else:
             logger.warning(
                 "KV in host memory is attended by torch's CPU operations, several times slower, and without overlap: "
@@ -200,13 +199,6 @@ class InPlace:
         self.abandon()
         self._pool = None
         self._staging.close()
-
-
-def make_pool(device: torch.device, threads: int | None = None) -> Pool:
-    """The threads that attend in place. Beside a GPU they stay awake between two layers; without one they would take
-    the cores from what stands in for it."""
-    spin_us = SPIN_US if device.type == "cuda" else 0
-    return library.Pool(threads or worker_threads(device), spin_us=spin_us)
 
 
 def worker_threads(device: torch.device) -> int:

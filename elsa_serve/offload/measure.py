@@ -33,7 +33,7 @@ from elsa_serve.offload import attention as attentions
 from elsa_serve.offload.device import require_exact_matmul
 from elsa_serve.offload.disk import DirectFile, read_rate
 from elsa_serve.offload.host import HostBuffer
-from elsa_serve.offload.in_place import make_pool
+from elsa_serve.offload.in_place import worker_threads
 from elsa_serve.offload.machine import Rates, assumed_rates, gpu_facts, host_memory
 from elsa_serve.offload.units import format_size
 from elsa_serve.protocol import GenerationRequest, SamplingParams, stream
@@ -218,7 +218,7 @@ class _CpuAttention:
         tokens = storage.numel() // (2 * HEADS * HEAD_DIM * dtype.itemsize)
         self.nbytes = 2 * HEADS * HEAD_DIM * dtype.itemsize * tokens
         self.k, self.v = storage[: self.nbytes].view(dtype).view(2, 1, HEADS, tokens, HEAD_DIM)
-        self._pool = make_pool(device) if native.unavailable() is None else None
+        self._pool = library.Pool(worker_threads(device)) if native.unavailable() is None else None
 
     def call(self, rows: int) -> Callable[[], object]:
         q = torch.full((1, HEADS, rows, HEAD_DIM), 0.01, dtype=self.k.dtype)

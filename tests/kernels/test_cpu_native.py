@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -207,19 +206,6 @@ def test_tickets_may_be_waited_for_in_any_order_and_a_job_runs_again() -> None:
     assert torch.equal(shorter, pool.attend(*describe(q, k, v)).W)
 
 
-@pytest.mark.parametrize("pause_s", [0.0, 0.001, 0.03])
-def test_threads_that_stay_awake_give_the_same_bits_and_end(pause_s: float) -> None:
-    """Calls that find the threads looking out, asleep, or about to fall asleep."""
-    problem = describe(*qkv(Nk=5000))
-    truth = library.Pool(2).attend(*problem)
-    pool = library.Pool(2, spin_us=1000)
-    for _ in range(20):
-        assert same_bits(pool.attend(*problem), truth)
-        time.sleep(pause_s)
-    pool.attend(*problem)
-    del pool  # while they look out
-
-
 def test_a_job_starts_and_ends_through_plain_c_functions() -> None:
     """As a stream's host functions would have it."""
     pool = library.Pool(2)
@@ -262,8 +248,6 @@ def test_the_gil_is_free_while_native_threads_work() -> None:
 def test_pools_say_what_they_cannot_do() -> None:
     with pytest.raises(ValueError, match="threads is 0"):
         library.Pool(0)
-    with pytest.raises(ValueError, match="spin_us is -1"):
-        library.Pool(1, spin_us=-1)
     with pytest.raises(ValueError, match="level 'neon' does not run here; choose one of portable"):
         library.Pool(1, "neon")
     with pytest.raises(ValueError, match="contiguous CPU tensor"):

@@ -91,7 +91,7 @@ def library() -> ctypes.CDLL:
     signatures = {
         "elsa_problem_size": (ctypes.c_int64, []),
         "elsa_level_works": (integer, [integer]),
-        "elsa_pool_new": (pointer, [integer, integer, ctypes.c_int64]),
+        "elsa_pool_new": (pointer, [integer, integer]),
         "elsa_pool_free": (None, [pointer]),
         "elsa_job_new": (pointer, [pointer]),
         "elsa_job_free": (None, [pointer]),
@@ -165,22 +165,18 @@ class Pool:
     """Native threads that work on jobs in the order of their submission; any number of callers may share them.
 
     threads: torch's number of CPU threads by default. level: an instruction set of `levels()`, by default the widest.
-    spin_us: microseconds for which an idle thread looks out for the next job before it sleeps; worth its cost where
-    jobs follow each other within so long. A result's bits depend on the level, never on the number of threads. Lives as
-    long as a job of it does.
+    A result's bits depend on the level, never on the number of threads. Lives as long as a job of it does.
     """
 
-    def __init__(self, threads: int | None = None, level: str | None = None, spin_us: int = 0) -> None:
+    def __init__(self, threads: int | None = None, level: str | None = None) -> None:
         self.threads = torch.get_num_threads() if threads is None else threads
         self.level = levels()[-1] if level is None else level
         if self.threads < 1:
             raise ValueError(f"threads is {self.threads}; give at least 1")
-        if spin_us < 0:
-            raise ValueError(f"spin_us is {spin_us}; give microseconds, 0 for none")
         if self.level not in levels():
             raise ValueError(f"level {self.level!r} does not run here; choose one of {', '.join(levels())}")
         self._idle: list[int] = []  # native jobs kept for their workspace
-        self._handle = library().elsa_pool_new(self.threads, LEVELS[self.level], spin_us)
+        self._handle = library().elsa_pool_new(self.threads, LEVELS[self.level])
         if not self._handle:
             raise MemoryError(f"{self.threads} threads with their buffers could not be started")
 

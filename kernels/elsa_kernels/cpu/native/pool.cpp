@@ -21,27 +21,16 @@ struct Work {
     virtual void run(int64_t task, Scratch &scratch) = 0;
     int64_t tasks = 0, handed_out = 0, finished = 0;  // under the pool's lock
     bool failed = false;                              // a task threw; the others ran
-    std::atomic<bool> over{true};                     // as idle(), for who watches without the lock
     std::chrono::steady_clock::time_point started, ended;
     bool idle() const { return finished == tasks; }
-    bool ending() const { return handed_out == tasks; }
     double seconds() const { return std::chrono::duration<double>(ended - started).count(); }
 };
 
 constexpr int64_t MOST_AT_ONCE = 8;
-constexpr int PATIENCE = 10000;  // pauses, some hundred microseconds in all, before a thread that watches yields
-
-inline void pause() {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#else
-    std::this_thread::yield();
-#endif
-}
 
 class Pool {
   public:
-    Pool(int threads, const Kernels &kernels, int64_t spin_us) : kernels(kernels), spin(spin_us) {
+    Pool(int threads, const Kernels &kernels) : kernels(kernels) {
         try {
             for (int i = 0; i < threads; ++i) scratch.emplace_back(new Scratch);
             for (int i = 0; i < threads; ++i) workers.emplace_back([this, i] { work(*scratch[i]); });
@@ -58,23 +47,12 @@ class Pool {
         work.failed = false;
         work.started = work.ended = std::chrono::steady_clock::now();
         if (work.tasks == 0) return;
-        work.over.store(false, std::memory_order_relaxed);
         queue.push_back(&work);
-        called.fetch_add(1, std::memory_order_release);
         wake.notify_all();
     }
     void wait(Work &work) {
         std::unique_lock<std::mutex> guard(lock);
-        done.wait(guard, [&] { return work.idle() || work.ending(); });
-        if (work.idle()) return;
-        guard.unlock();
-        // Woken when the last tasks were handed out, it is awake when they are done.
-        for (int i = 0; !work.over.load(std::memory_order_acquire); ++i)
-            if (i < PATIENCE)
-                pause();
-            else
-                std::this_thread::yield();
-        guard.lock();
+        done.wait(guard, [&] { return work.idle(); });
     }
     bool idle(const Work &work) {
         std::lock_guard<std::mutex> guard(lock);
@@ -88,7 +66,6 @@ class Pool {
         std::fesetenv(FE_DFL_ENV);  // subnormals are kept, whatever the creating thread had set
         std::unique_lock<std::mutex> guard(lock);
         while (true) {
-            if (queue.empty() && !stopping) watch(guard);
             wake.wait(guard, [&] { return stopping || !queue.empty(); });
             if (queue.empty()) return;
             Work &job = *queue.front();
@@ -96,31 +73,16 @@ class Pool {
             const int64_t fair = (job.tasks - job.handed_out) / (4 * static_cast<int64_t>(scratch.size()));
             const int64_t n = fair < 1 ? 1 : fair > MOST_AT_ONCE ? MOST_AT_ONCE : fair, first = job.handed_out;
             job.handed_out += n;
-            if (job.ending()) {
-                queue.pop_front();
-                done.notify_all();
-            }
+            if (job.handed_out == job.tasks) queue.pop_front();
             guard.unlock();
             const bool good = run(job, first, n, own);
             guard.lock();
             if (!good) job.failed = true;
             if ((job.finished += n) == job.tasks) {
                 job.ended = std::chrono::steady_clock::now();
-                job.over.store(true, std::memory_order_release);
+                done.notify_all();
             }
         }
-    }
-    // Stay awake for some time: where calls follow each other closely, waking every thread again costs more of each
-    // call than anything else but reading.
-    void watch(std::unique_lock<std::mutex> &guard) {
-        if (spin.count() == 0) return;
-        const uint64_t seen = called.load(std::memory_order_relaxed);
-        guard.unlock();
-        const auto until = std::chrono::steady_clock::now() + spin;
-        do {
-            for (int i = 0; i < 32; ++i) pause();
-        } while (called.load(std::memory_order_acquire) == seen && std::chrono::steady_clock::now() < until);
-        guard.lock();
     }
     // A task that throws ends neither its thread nor the process: its job is marked as failed.
     static bool run(Work &job, int64_t first, int64_t n, Scratch &own) {
@@ -135,14 +97,11 @@ class Pool {
         {
             std::lock_guard<std::mutex> guard(lock);
             stopping = true;
-            called.fetch_add(1, std::memory_order_release);
         }
         wake.notify_all();
         for (auto &worker : workers) worker.join();
     }
 
-    const std::chrono::microseconds spin;  // for which an idle thread looks out for work before it sleeps
-    std::atomic<uint64_t> called{0};       // submissions so far
     std::mutex lock;
     std::condition_variable wake, done;
     std::deque<Work *> queue;
@@ -324,9 +283,9 @@ int64_t elsa_problem_size() { return sizeof(Problem); }
 int elsa_level_works(int level) { return kernels_of(level) != nullptr; }
 
 // Null if threads or memory are short.
-void *elsa_pool_new(int threads, int level, int64_t spin_us) {
+void *elsa_pool_new(int threads, int level) {
     try {
-        return new Pool(threads, *kernels_of(level), spin_us);
+        return new Pool(threads, *kernels_of(level));
     } catch (...) {
         return nullptr;
     }
