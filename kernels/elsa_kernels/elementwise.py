@@ -41,6 +41,7 @@ def _on_device(function: Callable[Parameters, Result]) -> Callable[Parameters, R
 @_on_device
 def rms_norm(
     x: torch.Tensor,
+    /,
     weight: torch.Tensor,
     eps: float,
     *,
@@ -110,7 +111,7 @@ def _rotate_half(x: torch.Tensor) -> torch.Tensor:
 
 
 @_on_device
-def gated(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
+def gated(gate: torch.Tensor, /, up: torch.Tensor, activation: str) -> torch.Tensor:
     """activation(gate) · up for gate and up [..., F]: a new tensor. The activation is one of ACTIVATIONS."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
@@ -132,7 +133,7 @@ def gated(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor
 
 
 @_on_device
-def copy_heads(target: torch.Tensor, source: torch.Tensor) -> None:
+def copy_heads(target: torch.Tensor, /, source: torch.Tensor) -> None:
     """target [H, T, D] = source [H, T, D] where one lies head by head and the other token by token.
 
     torch's copy of such transposes reaches a third of the memory's bandwidth.
