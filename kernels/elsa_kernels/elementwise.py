@@ -80,7 +80,9 @@ def _rms_norm_torch(x: torch.Tensor, weight: torch.Tensor, eps: float, unit_offs
     return (full * (1.0 + weight.float())).to(x.dtype) if unit_offset else weight * full.to(x.dtype)
 
 
-def rotary(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def rotary(
+    q: torch.Tensor, /, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """q [T, H, D] and k [T, Hkv, D], turned by cos and sin [T, D] in halves (GPT-NeoX's form): new tensors."""
     T, H, D = q.shape
     if cos.shape != (T, D) or sin.shape != (T, D):
