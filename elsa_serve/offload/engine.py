@@ -251,6 +251,8 @@ class OffloadEngine:
                 logger.error("the engine's thread did not end within %.0f s; its memory is not freed", JOIN_S)
             elif not self._closed:
                 self._closed = True
+                # Cached KV is views of the pools: a cycle must not keep those until the collector comes.
+                self._scheduler.forget_prefixes("")
                 self._loaded.close()
 
     # --- the engine's thread --------------------------------------------------------------------------------------

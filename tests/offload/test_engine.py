@@ -634,3 +634,19 @@ def test_the_device_budget_is_enforced_and_given_back(checkpoint: Path) -> None:
         torch.empty(budget, dtype=torch.uint8, device="cuda")
     engine.shutdown()
     torch.empty(budget, dtype=torch.uint8, device="cuda")
+
+
+def test_shutdown_frees_the_pools_at_once(checkpoint: Path) -> None:
+    """Not when the collector comes: the next engine of the process needs the memory."""
+    engine = make_engine(checkpoint)
+    generate(engine, prompt_of(100))
+    pool = engine._loaded.pool.arenas["gpu"].storage.data_ptr()
+    assert engine._loaded.pool.cached_bytes()["gpu"]
+    gc.collect()
+    gc.disable()
+    try:
+        engine.shutdown()
+        tensors = [found for found in gc.get_objects() if type(found) is torch.Tensor and not found.is_meta]
+        assert not [tensor.shape for tensor in tensors if tensor.untyped_storage().data_ptr() == pool]
+    finally:
+        gc.enable()
