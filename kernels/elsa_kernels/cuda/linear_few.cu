@@ -1,9 +1,8 @@
 // Y = X·Wᵀ (+ b) in FP32 accuracy for up to 32 rows of X: one pass over W's two FP16 planes, one launch. sm_80 and newer,
 // compiled by NVRTC.
 //
-// A group of SLICES warps has an equal share of W's rows, up to 16·MT, and the warps share K: each takes every SLICES-th
-// 32 of it. Shares, not tiles, so that every multiprocessor has as much to read. A block has GROUPS such groups, which
-// find one another's X in the L1 cache: of 16 rows it is as long as the share of W. W goes from global memory straight into the
+// A block has an equal share of W's rows, up to 16·MT, and its SLICES warps share K: a warp takes every SLICES-th 32 of
+// it. Shares, not tiles, so that every multiprocessor has as much to read. W goes from global memory straight into the
 // registers that mma.m16n8k16 wants: a thread's 16 bytes are eight neighbours in K, and since a sum over K may be taken
 // in any order, they serve as the fragments of two products as they lie. X arrives in FP32 and is split here, 32 of K at
 // a time under a power-of-two scale of its own.
@@ -13,10 +12,10 @@
 // no chain is long. None of this depends on the other rows of X, on their number, or on the GPU. A result that is not
 // finite, be it for an Inf or NaN in X or for a sum beyond FP32, is computed anew without splitting.
 //
-// Needs: ELSA_TILES (8 rows of X each), ELSA_MT, ELSA_GROUPS, ELSA_SLICES (a power of two), ELSA_MIN_BLOCKS.
+// Needs: ELSA_TILES (8 rows of X each), ELSA_MT, ELSA_SLICES (a power of two), ELSA_MIN_BLOCKS.
 
-constexpr int TILES = ELSA_TILES, MT = ELSA_MT, GROUPS = ELSA_GROUPS, SLICES = ELSA_SLICES;
-constexpr int THREADS = 32 * GROUPS * SLICES, ROWS = 16 * MT, COLS = 8 * TILES;
+constexpr int TILES = ELSA_TILES, MT = ELSA_MT, SLICES = ELSA_SLICES;
+constexpr int THREADS = 32 * SLICES, ROWS = 16 * MT, COLS = 8 * TILES;
 constexpr int STEP = 32 * SLICES, FLUSH = 8;
 static_assert((SLICES & (SLICES - 1)) == 0, "the slices are added as a tree");
 
@@ -169,22 +168,15 @@ __device__ float exact(const Params& p, int m, int n, int lane) {
   return (float)sum;
 }
 
-// The first of W's rows of a group: equal shares, to one row.
-__device__ __forceinline__ int first_row(const Params& p, int group) {
-  return (i64)group * p.N / (gridDim.x * GROUPS);
-}
-
-typedef float Sums[SLICES][ROWS][COLS + 1];
-
 // Adds the slices, applies exponents and bias, stores; keeps count of the results that are not finite.
-__device__ __forceinline__ void finish(const Params& p, const Sums* sums, int* again, int* count) {
-  for (int i = threadIdx.x; i < GROUPS * ROWS * COLS; i += THREADS) {
-    const int r = i % ROWS, group = i / ROWS % GROUPS, m = i / (ROWS * GROUPS);
-    const int n = first_row(p, blockIdx.x * GROUPS + group) + r;
-    if (m >= p.M || n >= first_row(p, blockIdx.x * GROUPS + group + 1)) continue;
+__device__ __forceinline__ void finish(const Params& p, float (*sums)[ROWS][COLS + 1], int row0, int rows, int* again,
+                                       int* count) {
+  for (int i = threadIdx.x; i < ROWS * COLS; i += THREADS) {
+    const int r = i % ROWS, m = i / ROWS, n = row0 + r;
+    if (m >= p.M || r >= rows) continue;
     float v[SLICES];
 #pragma unroll
-    for (int s = 0; s < SLICES; s++) v[s] = sums[group][s][r][m];
+    for (int s = 0; s < SLICES; s++) v[s] = sums[s][r][m];
 #pragma unroll
     for (int width = SLICES / 2; width; width /= 2)
 #pragma unroll
@@ -198,12 +190,12 @@ __device__ __forceinline__ void finish(const Params& p, const Sums* sums, int* a
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, ELSA_MIN_BLOCKS) linear_few(const Params p) {
-  __shared__ Sums sums[GROUPS];
-  __shared__ int again[GROUPS * ROWS * COLS], count;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = warp / SLICES, slice = warp % SLICES;
+  __shared__ float sums[SLICES][ROWS][COLS + 1];
+  __shared__ int again[ROWS * COLS], count;
+  const int lane = threadIdx.x % 32, slice = threadIdx.x / 32;
   const int g = lane / 4, t = lane % 4;  // g: row of W within 8, and row of X within 8; t: which eight of 32 of K
-  const int row0 = first_row(p, blockIdx.x * GROUPS + group);
-  const int share = first_row(p, blockIdx.x * GROUPS + group + 1) - row0;
+  const int row0 = (i64)blockIdx.x * p.N / gridDim.x;
+  const int share = (i64)(blockIdx.x + 1) * p.N / gridDim.x - row0;
   Rows rows;
 #pragma unroll
   for (int i = 0; i < MT; i++)
@@ -216,7 +208,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, ELSA_MIN_BLOCKS) linear_fe
 #pragma unroll
   for (int j = 0; j < TILES; j++) x_rows[j] = p.x + min(8 * j + g, p.M - 1) * p.x_stride;
   if (threadIdx.x == 0) count = 0;
-  for (int i = lane; i < ROWS * (COLS + 1); i += 32) sums[group][slice][0][i] = 0.f;
+  for (int i = lane; i < ROWS * (COLS + 1); i += 32) sums[slice][0][i] = 0.f;
   __syncwarp();
 
   float acc[MT][TILES][4] = {};
@@ -237,17 +229,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, ELSA_MIN_BLOCKS) linear_fe
     load(p, rows, k + STEP, w);
     accumulate(t, x, now, acc);
     if (++summed == FLUSH) {
-      flush(sums[group][slice], g, t, acc);
+      flush(sums[slice], g, t, acc);
       summed = 0;
     }
   }
-  flush(sums[group][slice], g, t, acc);
+  flush(sums[slice], g, t, acc);
   __syncthreads();
-  finish(p, sums, again, &count);
+  finish(p, sums, row0, share, again, &count);
   __syncthreads();
-  for (int i = warp; i < count; i += GROUPS * SLICES) {
-    const int n = first_row(p, blockIdx.x * GROUPS + again[i] / ROWS % GROUPS) + again[i] % ROWS;
-    const int m = again[i] / (ROWS * GROUPS);
+  for (int i = slice; i < count; i += SLICES) {
+    const int n = row0 + again[i] % ROWS, m = again[i] / ROWS;
     const float y = exact(p, m, n, lane);
     if (lane == 0) p.out[(i64)m * p.N + n] = p.bias ? y + p.bias[n] : y;
   }

@@ -19,36 +19,28 @@ SLICES = 8  # warps that share K; part of the result's definition, like FLUSH in
 
 @dataclass(frozen=True, slots=True)
 class FewTile:
-    """GROUPS groups of up to 16·MT rows of W a block, `blocks_per_sm` blocks. No result depends on these."""
+    """Up to 16·MT rows of W a block, `blocks_per_sm` of them on a multiprocessor. No result depends on either."""
 
     MT: int
-    GROUPS: int
     blocks_per_sm: int
 
     def defines(self, tiles: int) -> dict[str, int]:
         return {
             "ELSA_TILES": tiles,
             "ELSA_MT": self.MT,
-            "ELSA_GROUPS": self.GROUPS,
             "ELSA_SLICES": SLICES,
             "ELSA_MIN_BLOCKS": self.blocks_per_sm,
         }
 
-    @property
-    def threads(self) -> int:
-        return 32 * SLICES * self.GROUPS
-
     def blocks(self, N: int, multiprocessors: int) -> int:
-        """Blocks among whose groups N rows are shared evenly: whole waves of the device, shares of 8 rows and more."""
-        fewest = -(-N // (16 * self.MT * self.GROUPS))
+        """Blocks among which N rows are shared evenly: whole waves of the device, of shares no smaller than 8 rows."""
+        fewest = -(-N // (16 * self.MT))
         slots = self.blocks_per_sm * multiprocessors
-        return max(fewest, min(-(-fewest // slots) * slots, -(-N // (8 * self.GROUPS))))
+        return max(fewest, min(-(-fewest // slots) * slots, -(-N // 8)))
 
 
 def tile_of(M: int) -> FewTile:
-    if M <= 8:
-        return FewTile(MT=2, GROUPS=1, blocks_per_sm=2)
-    return FewTile(MT=2 if M <= 16 else 1, GROUPS=2, blocks_per_sm=1)
+    return FewTile(2, 2) if M <= 16 else FewTile(1, 2)
 
 
 class Params(ctypes.Structure):
@@ -119,7 +111,7 @@ def run(
     with torch.cuda.device(x.device):
         device = torch.cuda.current_device()
         blocks = tile.blocks(N, _multiprocessors(device))
-        driver.launch(kernel(device, tile, tiles_of(M)), blocks, tile.threads, 0, params)
+        driver.launch(kernel(device, tile, tiles_of(M)), blocks, 32 * SLICES, 0, params)
 
 
 @functools.cache
