@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from elsa_kernels import linear as elsa
+from elsa_kernels.cuda import linear_few
 
 from kernels.bench import measure, results_file
 
@@ -29,7 +30,7 @@ FEW = tuple(
 )
 PROOF = tuple((m, 1024, k) for m in (1, 4, 16, 1024) for k in (1024, 5120, 13824, 32768))
 FAMILIES = ("normal", "positive", "outliers", "tiny", "huge")
-WARM_MS = 200.0  # of each tall problem before its samples: clocks fall under this load
+BUDGET_MS = 60.0  # of samples
 
 Operands = tuple[torch.Tensor, torch.Tensor, elsa.SplitMatrix]  # x, weight, the weight split
 
@@ -86,6 +87,7 @@ CALLS: dict[str, Callable[..., torch.Tensor]] = {
 
 def names(M: int) -> list[str]:
     left_out = {"elsa.gluon", "three_fp16_products"} if M <= elsa.SKINNY else {"elsa.cuda"}
+    left_out |= {"elsa.cuda"} if M > linear_few.MAX_ROWS else set()
     return [name for name in CALLS if name not in left_out]
 
 
@@ -111,10 +113,7 @@ def timed_rows(shape: tuple[int, int, int]) -> Iterator[dict]:
     for name in names(M):
         calls = [lambda inputs=inputs, call=CALLS[name]: call(*inputs) for inputs in sets]
         error = relative_error(calls[0](), *sets[0][:2])
-        timed = measure.Timed(calls, graph=few, budget_ms=40.0 if few else WARM_MS)
-        if not few:
-            timed.round()
-            timed.samples.clear()
+        timed = measure.Timed(calls, graph=few, budget_ms=BUDGET_MS)
         timed.round()
         ms = timed.median_ms()
         speed = {"ms": ms, "tflops": 2.0 * M * N * K / ms / 1e9, "tbps": 4.0 * N * K / ms / 1e9, "graph": few}

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from elsa_kernels import gluon
+from elsa_kernels.cuda import linear_few
 from elsa_kernels.registry import FallbackWarning
 
 try:
@@ -107,7 +108,7 @@ def linear(
 ) -> torch.Tensor:
     """x [..., K] float32 times weight [N, K] (float32, or split once), plus bias [N]: [..., N] float32.
 
-    impl: "cuda" (up to 32 rows, compute capability 8.0 and newer), "gluon" (more rows, 9.0), "triton" (8.0 and newer),
+    impl: "cuda" (up to 16 rows, compute capability 8.0 and newer), "gluon" (more rows, 9.0), "triton" (8.0 and newer),
     "torch" (everywhere); None chooses the first that takes the problem.
     An Inf or NaN in x gives what FP32 arithmetic gives, in its own row only.
     """
@@ -183,10 +184,9 @@ def _preferred(x: torch.Tensor, K: int) -> str:
 def _meant_for(name: str, x: torch.Tensor, K: int) -> bool:
     if x.device.type != "cuda" or not x.numel():
         return False
-    few = x.numel() <= SKINNY * K
     if name == "gluon":
-        return not few and torch.cuda.get_device_capability(x.device)[0] == 9
-    return few if name == "cuda" else name == "triton"
+        return x.numel() > SKINNY * K and torch.cuda.get_device_capability(x.device)[0] == 9
+    return x.numel() <= linear_few.MAX_ROWS * K if name == "cuda" else name == "triton"
 
 
 def _refusal(name: str, x: torch.Tensor, K: int) -> str | None:
@@ -219,17 +219,14 @@ def _refusal(name: str, x: torch.Tensor, K: int) -> str | None:
 def _refusal_of_few(x: torch.Tensor, K: int) -> str | None:
     if x.device.type != "cuda":
         return f"x is on the {x.device.type.upper()}"
-    if not 0 < x.numel() <= SKINNY * K:
-        return f"{x.numel() // max(K, 1)} rows: this form takes 1 to {SKINNY}"
-    from elsa_kernels.cuda import linear_few
+    if not 0 < x.numel() <= linear_few.MAX_ROWS * K:
+        return f"{x.numel() // max(K, 1)} rows: this form takes 1 to {linear_few.MAX_ROWS}"
 
     return linear_few.refusal(x.device.index, K)
 
 
 def _run(x: torch.Tensor, w: SplitMatrix, bias: torch.Tensor | None, out: torch.Tensor, impl: str) -> None:
     if impl == "cuda":
-        from elsa_kernels.cuda import linear_few
-
         return linear_few.run(x, w.hi, w.lo, w.exponent, bias, out)
     from elsa_kernels.triton.linear_kernel import repair_kernel
 

@@ -1,4 +1,4 @@
-// Y = X·Wᵀ (+ b) in FP32 accuracy for up to 32 rows of X: one pass over W's two FP16 planes, one launch. sm_80 and newer,
+// Y = X·Wᵀ (+ b) in FP32 accuracy for up to 16 rows of X: one pass over W's two FP16 planes, one launch. sm_80 and newer,
 // compiled by NVRTC.
 //
 // A block has an equal share of W's rows, up to 16·MT, and its SLICES warps share K: a warp takes every SLICES-th 32 of

@@ -1,4 +1,4 @@
-"""Launcher of `linear_few.cu`: a FP32-accurate linear layer for up to 32 rows, in one pass over the split weight."""
+"""Launcher of `linear_few.cu`: a FP32-accurate linear layer for up to 16 rows, in one pass over the split weight."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from elsa_kernels.cuda import driver, nvrtc
 OLDEST = 80  # mma.m16n8k16 and conversions to FP16 pairs
 
 
+MAX_ROWS = 16
 SLICES = 8  # warps that share K; part of the result's definition, like FLUSH in the kernel
 
 
@@ -39,8 +40,7 @@ class FewTile:
         return max(fewest, min(-(-fewest // slots) * slots, -(-N // 8)))
 
 
-def tile_of(M: int) -> FewTile:
-    return FewTile(2, 2) if M <= 16 else FewTile(1, 2)
+TILE = FewTile(MT=2, blocks_per_sm=2)
 
 
 class Params(ctypes.Structure):
@@ -76,8 +76,8 @@ def _refuse_device(device: int) -> str | None:
 
 
 def tiles_of(M: int) -> int:
-    """Groups of 8 rows of X, rounded to what is compiled."""
-    return 1 if M <= 8 else 2 if M <= 16 else 4
+    """Groups of 8 rows of X."""
+    return 1 if M <= 8 else 2
 
 
 @functools.cache
@@ -96,7 +96,7 @@ def run(
     out: torch.Tensor,
     tile: FewTile | None = None,
 ) -> None:
-    """x [M ≤ 32, K] float32, hi and lo [N, K] float16, exponent [N] int32, bias [N] or None: out [M, N] float32."""
+    """x [M ≤ 16, K] float32, hi and lo [N, K] float16, exponent [N] int32, bias [N] or None: out [M, N] float32."""
     (M, N), K = out.shape, x.shape[1]
     if x.stride(0) % 4 or x.data_ptr() % 16:
         x = x.contiguous() if x.stride(0) % 4 else x.clone()
@@ -107,7 +107,7 @@ def run(
         x.data_ptr(), bias.data_ptr() if bias is not None else None, out.data_ptr(), hi.data_ptr(), lo.data_ptr(),
         exponent.data_ptr(), x.stride(0), M, N, K,
     )  # fmt: skip
-    tile = tile or tile_of(M)
+    tile = tile or TILE
     with torch.cuda.device(x.device):
         device = torch.cuda.current_device()
         blocks = tile.blocks(N, _multiprocessors(device))
