@@ -1,4 +1,4 @@
-"""A real vLLM server process with `--attention-backend elsa`, and the openai client.
+"""A real vLLM server process with `--attention-backend elsa` (`elsa-serve serve --engine vllm`), and the openai client.
 
 Chunked prefill (512 tokens a step), prefix caching, and a KV cache small enough that requests preempt one another; the
 answers of concurrent requests are those of a second server with vLLM's own CPU attention, token by token, in FP32.
@@ -18,7 +18,7 @@ import pytest
 from vllm_support import DEMO_MODEL, needs_vllm
 
 from elsa_serve.demo import make_document
-from elsa_serve.vllm_plugin import serve, verify
+from elsa_serve.vllm_plugin import verify
 
 pytestmark = needs_vllm
 
@@ -105,7 +105,8 @@ def documents():
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory):
     folder = tmp_path_factory.mktemp("servers")
-    elsa = Server(serve.vllm_command([str(DEMO_MODEL), "--engine", "vllm", *FLAGS]), folder / "elsa.log")
+    command = [sys.executable, "-m", "elsa_serve", "serve", str(DEMO_MODEL), "--engine", "vllm"]
+    elsa = Server([*command, *FLAGS], folder / "elsa.log")
     try:
         elsa.wait()
         module = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(DEMO_MODEL)]
