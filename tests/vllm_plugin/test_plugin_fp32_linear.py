@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-
 from vllm_support import needs_vllm, others_may_warn
 
 pytestmark = [needs_vllm, others_may_warn]
