@@ -179,7 +179,9 @@ def engine_sides(model: Path, options: dict[str, dict[str, Any]]) -> Iterator[di
         # Rates are measured for what they decide; with everything decided, they would only cost seconds.
         decided = all(chosen[key] is not None for key in ("resident_layers", "slots", "chunk_tokens"))
         rates = assumed_rates(weights.dtype) if decided else None
-        return OffloadEngine(model, sink=sink, weights=weights, **chosen | {"host_memory": host, "rates": rates})
+        # Every prompt is new, so cached KV would only be moved out of the next one's way.
+        fixed = {"host_memory": host, "rates": rates, "prefix_caching": False}
+        return OffloadEngine(model, sink=sink, weights=weights, **chosen | fixed)
 
     def change(engine: Any, name: str) -> None:
         engine.use_attention(options[name]["attention"])
