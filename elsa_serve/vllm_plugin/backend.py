@@ -269,6 +269,7 @@ class ElsaMetadataBuilder(AttentionMetadataBuilder[ElsaMetadata]):
 
     def _plan_decode(self, impl: Any, dtype: torch.dtype) -> int:
         """Keys in one split of a row in decode, on a GPU. Warns where the largest graph will hold much for them."""
+        from elsa_kernels.devices import architecture
         from elsa_kernels.paged import PagedProblem, tuning
         from elsa_kernels.paged.launch import decode_launches, decode_slots
 
@@ -278,7 +279,7 @@ class ElsaMetadataBuilder(AttentionMetadataBuilder[ElsaMetadata]):
             dtype=dtype, kv_dtype=dtype, device=self.device, precision="fp32", causal=True, scale=impl.scale,
             window=None, softcap=None, max_seqlen_q=1, max_seqlen_k=1,
         )  # fmt: skip
-        arch = tuning.architecture(self.device.index or 0)
+        arch = architecture(self.device.index or 0)
         reached = self._decode_tokens_per_row * problem.group
         launches = [
             cut

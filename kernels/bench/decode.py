@@ -185,8 +185,7 @@ def prepare(name: str, case: DecodeCase, sets: list[Inputs]) -> tuple[measure.Ti
 
 def run_case(case: DecodeCase, only: list[str] | None = None) -> list[results_file.Row]:
     """Rows of all implementations that take the case, their rounds interleaved."""
-    l2 = torch.cuda.get_device_properties(0).L2_cache_size
-    sets = [draw(case, seed) for seed in range(measure.sets_needed(case.kv_bytes(), l2))]
+    sets = [draw(case, seed) for seed in range(measure.sets_to_rotate(case.kv_bytes()))]
     prepared = {}
     for name in only or MAKERS:
         try:

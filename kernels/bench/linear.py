@@ -108,8 +108,7 @@ def row(name: str, shape: Sequence[int], family: str, error: float) -> dict:
 def timed_rows(shape: tuple[int, int, int]) -> Iterator[dict]:
     M, N, K = shape
     few = M <= elsa.SKINNY
-    l2 = torch.cuda.get_device_properties("cuda").L2_cache_size
-    sets = [operands(*shape, "normal") for _ in range(measure.sets_needed(4 * N * K, l2) if few else 1)]
+    sets = [operands(*shape, "normal") for _ in range(measure.sets_to_rotate(4 * N * K) if few else 1)]
     for name in names(M):
         calls = [lambda inputs=inputs, call=CALLS[name]: call(*inputs) for inputs in sets]
         error = relative_error(calls[0](), *sets[0][:2])

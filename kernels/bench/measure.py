@@ -16,6 +16,11 @@ def sets_needed(input_bytes: int, l2_bytes: int) -> int:
     return max(2, min(MAX_SETS, -(-L2_MARGIN * l2_bytes // input_bytes)))
 
 
+def sets_to_rotate(input_bytes: int) -> int:
+    """`sets_needed` on the current device."""
+    return sets_needed(input_bytes, torch.cuda.get_device_properties("cuda").L2_cache_size)
+
+
 def once(calls: Sequence[Callable[[], object]], repeats: int) -> list[float]:
     """Milliseconds of `repeats` calls, taken round robin, each between its own two events."""
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]

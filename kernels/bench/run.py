@@ -36,8 +36,7 @@ def prepare(name: str, case: Case, sets: list[inputs.Tensors]) -> tuple[measure.
 
 def run_case(case: Case, only: list[str] | None, ceilings: dict[str, float]) -> list[results_file.Row]:
     """Rows of all implementations that take the case, their rounds interleaved so that all see the same card."""
-    l2 = torch.cuda.get_device_properties(0).L2_cache_size
-    sets = [inputs.draw(case, seed=s) for s in range(measure.sets_needed(case.input_bytes(), l2))]
+    sets = [inputs.draw(case, seed=s) for s in range(measure.sets_to_rotate(case.input_bytes()))]
     prepared: dict[str, tuple[measure.Timed, float]] = {}
     for name in only or peers.names(case):
         try:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from elsa_kernels.devices import architecture
 from elsa_kernels.paged import tuning
 from elsa_kernels.paged.tuning import DecodeTile
 
@@ -81,8 +82,7 @@ def compile_and_check(job: Job) -> tuple[Job, str | None]:
 
 
 def measured(case: decode.DecodeCase, kind: str, tiles: list[DecodeTile]) -> list[dict[str, Any]]:
-    l2 = torch.cuda.get_device_properties(0).L2_cache_size
-    sets = [decode.draw(case, seed) for seed in range(measure.sets_needed(case.kv_bytes(), l2))]
+    sets = [decode.draw(case, seed) for seed in range(measure.sets_to_rotate(case.kv_bytes()))]
     rows = []
     for tile in tiles:
         force(kind, tile)
@@ -139,7 +139,7 @@ def main() -> None:
     print(f"compiled in {time.monotonic() - began:.0f} s", flush=True)
     rows: list[dict[str, Any]] = []
     chosen = {}
-    arch = tuning.architecture(0)
+    arch = architecture(0)
     for kind, tiles in good.items():
         found = []
         for case in CASES[kind]:

@@ -6,7 +6,6 @@ tensor core and added in FP32 outside it. Error against FP64 at or under that of
 
 from __future__ import annotations
 
-import functools
 import warnings
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 
 from elsa_kernels import gluon
 from elsa_kernels.cuda import linear_few
+from elsa_kernels.devices import multiprocessors
 from elsa_kernels.registry import FallbackWarning
 
 try:
@@ -316,17 +316,12 @@ def _run_gluon(
 
     (M, N), K = out.shape, x.shape[1]
     tiles = triton.cdiv(M, 128) * triton.cdiv(N, tile.BN)
-    linear_kernel[(min(tiles, _multiprocessors(out.device.index)),)](
+    linear_kernel[(min(tiles, multiprocessors(out.device.index)),)](
         descriptor(x.hi, 64), descriptor(x.lo, 64), descriptor(w.hi, tile.BN), descriptor(w.lo, tile.BN),
         out, x.exponent, w.exponent, bias if bias is not None else out, M, N, K,
         BN=tile.BN, BK=tile.BK, STAGES=tile.stages, GROUP=GROUP, BIAS=bias is not None,
         OVERLAP=tile.overlap, REGISTERS=tile.registers, num_warps=4,
     )  # fmt: skip
-
-
-@functools.cache
-def _multiprocessors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _check_matrix(x: torch.Tensor, name: str) -> None:

@@ -7,8 +7,9 @@ choice (`impl="name"`) never falls back: it raises `UnsupportedProblem` with the
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -94,20 +95,62 @@ class Implementation:
     packs: bool = False  # takes packed sequences as one problem; else they come to it one by one
 
 
+# --- what registries of every kind of problem share ---------------------------------------------------------------
+
+P = TypeVar("P", contravariant=True)
+
+
+class Entry(Protocol[P]):
+    """What a registry asks of an implementation of problems of type P."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def priority(self) -> int: ...
+
+    @property
+    def supports(self) -> Callable[[P], str | None]: ...
+
+
+E = TypeVar("E", bound=Entry)
+
+
+def add(entries: dict[str, E], entry: E, kind: str) -> E:
+    if entry.name in entries:
+        raise ValueError(f"{kind} implementation {entry.name!r} is registered twice")
+    entries[entry.name] = entry
+    return entry
+
+
+def by_priority(entries: Iterable[E]) -> tuple[E, ...]:
+    return tuple(sorted(entries, key=lambda e: -e.priority))
+
+
+def named(entries: dict[str, E], impl: str, problem: object, kind: str) -> E:
+    """The entry of that name. Raises UnsupportedProblem where there is none, or where it refuses the problem."""
+    entry = entries.get(impl)
+    if entry is None:
+        raise UnsupportedProblem(f"unknown {kind} implementation {impl!r}; known: {', '.join(entries)}")
+    reason = entry.supports(problem)
+    if reason is not None:
+        raise UnsupportedProblem(f"{kind} implementation {impl!r} does not take this problem: {reason}")
+    return entry
+
+
+# --- dense attention ----------------------------------------------------------------------------------------------
+
 _implementations: dict[str, Implementation] = {}
 _announced: set[tuple[str, str]] = set()
 
 
 def register(implementation: Implementation) -> Implementation:
-    if implementation.name in _implementations:
-        raise ValueError(f"attention implementation {implementation.name!r} is registered twice")
-    _implementations[implementation.name] = implementation
-    return implementation
+    return add(_implementations, implementation, "attention")
 
 
 def implementations() -> tuple[Implementation, ...]:
     """All entries, preferred first."""
-    return tuple(sorted(_implementations.values(), key=lambda e: -e.priority))
+    return by_priority(_implementations.values())
 
 
 def explain(problem: Problem) -> dict[str, str | None]:
@@ -118,13 +161,7 @@ def explain(problem: Problem) -> dict[str, str | None]:
 def select(problem: Problem, impl: str | None = None) -> Implementation:
     """The implementation that runs `problem`: `impl` if named (strictly), else the preferred one that takes it."""
     if impl is not None:
-        entry = _implementations.get(impl)
-        if entry is None:
-            raise UnsupportedProblem(f"unknown attention implementation {impl!r}; known: {', '.join(_implementations)}")
-        reason = entry.supports(problem)
-        if reason is not None:
-            raise UnsupportedProblem(f"attention implementation {impl!r} does not take this problem: {reason}")
-        return entry
+        return named(_implementations, impl, problem, "attention")
     refusals: list[tuple[Implementation, str]] = []
     for entry in implementations():
         if entry.preferred is not None and not entry.preferred(problem):

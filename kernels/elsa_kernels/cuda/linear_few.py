@@ -10,6 +10,7 @@ from importlib.resources import files
 import torch
 
 from elsa_kernels.cuda import driver, nvrtc
+from elsa_kernels.devices import multiprocessors
 
 OLDEST = 80  # mma.m16n8k16 and conversions to FP16 pairs
 
@@ -110,10 +111,5 @@ def run(
     tile = tile or TILE
     with torch.cuda.device(x.device):
         device = torch.cuda.current_device()
-        blocks = tile.blocks(N, _multiprocessors(device))
+        blocks = tile.blocks(N, multiprocessors(device))
         driver.launch(kernel(device, tile, tiles_of(M)), blocks, 32 * SLICES, 0, params)
-
-
-@functools.cache
-def _multiprocessors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count

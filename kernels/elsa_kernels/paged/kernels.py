@@ -10,15 +10,7 @@ from elsa_kernels.paged.registry import PagedImplementation, register
 
 
 def supports(problem: PagedProblem) -> str | None:
-    if not dense._available():
-        return "Triton is not installed"
-    if problem.device.type != "cuda" and not (problem.device.type == "cpu" and dense._interpreting()):
-        return f"it runs on CUDA and ROCm devices, not on {problem.device.type} (unless TRITON_INTERPRET=1)"
-    if problem.dtype == torch.float64:
-        return "float64 is for CPU tensors"
-    if problem.D > dense.MAX_HEAD_DIM:
-        return f"head dimension {problem.D} is larger than {dense.MAX_HEAD_DIM}"
-    return dense.refuse_device(problem.device, problem.dtype, problem.precision)
+    return dense.refuse(problem.device, problem.dtype, problem.D, problem.precision)
 
 
 def run(problem: PagedProblem, operands: PagedOperands) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import triton
 
+from elsa_kernels.devices import architecture
 from elsa_kernels.paged import gather, tuning
 from elsa_kernels.paged.cache_kernel import cache_kernel
 from elsa_kernels.paged.decode_kernel import decode_kernel
@@ -38,7 +39,7 @@ def run(problem: PagedProblem, operands: PagedOperands) -> None:
         _run(problem, operands, "interpreter")
         return
     with torch.cuda.device(problem.device):
-        _run(problem, operands, tuning.architecture(operands.q.get_device()))
+        _run(problem, operands, architecture(operands.q.get_device()))
 
 
 def _run(problem: PagedProblem, operands: PagedOperands, arch: str) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from elsa_kernels.paged.problem import PagedOperands, PagedProblem
-from elsa_kernels.registry import FallbackWarning, UnsupportedProblem
+from elsa_kernels.registry import FallbackWarning, UnsupportedProblem, add, by_priority, named
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,15 +26,12 @@ _announced: set[tuple[str, str]] = set()
 
 
 def register(implementation: PagedImplementation) -> PagedImplementation:
-    if implementation.name in _implementations:
-        raise ValueError(f"paged attention implementation {implementation.name!r} is registered twice")
-    _implementations[implementation.name] = implementation
-    return implementation
+    return add(_implementations, implementation, "paged attention")
 
 
 def implementations() -> tuple[PagedImplementation, ...]:
     """All entries, preferred first."""
-    return tuple(sorted(_implementations.values(), key=lambda e: -e.priority))
+    return by_priority(_implementations.values())
 
 
 def explain(problem: PagedProblem) -> dict[str, str | None]:
@@ -45,13 +42,7 @@ def explain(problem: PagedProblem) -> dict[str, str | None]:
 def select(problem: PagedProblem, impl: str | None = None) -> PagedImplementation:
     """The implementation that runs `problem`: `impl` if named (strictly), else the preferred one that takes it."""
     if impl is not None:
-        entry = _implementations.get(impl)
-        if entry is None:
-            raise UnsupportedProblem(f"unknown paged implementation {impl!r}; known: {', '.join(_implementations)}")
-        reason = entry.supports(problem)
-        if reason is not None:
-            raise UnsupportedProblem(f"paged implementation {impl!r} does not take this problem: {reason}")
-        return entry
+        return named(_implementations, impl, problem, "paged")
     refusals: list[str] = []
     for entry in implementations():
         if entry.priority < 0:

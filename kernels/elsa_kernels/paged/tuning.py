@@ -31,20 +31,10 @@ class DecodeTile:
     FAN: int = 8
     merge_rows: int = 4
     registers: int = 0
+    programs: int = 4096
 
     def limits(self) -> dict[str, int]:
         return {"maxnreg": self.registers} if self.registers else {}
-
-    programs: int = 4096
-
-
-@functools.cache
-def architecture(index: int) -> str:
-    """Of a CUDA or ROCm device: "sm_90", "gfx942"."""
-    properties = torch.cuda.get_device_properties(index)
-    if torch.version.hip:
-        return str(properties.gcnArchName).split(":")[0]
-    return f"sm_{properties.major}{properties.minor}"
 
 
 def converts_fp8(arch: str) -> bool:

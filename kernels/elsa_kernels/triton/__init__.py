@@ -32,15 +32,20 @@ def _capability(index: int) -> tuple[int, int]:
 
 
 def supports(problem: Problem) -> str | None:
+    return refuse(problem.device, problem.dtype, problem.D, problem.precision)
+
+
+def refuse(device: torch.device, dtype: torch.dtype, head_dim: int, precision: str) -> str | None:
+    """Why a Triton kernel of attention, dense or paged, does not take such operands on the device, or None."""
     if not _available():
         return "Triton is not installed"
-    if not runs_on(problem.device):
-        return f"it runs on CUDA and ROCm devices, not on {problem.device.type} (unless TRITON_INTERPRET=1)"
-    if problem.dtype == torch.float64:
+    if not runs_on(device):
+        return f"it runs on CUDA and ROCm devices, not on {device.type} (unless TRITON_INTERPRET=1)"
+    if dtype == torch.float64:
         return "float64 is for CPU tensors"
-    if problem.D > MAX_HEAD_DIM:
-        return f"head dimension {problem.D} is larger than {MAX_HEAD_DIM}"
-    return refuse_device(problem.device, problem.dtype, problem.precision)
+    if head_dim > MAX_HEAD_DIM:
+        return f"head dimension {head_dim} is larger than {MAX_HEAD_DIM}"
+    return refuse_device(device, dtype, precision)
 
 
 def runs_on(device: torch.device) -> bool:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
 import triton
 
+from elsa_kernels.devices import architecture
 from elsa_kernels.registry import Operands, Problem
 from elsa_kernels.state import State
 from elsa_kernels.triton import forward, tiles
@@ -31,15 +31,6 @@ class Plan:
     chunk: int  # keys of a chunk, 0 for one pass over all
     first_chunk: int
     chunks: int
-
-
-@functools.cache
-def architecture(index: int) -> str:
-    """Of a CUDA or ROCm device: "sm_90", "gfx942"."""
-    properties = torch.cuda.get_device_properties(index)
-    if torch.version.hip:
-        return str(properties.gcnArchName).split(":")[0]
-    return f"sm_{properties.major}{properties.minor}"
 
 
 def plan(problem: Problem, arch: str) -> Plan:
