@@ -31,7 +31,9 @@ EVERYTHING = PLAIN | {
 }  # fmt: skip
 
 
-def compile_kernel(kernel, pointers: dict[str, str], constants: dict, target: GPUTarget, tile: tiles.Tile):
+def compile_kernel(
+    kernel, pointers: dict[str, str], constants: dict, target: str, options: dict, strides=STRIDES, integers=INTEGERS
+):
     """One variant, as the launcher would compile it for 16-byte aligned pointers and strides."""
     signature, constexprs, aligned = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
@@ -41,17 +43,17 @@ def compile_kernel(kernel, pointers: dict[str, str], constants: dict, target: GP
         elif name in pointers:
             signature[name] = pointers[name]
             aligned[(i,)] = [["tt.divisibility", 16]]
-        elif name in STRIDES:
+        elif name in strides:
             signature[name] = "i32"
             aligned[(i,)] = [["tt.divisibility", 16]]
-        elif name in INTEGERS:
+        elif name in integers:
             signature[name] = "i32"
         elif name in ("scale", "softcap"):
             signature[name] = "fp32"
         else:  # an absent tensor
             signature[name], constexprs[(i,)] = "constexpr", None
     source = ASTSource(kernel, signature, constexprs, aligned)
-    return triton.compile(source, target=target, options=tile.options())
+    return triton.compile(source, target=TARGETS[target], options=options)
 
 
 def forward_variant(target: str, mode: str, D: int, features: dict, dtype: str = "fp16", rows: int = 4096):
@@ -67,7 +69,7 @@ def forward_variant(target: str, mode: str, D: int, features: dict, dtype: str =
         pointers |= {"K1": element, "V1": element, "KS": "*fp32", "VS": "*fp32"}
     pointers |= _feature_pointers(features)
     constants = features | {"D": D, "BD": BD, "BM": tile.BM, "BN": tile.BN, "MODE": mode}
-    return compile_kernel(forward.forward_kernel, pointers, constants, TARGETS[target], tile)
+    return compile_kernel(forward.forward_kernel, pointers, constants, target, tile.options())
 
 
 def careful_variant(target: str, D: int, features: dict, dtype: str, tile: tiles.Tile):
@@ -75,7 +77,7 @@ def careful_variant(target: str, D: int, features: dict, dtype: str, tile: tiles
     pointers = {"Q": f"*{dtype}", "K0": f"*{dtype}", "V0": f"*{dtype}", "TODO": "*i32", "OUT": "*fp32"}
     pointers |= _feature_pointers(features)
     constants = features | {"D": D, "BD": BD, "BM": 128, "PART": tile.BM, "BN": tile.BN, "MARKS": 4, "BMARKS": 4}
-    return compile_kernel(forward.careful_kernel, pointers, constants, TARGETS[target], tile)
+    return compile_kernel(forward.careful_kernel, pointers, constants, target, tile.options())
 
 
 def _feature_pointers(features: dict) -> dict[str, str]:

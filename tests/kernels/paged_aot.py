@@ -8,9 +8,8 @@ from elsa_kernels.paged import launch, tuning
 from elsa_kernels.paged.decode_kernel import decode_kernel
 from elsa_kernels.paged.prefill_kernel import prefill_kernel
 from elsa_kernels.paged.problem import FP8, PagedProblem
-from triton.compiler import ASTSource
 
-from tests.kernels.aot import TARGETS
+from tests.kernels.aot import compile_kernel
 
 STRIDES = ("sqt", "sqh", "skb", "skp", "skh", "svb", "svp", "svh", "stb", "sot", "soh")
 INTEGERS = ("B", "T", "Hkv", "window", "top0")
@@ -62,24 +61,5 @@ def variant(target: str, form: str, of: PagedProblem, features: dict[str, bool],
     ):  # fmt: skip
         if features[flag]:
             pointers |= dict.fromkeys(names, "*fp32")
-    return compile_kernel(kernel, pointers, constants, target, num_warps, maxnreg)
-
-
-def compile_kernel(kernel, pointers: dict[str, str], constants: dict, target: str, num_warps: int, maxnreg: int | None):
-    signature, constexprs, aligned = {}, {}, {}
-    for i, parameter in enumerate(kernel.params):
-        name = parameter.name
-        if parameter.is_constexpr:
-            signature[name], constexprs[(i,)] = "constexpr", constants[name]
-        elif name in pointers:
-            signature[name], aligned[(i,)] = pointers[name], [["tt.divisibility", 16]]
-        elif name in STRIDES:
-            signature[name], aligned[(i,)] = "i32", [["tt.divisibility", 16]]
-        elif name in INTEGERS:
-            signature[name] = "i32"
-        elif name in ("scale", "softcap"):
-            signature[name] = "fp32"
-        else:  # an absent tensor
-            signature[name], constexprs[(i,)] = "constexpr", None
-    source = ASTSource(kernel, signature, constexprs, aligned)
-    return triton.compile(source, target=TARGETS[target], options={"num_warps": num_warps, "maxnreg": maxnreg})
+    options = {"num_warps": num_warps, "maxnreg": maxnreg}
+    return compile_kernel(kernel, pointers, constants, target, options, STRIDES, INTEGERS)

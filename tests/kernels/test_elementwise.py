@@ -1,14 +1,12 @@
 """RMS norm, rotary embedding and gated activation against the same in plain torch, rounding for rounding."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
 import triton
 from elsa_kernels import elementwise
+
+from tests.kernels.interpreter import interpreted
 
 # The interpreter truncates where a GPU rounds to bfloat16.
 INTERPRETED = [torch.float32, torch.float16]
@@ -24,10 +22,8 @@ def interpreter():
 def test_in_the_interpreter():
     if triton.knobs.runtime.interpret:
         pytest.skip("is the interpreter's process itself")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu", __file__]
-    run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-3000:]
-    assert int(run.stdout.split(" passed")[0].split()[-1]) >= 3 * len(INTERPRETED)
+    printed = interpreted("-m", "not gpu", __file__)
+    assert int(printed.split(" passed")[0].split()[-1]) >= 3 * len(INTERPRETED)
 
 
 def close(ours, theirs):

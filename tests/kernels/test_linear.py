@@ -1,15 +1,13 @@
 """FP32-accurate linear layers against FP64: the Triton form in the interpreter, and all forms on a GPU."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
 import triton
 from elsa_kernels import FallbackWarning
 from elsa_kernels import linear as elsa
+
+from tests.kernels.interpreter import interpreted
 
 SHAPES = [(1, 33, 64), (17, 40, 200), (40, 70, 136)]
 BOUND = 3e-7  # relative error against FP64; torch's own FP32 reaches 1e-7 … 4e-7 on these
@@ -25,13 +23,8 @@ def interpreter():
 def test_in_the_interpreter():
     if triton.knobs.runtime.interpret:
         pytest.skip("is the interpreter's process itself")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu", __file__]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stdout[-3000:]
-    assert int(run.stdout.split(" passed")[0].split()[-1]) > len(FAMILIES) * len(
-        SHAPES
-    )  # they ran, and were not skipped
+    printed = interpreted("-m", "not gpu", __file__)
+    assert int(printed.split(" passed")[0].split()[-1]) > len(FAMILIES) * len(SHAPES)  # they ran, and were not skipped
 
 
 def operands(M, N, K, family, device="cpu"):

@@ -5,13 +5,12 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.kernels.interpreter import interpreted
 
 pytest.importorskip("triton")
 HERE = Path(__file__).parent
@@ -52,10 +51,6 @@ def chosen() -> list[str]:
 
 @pytest.mark.slow
 def test_a_part_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen()]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=HERE.parents[1], timeout=900)
-    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
-    passed = re.search(r"(\d+) passed", result.stdout)
+    passed = re.search(r"(\d+) passed", interpreted(*chosen()))
     assert passed is not None
     assert int(passed[1]) == len(chosen()) - 1 + 12, "cases were skipped or lost"  # the cache write is twelve

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from disk_fault import Fault
 from offload_models import logits, make_model, save, streamed
 
 from elsa_serve.errors import CheckpointError
@@ -199,25 +200,6 @@ def test_resident_and_on_disk_exclude_each_other(directory: Path) -> None:
 
 
 # --- faults -------------------------------------------------------------------------------------------------------
-
-
-class Fault:
-    """Replaces `DirectFile.read`: passes through until told to fail."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.error: OSError | None = None
-        self._read = DirectFile.read
-        monkeypatch.setattr(DirectFile, "read", lambda *args: self(*args))
-
-    def __call__(self, file: DirectFile, start: int, nbytes: int, bounce: Bounce) -> torch.Tensor:
-        if self.error is not None:
-            raise self.error
-        return self._read(file, start, nbytes, bounce)
-
-
-@pytest.fixture
-def fault(monkeypatch: pytest.MonkeyPatch) -> Fault:
-    return Fault(monkeypatch)
 
 
 @pytest.mark.parametrize("position", range(5))

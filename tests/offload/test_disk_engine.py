@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from disk_fault import Fault
 from engine_models import (
     generate,
     make_engine,
@@ -46,29 +47,10 @@ class Steps:
         self.passes += [one for one in stats if isinstance(one, StepStats)]
 
 
-class Fault:
-    """Replaces `DirectFile.read`: passes through until told to fail."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.error: OSError | None = None
-        self._read = DirectFile.read
-        monkeypatch.setattr(DirectFile, "read", lambda *args: self(*args))
-
-    def __call__(self, file: DirectFile, start: int, nbytes: int, bounce: Bounce) -> torch.Tensor:
-        if self.error is not None:
-            raise self.error
-        return self._read(file, start, nbytes, bounce)
-
-
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("elsa_serve.offload.loading.make_plan", plan_as_for_a_cpu)
     monkeypatch.setattr(disk_layers, "PIECE", 4 * 5003)
-
-
-@pytest.fixture
-def fault(monkeypatch: pytest.MonkeyPatch) -> Fault:
-    return Fault(monkeypatch)
 
 
 @pytest.fixture

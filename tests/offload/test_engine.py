@@ -18,7 +18,6 @@ from engine_models import (
     prompt_of,
     reference,
     request_of,
-    save_checkpoint,
     text_of,
     tokens_of,
 )
@@ -91,29 +90,11 @@ class Listener:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_checkpoint("llama", tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture(scope="module")
 def shared(checkpoint: Path) -> Iterator[OffloadEngine]:
     """One engine for the tests that leave it as it was."""
     engine = make_engine(checkpoint, resident_layers=0, chunk_tokens=16)
     yield engine
     engine.shutdown()
-
-
-@pytest.fixture
-def make(checkpoint: Path) -> Iterator[Callable[..., OffloadEngine]]:
-    engines: list[OffloadEngine] = []
-
-    def build(**options: Any) -> OffloadEngine:
-        engines.append(make_engine(checkpoint, **{"resident_layers": 0, "chunk_tokens": 16} | options))
-        return engines[-1]
-
-    yield build
-    for engine in engines:
-        engine.shutdown()
 
 
 def slow_layers(engine: OffloadEngine, seconds: float) -> None:

@@ -26,20 +26,12 @@ from elsa_serve.protocol import Event, TokenEvent
 STREAMED: dict[str, Any] = {"resident_layers": 0, "chunk_tokens": 16}
 # The device's budget holds the ring, the working buffer and a part of the tokens' KV; the rest goes to the host.
 KV_ON_HOST: dict[str, Any] = {"resident_layers": 0, "chunk_tokens": 16, "context": 200, "gpu_memory": "840KiB"}
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
     return {family: save_checkpoint(family, root / family) for family in FAMILIES}
-
-
-@pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest) -> str:
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
-    return request.param
 
 
 @pytest.fixture(autouse=True)

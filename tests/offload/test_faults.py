@@ -6,12 +6,11 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-from engine_models import generate, make_engine, prompt_of, request_of, save_checkpoint, tokens_of
+from engine_models import generate, prompt_of, request_of, tokens_of
 
 from elsa_serve.offload.engine import OffloadEngine
 from elsa_serve.offload.kv import KVPool
@@ -21,24 +20,6 @@ from elsa_serve.protocol import Event, FinishReason, GenerationRequest, TokenEve
 
 WAIT = 60.0
 MARK = 299  # a token that no text decodes to, by which a test knows its own request
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_checkpoint("llama", tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture
-def make(checkpoint: Path) -> Iterator[Callable[..., OffloadEngine]]:
-    engines: list[OffloadEngine] = []
-
-    def build(**options: Any) -> OffloadEngine:
-        engines.append(make_engine(checkpoint, **{"resident_layers": 0, "chunk_tokens": 16} | options))
-        return engines[-1]
-
-    yield build
-    for engine in engines:
-        engine.shutdown()
 
 
 class Answer:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from engine_models import (
     generate,
-    make_engine,
     plan_as_for_a_cpu,
     prompt_of,
     request_of,
-    save_checkpoint,
     tokens_of,
 )
 
@@ -189,23 +187,9 @@ class Sink:
         return [one for one in self.records if isinstance(one, kind)]
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_checkpoint("llama", tmp_path_factory.mktemp("llama"))
-
-
 @pytest.fixture
-def make(checkpoint: Path) -> Iterator[Callable[..., OffloadEngine]]:
-    engines: list[OffloadEngine] = []
-
-    def build(**options: Any) -> OffloadEngine:
-        defaults = {"resident_layers": 0, "chunk_tokens": 16, "num_speculative_tokens": 0}
-        engines.append(make_engine(checkpoint, **defaults | options))
-        return engines[-1]
-
-    yield build
-    for engine in engines:
-        engine.shutdown()
+def make(make: Callable[..., OffloadEngine]) -> Callable[..., OffloadEngine]:
+    return functools.partial(make, num_speculative_tokens=0)
 
 
 PLACEMENTS = {"device": {"context": 500}, "host": {"context": 300, "gpu_memory": "1100KiB"}}

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_models import generate, make_engine, prompt_of, save_checkpoint, tokens_of
+from engine_models import generate, make_engine, prompt_of, tokens_of
 
 from elsa_serve.errors import UsageError
 from elsa_serve.offload.engine import OffloadEngine
@@ -119,11 +119,6 @@ class Steps:
 
     def record(self, *stats: Record) -> None:
         self.passes += [one for one in stats if isinstance(one, StepStats)]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_checkpoint("llama", tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="module", params=["KV on the device", "KV on the host"])

@@ -23,7 +23,6 @@ from elsa_serve.offload.tiers import Piece, Tiers
 from elsa_serve.offload.working import WorkingKV
 
 LAYERS, HEADS, KV_HEADS, D = 2, 4, 2, 16
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 PLAIN = AttentionOptions(D**-0.5)
 
 
@@ -100,13 +99,6 @@ class World:
     def _compare(self, out: torch.Tensor, truth: torch.Tensor) -> None:
         tolerance = 1e-5 if self.shape.dtype == torch.float32 else 4e-3
         torch.testing.assert_close(out, truth, rtol=tolerance, atol=tolerance)
-
-
-@pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest) -> str:
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
-    return request.param
 
 
 @pytest.fixture(autouse=True)
