@@ -139,6 +139,8 @@ class ElsaImpl(AttentionImpl):
         cache = torch.zeros(pages, page, heads, 2 * dim, dtype=torch.uint8 if self._fp8 else dtype, device=device)
         one = torch.ones((), device=device)
         scales = SimpleNamespace(_k_scale=one, _v_scale=one)
+        nowhere = torch.full((batch.num_tokens,), -1, device=device)
+        self.do_kv_cache_update(scales, k, k, cache.transpose(1, 2), nowhere)
         self._paged(scales, q, cache.transpose(1, 2), batch, out)
 
     def _prepare(self, device: torch.device) -> None:

@@ -11,8 +11,8 @@ from elsa_kernels.paged.problem import FP8, PagedProblem
 
 from tests.kernels.aot import compile_kernel
 
-STRIDES = ("sqt", "sqh", "skb", "skp", "skh", "svb", "svp", "svh", "stb", "sot", "soh")
-INTEGERS = ("B", "T", "Hkv", "window", "top0")
+STRIDES = ("sqt", "sqh", "skb", "skp", "skh", "svb", "svp", "svh", "sot", "soh")
+INTEGERS = ("stb", "B", "T", "Hkv", "window", "top0")
 NAMES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 PLAIN = {"WINDOW": False, "SOFTCAP": False, "ALIBI": False, "HAS_SINKS": False, "HAS_LSE": False, "SCALED": False}
 EVERYTHING = dict.fromkeys(PLAIN, True)

@@ -396,10 +396,12 @@ def test_every_kind_of_call_is_made_once_before_requests_come(options, monkeypat
     seen = []
 
     def paged(q, *args, **kwargs):
-        seen.append((len(args[3]), kwargs["max_seqlen_q"], kwargs["seqlens"] is not None))
+        seen.append((len(q), kwargs["max_seqlen_q"], kwargs["seqlens"] is not None))
         return attention_paged(q, *args, **kwargs)
 
+    written = []
     monkeypatch.setattr(module, "attention_paged", paged)
+    monkeypatch.setattr(module, "reshape_and_cache", lambda k, *others: written.append(len(k)))
     impl = make_impl(**options)
     counted = impl_calls()
     calls = warm_up(impl, 16, torch.float32, torch.device("cpu"))
@@ -407,6 +409,7 @@ def test_every_kind_of_call_is_made_once_before_requests_come(options, monkeypat
     assert len(seen) == calls - (0 if "kv_cache_dtype" in options else 4)
     assert {1, 100, 128} <= {queries for _, queries, _ in seen}
     assert all(dense == (queries >= 128) for _, queries, dense in seen)
+    assert written == [tokens for tokens, _, _ in seen]
     assert impl_calls() == counted
     assert warm_up(make_impl(attn_type="encoder_only"), 16, torch.float32, torch.device("cpu")) == 0
 

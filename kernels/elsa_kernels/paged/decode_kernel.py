@@ -83,7 +83,7 @@ def sequence_units(CU, USED, s, inside, T, window, GROUP: tl.constexpr, CHUNK: t
     return q0, n_q, n_k, first, tl.where(ours, chunks, 0)
 
 
-@triton.jit(do_not_specialize=["B", "T", "Hkv", "window", "top0"])
+@triton.jit(do_not_specialize=["stb", "B", "T", "Hkv", "window", "top0"])
 def decode_kernel(
     Q, K, V, CU, USED, TABLE, OUT, LSE, PM, PL, PW, COUNT, SLOPES, SINKS, K_SCALE, V_SCALE,
     sqt, sqh, skb, skp, skh, svb, svp, svh, stb, sot, soh, B, T, Hkv, window, top0, scale, softcap,

@@ -8,7 +8,7 @@ import triton.language as tl
 from elsa_kernels.paged.tiles_kernel import LN2, LOG2E, dot_walk, is_broken, row_by_row
 
 
-@triton.jit(do_not_specialize=["B", "T", "Hkv", "window"])
+@triton.jit(do_not_specialize=["stb", "B", "T", "Hkv", "window"])
 def prefill_kernel(
     Q, K, V, CU, USED, TABLE, OUT, LSE, SLOPES, SINKS, K_SCALE, V_SCALE,
     sqt, sqh, skb, skp, skh, svb, svp, svh, stb, sot, soh, B, T, Hkv, window, scale, softcap,
