@@ -172,8 +172,7 @@ def rows_of(args: argparse.Namespace, cell: SuiteCell, document: dict[str, Any])
         "gpu_cap_bytes": int(flags["gpu-memory"]),
         "gpu_cap_bytes_all_layers": parse_size(args.gpu_memory),
         "chunk_tokens": int(flags["chunk-tokens"]),
-        "commit": document["commit"],
-        "date": document["date"],
+        **{key: document[key] for key in ("commit", "date", "command", "machine")},
     }
     counters = {f"{side}_{key}": measured["counters"][side][key] for side in SIDES for key in ("h2d_bytes", "stall_s")}
     rows = []

@@ -13,6 +13,7 @@ rounds and no longer of the pairs: it holds the difference from start to start t
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import statistics
@@ -84,6 +85,7 @@ class Cell:
 
     `round` counts the starts of the servers, from 0; each has prompts of its own. After `seconds` no pair is begun any
     more, two at the least; which pairs there are then depends on the time that all of them took, not on what they say.
+    `rest_s` is waited before every request, so that what the other side left under way is in nobody's time.
     """
 
     context: int
@@ -93,6 +95,7 @@ class Cell:
     warm_up: int = 1
     round: int = 0
     seconds: float | None = None
+    rest_s: float = 0.0
 
     def requests(self, make: PromptMaker) -> list[Request]:
         """The warm-up's first, then one a pair."""
@@ -133,10 +136,12 @@ def common_start(a: str, b: str) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
-async def run_pair(sides: Mapping[str, Side], request: Request, number: int) -> Pair:
+async def run_pair(sides: Mapping[str, Side], request: Request, number: int, rest_s: float = 0.0) -> Pair:
     first, second = order(number)
-    seen = {first: await sides[first].run(request)}
-    seen[second] = await sides[second].run(request)
+    seen = {}
+    for side in (first, second):
+        await asyncio.sleep(rest_s)
+        seen[side] = await sides[side].run(request)
     texts = [seen[side].text for side in SIDES]
     return Pair(
         id=request.id,
@@ -187,7 +192,7 @@ async def run_cell(
     for number, request in enumerate(requests[cell.warm_up :]):
         if len(pairs) >= 2 and time.monotonic() > until:
             break
-        pairs.append(await run_pair(sides, request, cell.round + number))
+        pairs.append(await run_pair(sides, request, cell.round + number, cell.rest_s))
         keep(await measured(time.time(), {}))
         bar.update(2)
     bar.close()

@@ -183,7 +183,7 @@ async def measured(
 
 def cells_of(args: argparse.Namespace, number: int) -> list[Cell]:
     """What one round measures."""
-    fixed = (args.output_tokens, args.pairs, args.seed, args.warm_up, number, args.seconds)
+    fixed = (args.output_tokens, args.pairs, args.seed, args.warm_up, number, args.seconds, args.rest)
     return [Cell(context, *fixed) for context in args.context]
 
 
@@ -236,6 +236,7 @@ def opened(args: argparse.Namespace) -> Results:
         "seed",
         "warm_up",
         "seconds",
+        "rest",
         "confidence",
         "counting",
     )

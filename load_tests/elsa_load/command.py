@@ -126,6 +126,7 @@ def _add_cells(parser: argparse.ArgumentParser) -> None:
         help="starts of both servers, each with its pairs; from 2 on intervals are those of the rounds (default: 1)",
     )
     add("--warm-up", type=int, default=1, metavar="N", help="prompts a context before the clock runs (default: 1)")
+    add("--rest", type=float, default=0.2, metavar="S", help="idle before every request (default: 0.2)")
     add("--seed", type=int, default=1, help="of the prompts (default: 1)")
     add("--confidence", type=float, default=0.95, help="of the intervals (default: 0.95)")
     add("--no-prometheus", action="store_true", help="do not run a Prometheus server beside")

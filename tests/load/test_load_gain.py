@@ -13,6 +13,7 @@ from elsa_load.ab import SIDES, Cell, gain_rows, run_cell
 from elsa_load.in_process import EngineSide, Gate, Switch
 from elsa_load.processes import Program, free_port
 from elsa_load.prompts import PromptMaker
+from elsa_load.records import Observation, Request
 from elsa_load.scenario import tokenizer_of
 
 from elsa_serve.cli import main
@@ -42,7 +43,7 @@ def url(tmp_path_factory):
 
 
 def compare_same(url, folder, *flags):
-    arguments = ["bench", "ab", "--baseline", url, "--candidate", url, "--quiet", "--no-prometheus"]
+    arguments = ["bench", "ab", "--baseline", url, "--candidate", url, "--quiet", "--no-prometheus", "--rest", "0"]
     assert main([*arguments, "--output", str(folder), *flags]) == 0
     return json.loads((folder / "gain.json").read_text())
 
@@ -53,7 +54,8 @@ def compare(folder, slowdown):
     with Program(timed_command("{port}:" + str(slowdown), f"{other}:1"), folder / "server.log", startup_s=60) as server:
         arguments = ["bench", "ab", "--baseline", server.url, "--candidate", f"http://127.0.0.1:{other}", "--quiet"]
         arguments += ["--context", "512", "--pairs", "12", "--output-tokens", "10", "--confidence", "0.999"]
-        assert main([*arguments, "--scrape-interval", "0.2", "--output", str(folder)]) == 0
+        arguments += ["--rest", "0", "--scrape-interval", "0.2"]
+        assert main([*arguments, "--output", str(folder)]) == 0
     return json.loads((folder / "gain.json").read_text())
 
 
@@ -105,7 +107,7 @@ def test_no_slowdown_is_found_where_there_is_none(tmp_path):
 
 def test_rounds_start_both_servers_anew_in_the_other_order(tmp_path):
     quick = f"{shlex.quote(sys.executable)} {shlex.quote(str(HERE / 'timed_server.py'))} 0.0001 0.001 {{port}}:1"
-    arguments = ["bench", "ab", "--baseline", quick, "--candidate", quick, "--quiet", "--no-prometheus"]
+    arguments = ["bench", "ab", "--baseline", quick, "--candidate", quick, "--quiet", "--no-prometheus", "--rest", "0"]
     arguments += ["--context", "256", "--pairs", "2", "--output-tokens", "2", "--rounds", "2"]
     assert main([*arguments, "--output", str(tmp_path)]) == 0
     data = json.loads((tmp_path / "gain.json").read_text())
@@ -134,7 +136,7 @@ def test_a_run_goes_on_where_it_stopped_but_not_with_other_settings(tmp_path, ur
     both = compare_same(url, tmp_path, *flags, "384")
     assert [cell["cell"]["context"] for cell in both["cells"]] == [256, 384]
     assert both["cells"][0] == first["cells"][0]
-    arguments = ["bench", "ab", "--baseline", url, "--candidate", url, "--quiet", "--no-prometheus"]
+    arguments = ["bench", "ab", "--baseline", url, "--candidate", url, "--quiet", "--no-prometheus", "--rest", "0"]
     assert main([*arguments, "--seed", "2", "--output", str(tmp_path)]) == 1
     assert "other settings" in capsys.readouterr().err
     assert main(["bench", "report", str(tmp_path / "gain.json")]) == 0
@@ -170,12 +172,12 @@ def test_a_run_that_is_cut_off_keeps_its_pairs_and_measures_that_context_anew(tm
     flags = ["--pairs", "4", "--output-tokens", "2", "--context", "256"]
     run_pair = ab.run_pair
 
-    async def breaking(sides, request, number):
+    async def breaking(sides, request, number, rest_s):
         if number == 3:
             raise ElsaError("the machine went away")
-        return await run_pair(sides, request, number)
+        return await run_pair(sides, request, number, rest_s)
 
-    arguments = ["bench", "ab", "--baseline", url, "--candidate", url, "--quiet", "--no-prometheus"]
+    arguments = ["bench", "ab", "--baseline", url, "--candidate", url, "--quiet", "--no-prometheus", "--rest", "0"]
     with monkeypatch.context() as patch:
         patch.setattr(ab, "run_pair", breaking)
         assert main([*arguments, "--output", str(tmp_path), *flags]) == 1
@@ -184,6 +186,28 @@ def test_a_run_that_is_cut_off_keeps_its_pairs_and_measures_that_context_anew(tm
     assert [(row["phase"], row["pairs"]) for row in data["rows"]] == [(p, 3) for p in prometheus.PHASES]
     data = compare_same(url, tmp_path, *flags)
     assert [(cell["complete"], len(cell["pairs"])) for cell in data["cells"]] == [(True, 4)]
+
+
+def test_each_request_of_a_pair_begins_after_a_rest(monkeypatch):
+    """Which is in neither side's time."""
+    happened = []
+
+    class Noting:
+        def __init__(self, name):
+            self.name = name
+
+        async def run(self, request):
+            happened.append(self.name)
+            return Observation(request.id, 0.0, ttft_s=1.0, decode_s=2.0, e2e_s=3.0)
+
+    async def sleep(seconds):
+        happened.append(seconds)
+
+    monkeypatch.setattr(ab.asyncio, "sleep", sleep)
+    sides = {side: Noting(side) for side in SIDES}
+    pair = asyncio.run(ab.run_pair(sides, Request("r", [1], 1, 4), 1, rest_s=7.0))
+    assert happened == [7.0, "candidate", 7.0, "baseline"]
+    assert pair.seconds["baseline"] == {"prefill": 1.0, "decode": 2.0, "end_to_end": 3.0}
 
 
 def test_no_pair_is_begun_after_the_time_given(tmp_path, url):
