@@ -6,6 +6,7 @@ These functions run inside vLLM's worker (`LLM.apply_model`), on its modules.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,14 +24,17 @@ def draw_weights(model: torch.nn.Module) -> None:
         if parameter.dim() < 2:
             parameter.fill_(1.0)  # norms
             continue
-        generator = torch.Generator(device=parameter.device).manual_seed(zlib.crc32(name.encode()))
-        parameter.copy_(_slice(model, name, parameter, generator))
+        parameter.copy_(_slice(model, name, parameter))
+    for module in model.modules():
+        if hasattr(module, "elsa_planes"):  # --quantization elsa_fp32 keeps its weights in another form
+            module.quant_method.process_weights_after_loading(module)  # type: ignore[operator, union-attr]
 
 
-def _slice(model: torch.nn.Module, name: str, parameter: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def _slice(model: torch.nn.Module, name: str, parameter: torch.Tensor) -> torch.Tensor:
     """This rank's part of the whole weight `name`."""
     from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 
+    generator = torch.Generator(device=parameter.device).manual_seed(zlib.crc32(name.encode()))
     rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
     owner: Any = model.get_submodule(name.rpartition(".")[0])
     rows, columns = parameter.shape
@@ -63,15 +67,31 @@ def _normal(shape: tuple[int, int], like: torch.Tensor, generator: torch.Generat
 
 
 @torch.inference_mode()
-def logits(model: Any, tokens: list[int], last: int) -> torch.Tensor:
-    """Logits [last, vocabulary] float64, on the CPU, after each of the last positions of one sequence."""
+def logits(model: Any, tokens: list[int], last: int, linear: torch.dtype = torch.float64) -> torch.Tensor:
+    """Logits [last, vocabulary] float64, on the CPU, after each of the last positions of one sequence.
+
+    linear: what linear layers compute in; all else is float64, on the engine's own weights.
+    """
     body = model.model
     weight = body.embed_tokens.weight
+
+    def product(x: torch.Tensor, module: Any) -> torch.Tensor:
+        matrix = _drawn_again(model, module) if hasattr(module, "elsa_planes") else module.weight
+        return (x.to(linear) @ matrix.to(linear).T).double()
+
     x = weight[torch.tensor(tokens, device=weight.device)].double()  # [N, hidden]
     for layer in body.layers:
-        x = x + _attention(layer.self_attn, _norm(layer.input_layernorm, x))
-        x = x + _mlp(layer.mlp, _norm(layer.post_attention_layernorm, x))
-    return (_norm(body.norm, x[-last:]) @ model.lm_head.weight.double().T).cpu()
+        x = x + _attention(layer.self_attn, _norm(layer.input_layernorm, x), product)
+        h = product(_norm(layer.post_attention_layernorm, x), layer.mlp.gate_up_proj)
+        gate, up = h.chunk(2, dim=-1)
+        x = x + product(torch.nn.functional.silu(gate) * up, layer.mlp.down_proj)
+    return product(_norm(body.norm, x[-last:]), model.lm_head).cpu()
+
+
+def _drawn_again(model: torch.nn.Module, module: torch.nn.Module) -> torch.Tensor:
+    """The weight that `draw_weights` gave a module whose memory now holds it in another form."""
+    name = next(name for name, one in model.named_modules() if one is module)
+    return _slice(model, f"{name}.weight", module.get_parameter("weight"))
 
 
 def relative_errors(found: torch.Tensor, expected: torch.Tensor) -> list[float]:
@@ -84,14 +104,9 @@ def _norm(norm: Any, x: torch.Tensor) -> torch.Tensor:
     return scaled * norm.weight.double()
 
 
-def _mlp(mlp: Any, x: torch.Tensor) -> torch.Tensor:
-    gate, up = (x @ mlp.gate_up_proj.weight.double().T).chunk(2, dim=-1)
-    return (torch.nn.functional.silu(gate) * up) @ mlp.down_proj.weight.double().T
-
-
-def _attention(layer: Any, x: torch.Tensor) -> torch.Tensor:
+def _attention(layer: Any, x: torch.Tensor, product: Callable[[torch.Tensor, Any], torch.Tensor]) -> torch.Tensor:
     N, D = x.shape[0], layer.head_dim
-    q, k, v = (x @ layer.qkv_proj.weight.double().T).split([layer.q_size, layer.kv_size, layer.kv_size], dim=-1)
+    q, k, v = product(x, layer.qkv_proj).split([layer.q_size, layer.kv_size, layer.kv_size], dim=-1)
     # The engine's own table of cosines and sines: its rounding is no matter of attention.
     cos, sin = layer.rotary_emb.cos_sin_cache[:N].double().chunk(2, dim=-1)
     q, k = (_rotate(t.view(N, -1, D), cos, sin) for t in (q, k))
@@ -105,7 +120,7 @@ def _attention(layer: Any, x: torch.Tensor) -> torch.Tensor:
         out[:, heads] = torch.einsum(
             "hnm,mhd->nhd", scores.masked_fill(masked, -torch.inf).softmax(-1), v[:, heads // group]
         )
-    return out.flatten(1) @ layer.o_proj.weight.double().T
+    return product(out.flatten(1), layer.o_proj)
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

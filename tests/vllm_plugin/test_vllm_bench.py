@@ -1,11 +1,13 @@
 """The benchmark's own parts: its float64 reference against transformers, its geometry, its errors as rows."""
 
+import argparse
 from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 
+from kernels.bench import results_file
 from load_tests import vllm_bench, vllm_reference
 
 SMALL = {
@@ -56,6 +58,8 @@ def test_the_reference_is_llama():
     # transformers normalises in float32, whatever the model's dtype.
     assert max(vllm_reference.relative_errors(found, expected)) < 2e-6
     assert max(vllm_reference.relative_errors(found[:, torch.randperm(96)], expected)) > 0.1
+    rounded = vllm_reference.logits(as_in_vllm(model), tokens, 5, torch.float32)
+    assert 1e-8 < max(vllm_reference.relative_errors(rounded, found)) < 1e-5
 
 
 def test_geometry_takes_changes_and_refuses_unknown_keys():
@@ -83,3 +87,31 @@ def test_an_elsa_row_needs_proof(monkeypatch):
     with pytest.raises(NotActive):
         vllm_bench.proved("ELSA")
     assert vllm_bench.proved("FLASH_ATTN") == {}
+
+
+def test_variants_are_engine_options_by_name():
+    assert vllm_bench.variant("plain") == ("plain", {})
+    assert vllm_bench.variant("dcp2")[1] == {"tensor_parallel_size": 2, "decode_context_parallel_size": 2}
+    assert vllm_bench.variant("elsa_fp32") == ("elsa_fp32", {"quantization": "elsa_fp32"})
+    assert vllm_bench.variant("ngram5")[1]["speculative_config"]["num_speculative_tokens"] == 5
+    with pytest.raises(argparse.ArgumentTypeError, match="'warp9'"):
+        vllm_bench.variant("warp9")
+
+
+def test_collected_rows_keep_the_newest_of_a_configuration_and_where_it_came_from(tmp_path):
+    def run(name, date, rows):
+        head = {"machine": {}, "versions": {}, "commit": name, "date": date}
+        command = f"python3 -m load_tests.vllm_bench speed --output /somewhere/{name}.json"
+        results_file.write_document(tmp_path / name, head | {"command": command, "rows": rows})
+
+    fp16, fp32 = {"dtype": "float16", "layers": 40}, {"dtype": "float32", "layers": 40}
+    run("old", "2026-01-01", [fp16 | {"prefill_s": 3.0}, fp32 | {"prefill_s": 9.0}])
+    run("new", "2026-01-02", [fp16 | {"prefill_s": 2.0}])
+    for _ in range(2):  # what the file holds is kept
+        vllm_bench.main(["collect", *map(str, (tmp_path / "new", tmp_path / "old")), "--output", str(tmp_path / "all")])
+        rows = results_file.read(tmp_path / "all")["rows"]
+        assert [(row["dtype"], row["prefill_s"], row["commit"]) for row in rows] == [
+            ("float32", 9.0, "old"),
+            ("float16", 2.0, "new"),
+        ]
+        assert all(row["command"] == "python3 -m load_tests.vllm_bench speed" for row in rows)
