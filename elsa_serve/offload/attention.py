@@ -47,7 +47,8 @@ AttendState = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, AttentionOptio
 
 
 class ChunkAttention(Protocol):
-    """What the running pass does with a chunk's queries, keys and values: [1, H, T, D] in, [1, T, H, D] out."""
+    """What the running pass does with a chunk's keys and values [1, Hkv, T, D] and the queries of its last tokens, of
+    all or fewer, [1, H, n, D] in, [1, n, H, D] out."""
 
     def __call__(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: AttentionOptions

@@ -71,31 +71,47 @@ class FusedForward:
         *,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
+        wanted: int | None = None,
         **_: Any,
     ) -> torch.Tensor:
+        """`wanted`: so many of the last tokens are computed whole (None: all), of the others keys and values alone."""
         refuse_mask(self._layer.self_attn, attention_mask)
         layer, form = self._layer, self._form
+        tokens = hidden_states.shape[1]
+        wanted = tokens if wanted is None else wanted
         normed = form.norm(layer.input_layernorm, hidden_states)
-        attended = self._attention(layer.self_attn, normed, position_embeddings)
-        normed = form.norm(layer.post_attention_layernorm, attended, residual=hidden_states)
+        attended = self._attention(layer.self_attn, normed, position_embeddings, wanted)
+        if not wanted:
+            return hidden_states
+        hidden = hidden_states[:, tokens - wanted :]
+        normed = form.norm(layer.post_attention_layernorm, layer.self_attn.o_proj(attended), residual=hidden)
         mlp = layer.mlp
         gate, up = products(normed, mlp.gate_proj, mlp.up_proj)
-        return hidden_states.add_(mlp.down_proj(gated(gate, up, form.activation)))
+        hidden.add_(mlp.down_proj(gated(gate, up, form.activation)))
+        return hidden_states
 
     def _attention(
-        self, attention: Any, x: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
+        self, attention: Any, x: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], wanted: int
     ) -> torch.Tensor:
+        """What the last `wanted` tokens attended, [1, wanted, H·D]."""
         form = self._form
-        columns = products(x, attention.q_proj, attention.k_proj, attention.v_proj)
-        q, k, v = (y[0].unflatten(-1, (-1, form.head_dim)) for y in columns)  # [T, heads, D]
+        cos, sin = (table[0] for table in position_embeddings)
+        rest = x.shape[1] - wanted
+        if rest:
+            columns = [*products(x[:, rest:], attention.q_proj), *products(x, attention.k_proj, attention.v_proj)]
+        else:
+            columns = [*products(x, attention.q_proj, attention.k_proj, attention.v_proj)]
+        q, k, v = (y[0].unflatten(-1, (-1, form.head_dim)) for y in columns)  # [tokens, heads, D]
         if form.head_norm is not None:
             q = form.head_norm(attention.q_norm, q.contiguous())
             k = form.head_norm(attention.k_norm, k.contiguous())
-        cos, sin = position_embeddings
-        q, k = rotary(q, k, cos[0], sin[0])
-        q, k, v = (y.transpose(0, 1)[None] for y in (q, k, v))  # [1, heads, T, D]
-        out = current_attention()(form.index, q, k, v, form.options)
-        return attention.o_proj(_token_by_token(out))
+        if rest:
+            q, _ = rotary(q, q[:, :0], cos[rest:], sin[rest:])
+            k, _ = rotary(k, k[:, :0], cos, sin)
+        else:
+            q, k = rotary(q, k, cos, sin)
+        q, k, v = (y.transpose(0, 1)[None] for y in (q, k, v))  # [1, heads, tokens, D]
+        return _token_by_token(current_attention()(form.index, q, k, v, form.options))
 
 
 def _token_by_token(out: torch.Tensor) -> torch.Tensor:
@@ -262,7 +278,7 @@ def layer_form(layer: nn.Module) -> LayerForm | None:
 
 
 class _Recorder:
-    """Stands in for a pass's attention: keeps what it is given and returns the queries, plus the first value."""
+    """Stands in for a pass's attention: keeps what it is given; each query gets itself plus its token's first value."""
 
     def __init__(self, index: int) -> None:
         self._index = index
@@ -276,7 +292,7 @@ class _Recorder:
             raise ValueError(f"layer {self._index} attends as layer {layer}")
         self.seen.append((q, k, v))
         self.options = options
-        return (q + v[:, :1]).transpose(1, 2)
+        return (q + v[:, :1, v.shape[2] - q.shape[2] :]).transpose(1, 2)
 
 
 def _run(module: nn.Module, *arguments: torch.Tensor) -> torch.Tensor | None:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from elsa_serve.offload.attention import AttentionOptions, attending
+from elsa_serve.offload.fused import FusedForward
 from elsa_serve.offload.kv import RequestKV
 from elsa_serve.offload.ring import WeightStream
 from elsa_serve.offload.streams import Event, Streams
@@ -56,6 +57,12 @@ class Segment:
     start: int
     final: bool  # the part's last tokens
 
+    @property
+    def wanted(self) -> int:
+        """Of how many of its rows, the last ones, logits are wanted."""
+        before = len(self.part.tokens) - self.part.rows  # tokens of the part that none are wanted of
+        return max(0, self.start + self.high - self.low - max(self.start, before))
+
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
@@ -64,6 +71,11 @@ class Chunk:
     low: int
     high: int
     segments: tuple[Segment, ...]
+
+    @property
+    def wanted(self) -> int:
+        """So many of the last rows include all of which logits are wanted."""
+        return self.segments[0].wanted if len(self.segments) == 1 else self.high - self.low
 
     def given_up(self) -> bool:
         return all(segment.part.given_up() for segment in self.segments)
@@ -198,8 +210,11 @@ class PassRunner:
         total = hidden.shape[1]
         rows = slice(chunk.low, chunk.high)
         own = hidden[:, rows]
+        kwargs = {name: _rows(value, rows, total) for name, value in kwargs.items()}
+        if index == len(self._layers) - 1 and isinstance(inner, FusedForward):
+            kwargs["wanted"] = chunk.wanted  # the last layer's other rows are nobody's input
         with attending(_ChunkAttention(self._tiers, chunk)):
-            output = inner(own, **{name: _rows(value, rows, total) for name, value in kwargs.items()})
+            output = inner(own, **kwargs)
         output = output[0] if isinstance(output, tuple) else output
         if output is not own:  # a fused layer works in place
             own.copy_(output)
@@ -244,7 +259,7 @@ class _ChunkAttention:
     def __call__(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: AttentionOptions
     ) -> torch.Tensor:
-        """[1, H, T, D] in, [1, T, H, D] out."""
+        """Queries of fewer than the chunk's tokens are of its only segment's last ones."""
         segments = [segment for segment in self._chunk_of.segments if not segment.part.given_up()]
         pieces = [_piece(segment, q, k, v) for segment in segments]
         outs = [out.transpose(1, 2) for out in self._tiers.attend(layer, pieces, options)]

@@ -39,8 +39,8 @@ class Rows(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Rows of one request in one chunk of one layer: q [1, H, n, D], k and v [1, Hkv, n, D], the first at position
-    `first`. `final`: the request's last rows in this layer."""
+    """Tokens of one request in one chunk of one layer: k and v [1, Hkv, n, D], the first at position `first`, and
+    q [1, H, m, D] of the last m of them, whose attention is wanted. `final`: the request's last ones in this layer."""
 
     kv: RequestKV
     first: int
@@ -51,7 +51,21 @@ class Piece:
 
     @property
     def last(self) -> int:
-        return self.first + self.q.shape[2]
+        return self.first + self.k.shape[2]
+
+    @property
+    def rows(self) -> int:
+        return self.q.shape[2]
+
+    @property
+    def first_row(self) -> int:
+        """The first query's position."""
+        return self.last - self.rows
+
+    def some(self, low: int, high: int) -> Piece:
+        """Rows [low, high) alone, and the tokens up to them."""
+        tokens = self.k.shape[2] - self.rows + high
+        return replace(self, q=self.q[:, :, low:high], k=self.k[:, :, :tokens], v=self.v[:, :, :tokens])
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +125,8 @@ class Tiers:
         self._working.begin([Visit(kv, layer) for layer in range(layers) for kv in moved])
 
     def attend(self, layer: int, pieces: Sequence[Piece], options: AttentionOptions) -> list[torch.Tensor]:
-        """Store the pieces' keys and values and attend; [1, H, n, D] for each."""
-        parts = {i: piece for i, piece in enumerate(pieces) if self._in_parts(piece)}
+        """Store the pieces' keys and values and attend; what each of the queries gets, in their shape."""
+        parts = {i: piece for i, piece in enumerate(pieces) if piece.rows and self._in_parts(piece)}
         for piece in parts.values():
             _store(layer, piece)
         here, there = (self._jobs(parts, options, on_device) for on_device in (True, False))
@@ -138,19 +152,19 @@ class Tiers:
         road, spans = self._roads[id(piece.kv)], piece.kv.spans
         if road != "resident" or self._attend_state is None:
             return road == "in place"
-        return piece.q.shape[2] <= SHARED_ROWS and (spans[0].last < piece.last or spans[0].extent.users > 1)
+        return piece.rows <= SHARED_ROWS and (spans[0].last < piece.last or spans[0].extent.users > 1)
 
     def _jobs(self, pieces: dict[int, Piece], options: AttentionOptions, on_device: bool) -> list[_Job]:
         """What is to be attended on the device, or on the host. What several pieces share, and all their rows see
         whole, is read once for all of them: the beginning of the extent that each of them has."""
         holders: dict[int, list[tuple[int, Span]]] = {}
         for i, piece in pieces.items():
-            oldest = 0 if options.window is None else max(0, piece.first - options.window + 1)
+            oldest = 0 if options.window is None else max(0, piece.first_row - options.window + 1)
             for span in piece.kv.spans_of(oldest, piece.last, on_device):
                 holders.setdefault(id(span.extent), []).append((i, span))
         jobs: list[_Job] = []
         for found in holders.values():
-            common = min(min(span.tokens, pieces[i].first - span.first) for i, span in found)
+            common = min(min(span.tokens, pieces[i].first_row - span.first) for i, span in found)
             together = len(found) > 1 and common > 0 and options.window is None and options.sinks is None
             if together:
                 jobs.append(_Job(found[0][1].extent, 0, common, common, tuple(i for i, _ in found)))
@@ -158,7 +172,7 @@ class Tiers:
             for i, span in found:
                 high = span.within(0, pieces[i].last).stop
                 if high > low:
-                    jobs.append(_Job(span.extent, low, high, pieces[i].first - span.first - low, (i,)))
+                    jobs.append(_Job(span.extent, low, high, pieces[i].first_row - span.first - low, (i,)))
         return jobs
 
     @staticmethod
@@ -168,10 +182,12 @@ class Tiers:
         return options if first else replace(options, sinks=None)
 
     def _whole(self, layer: int, piece: Piece, options: AttentionOptions) -> torch.Tensor:
-        """Attention over keys that are all on the device."""
+        """Attention over keys that are all on the device, if any is wanted."""
         kv, last = piece.kv, piece.last
-        if self._roads[id(kv)] == "resident":
+        if self._roads[id(kv)] != "over the device":
             _store(layer, piece)
+            if not piece.rows:
+                return piece.q
             if kv.spans[0].last >= last:
                 block = kv.spans[0].extent.layers[layer]
             elif self._attend_state is not None:
@@ -181,7 +197,9 @@ class Tiers:
                 block = torch.cat([span.extent.layers[layer][:, :, span.within(0, last)] for span in spans], 2)
             return self._attend(piece.q, block[None, 0, :, :last], block[None, 1, :, :last], options)
         block = self._working.write(kv, layer, piece.first, piece.k, piece.v)
-        out = self._attend(piece.q, block[None, 0, :, :last], block[None, 1, :, :last], options)
+        out = piece.q
+        if piece.rows:
+            out = self._attend(piece.q, block[None, 0, :, :last], block[None, 1, :, :last], options)
         if piece.final:
             self._working.give()
         return out
@@ -200,9 +218,8 @@ class Tiers:
     def _in_rows(self, layer: int, piece: Piece, options: AttentionOptions) -> torch.Tensor:
         """Attention over several spans on the device, some rows at a time, because states are in float32."""
         outs = []
-        for low in range(0, piece.q.shape[2], STATE_ROWS):
-            rows = slice(low, low + STATE_ROWS)
-            part = {0: replace(piece, first=piece.first + low, q=piece.q[:, :, rows])}
+        for low in range(0, piece.rows, STATE_ROWS):
+            part = {0: piece.some(low, min(low + STATE_ROWS, piece.rows))}
             sunk: set[int] = set()
             jobs = self._jobs(part, options, on_device=True)
             states = [self._device_state(layer, job, part, self._sinks(job, options, sunk)) for job in jobs]
@@ -240,7 +257,7 @@ def _of_each(state: State, pieces: Sequence[Piece]) -> list[State]:
     """A job's state, piece by piece."""
     if len(pieces) == 1:
         return [state]
-    sizes = [piece.q.shape[2] for piece in pieces]
+    sizes = [piece.rows for piece in pieces]
     return [State(*parts) for parts in zip(*(t.split(sizes, 2) for t in (state.m, state.S, state.W)))]
 
 

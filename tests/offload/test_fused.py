@@ -8,7 +8,7 @@ from engine_models import FAMILIES, generate, make_config, make_engine, prompt_o
 from torch import nn
 
 from elsa_serve.offload import attention as attentions
-from elsa_serve.offload import fused
+from elsa_serve.offload import fused, step
 from elsa_serve.offload.weights import build_meta_model, find_decoder_layers
 
 
@@ -101,6 +101,68 @@ def test_tokens_are_those_of_transformers_modules(family, device, tmp_path, capl
     assert ours == plain
     assert done.layers == (0 if family == "gemma2" else 5)
     assert str(done) in caplog.text
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("wanted", [0, 1, 3])
+def test_of_tokens_that_nobody_wants_keys_and_values_are_computed_alone(family, wanted):
+    layer = decoder_layers(family)[2].to_empty(device="cpu")
+    for parameter in layer.parameters():
+        parameter.data.normal_(0.0, 0.3)
+    forward = fused.FusedForward(layer, fused.layer_form(layer))
+    x, tables = torch.randn(1, 9, 64), tuple(torch.randn(2, 1, 9, 16))
+
+    def run(**options):
+        recorded = fused._Recorder(2)
+        with attentions.attending(recorded), torch.no_grad():
+            return forward(x.clone(), position_embeddings=tables, **options), *recorded.seen[0]
+
+    whole, q, k, v = run()
+    some, few, keys, values = run(wanted=wanted)
+    torch.testing.assert_close(some[:, 9 - wanted :], whole[:, 9 - wanted :])
+    torch.testing.assert_close(some[:, : 9 - wanted], x[:, : 9 - wanted])
+    torch.testing.assert_close(few, q[:, :, 9 - wanted :])
+    torch.testing.assert_close((keys, values), (k, v))
+
+
+class Shapes:
+    """Wraps a pass's attention: notes (layer, queries, keys) of every call."""
+
+    def __init__(self, monkeypatch):
+        self.seen = []
+        inner = step._ChunkAttention.__call__
+
+        def call(attention, layer, q, k, v, options):
+            self.seen.append((layer, q.shape[2], k.shape[2]))
+            return inner(attention, layer, q, k, v, options)
+
+        monkeypatch.setattr(step._ChunkAttention, "__call__", call)
+
+
+# With few KiB, the KV of all tokens but some lies on the host.
+@pytest.mark.parametrize("device_kib", [None, 920, 1000])
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_the_last_layer_attends_for_the_wanted_rows_alone(family, device_kib, tmp_path, monkeypatch):
+    directory = save_checkpoint(family, tmp_path / family)
+    options = {"chunk_tokens": 40, "prefill_round_tokens": 90, "num_speculative_tokens": 0}
+    if device_kib:
+        options |= {"gpu_memory": f"{device_kib}KiB", "resident_layers": 0, "context": 200}
+    plain = make_engine(directory, fused=False, **options)
+    try:
+        theirs = tokens_of(generate(plain, prompt_of(170), max_tokens=6))
+    finally:
+        plain.shutdown()
+    ours = make_engine(directory, fused=True, **options)
+    assert (ours.plan.kv_host_bytes > 0) == bool(device_kib)
+    shapes = Shapes(monkeypatch)
+    try:
+        assert tokens_of(generate(ours, prompt_of(170), max_tokens=6)) == theirs
+    finally:
+        ours.shutdown()
+    last = [(queries, keys) for layer, queries, keys in shapes.seen if layer == 4]
+    # Two rounds of 85 tokens in chunks of 40, 40 and 5; one row of the second is wanted. Then a token a pass.
+    assert last == [(0, 40), (0, 40), (0, 5), (0, 40), (0, 40), (1, 5)] + 5 * [(1, 1)]
+    assert all(queries == keys for layer, queries, keys in shapes.seen if layer != 4)
 
 
 def test_neighbouring_weights_are_one_product():

@@ -48,6 +48,13 @@ def test_an_unfinished_prompt_wants_no_logits() -> None:
     assert plan.wanted == [5]
 
 
+def test_wanted_rows_of_a_chunk() -> None:
+    parts = [Part(kv(), long(1), rows=1), Part(kv(7), [2, 3], rows=2), Part(kv(), long(4), rows=30)]
+    chunks = StepPlan.build(parts, chunk_tokens=16).chunks
+    assert [chunk.wanted for chunk in chunks] == [2, 0, 0, 1, 6, 16, 8]
+    assert [chunk.wanted for chunk in StepPlan.build([Part(kv(), long(1), rows=0)], chunk_tokens=64).chunks] == [0]
+
+
 def test_per_token_arguments_are_sliced_and_others_are_not() -> None:
     total, rows = 6, slice(2, 4)
     tokens = torch.arange(6)[None]
