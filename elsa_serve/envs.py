@@ -4,7 +4,7 @@
 |---|---|---|
 | ELSA_CACHE_DIR | $XDG_CACHE_HOME/elsa-serve or ~/.cache/elsa-serve | compiled kernels and measured bandwidths |
 | ELSA_API_KEY | unset | comma-separated keys that the server accepts; unset: no authentication |
-| ELSA_CHECKSUMS | unset | 1: compare what comes back from disk with what was there first; slower, to find bad disks |
+| ELSA_CHECKSUMS | unset | 1: compare KV and what comes from disk with what was there first; slow, to find bad memory |
 | ELSA_COMMIT | unset | the commit a benchmark names where the tree is no git checkout |
 | ELSA_VLLM_METRICS_DIR | made at start | where the processes of one vLLM server keep the counters of the plugin |
 """

@@ -21,7 +21,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,16 +46,18 @@ from kernels.bench import results_file
 
 MODEL = Path(__file__).parent / "models" / "llama-13b.json"
 RUN_KEYS = (
-    "gpu-memory", "host-memory", "attention", "serial", "resident-layers", "slots", "chunk-tokens", "context",
-    "decode-tokens", "fused", "host-threads",
+    "gpu-memory", "host-memory", "attention", "serial", "resident-layers", "slots", "chunk-tokens",
+    "prefill-round-tokens", "context", "decode-tokens", "fused", "host-threads",
 )  # fmt: skip
 # What tells one configuration from another in the results file; the rest of a row is what it gave.
 CONFIGURATION = (
     "system", "model", "layers", "dtype", "attention", "linear", "context", "batch", "serial", "fused", "gpu_cap",
     "asked", "case",
 )  # fmt: skip
-PLANNED = ("host_memory", "resident_layers", "slots", "chunk_tokens", "host_threads")  # recorded where set by hand
+# Recorded where set by hand.
+PLANNED = ("host_memory", "resident_layers", "slots", "chunk_tokens", "prefill_round_tokens", "host_threads")
 WARM_UP_TOKENS = 3
+READ_LAYERS = 8  # to find the host's bandwidth
 
 
 @dataclass(slots=True)
@@ -107,6 +109,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--resident-layers", type=int, help="layers on the device (default: planned)")
     parser.add_argument("--slots", type=int)
     parser.add_argument("--chunk-tokens", type=int)
+    parser.add_argument("--prefill-round-tokens", type=int, help="of the prompt, in one pass (default: planned)")
     parser.add_argument("--host-threads", type=int, help="for attention over KV in host memory (default: planned)")
     parser.add_argument(
         "--run", action="append", metavar="KEY=VALUE,…", help=f"one configuration; {', '.join(RUN_KEYS)}"
@@ -153,18 +156,25 @@ def shared_weights(args: argparse.Namespace, folder: Path) -> Iterator[tuple[Pat
 
 
 def read_bandwidth(weights: ModelWeights) -> float:
-    """Bytes per second at which all cores together read host memory: the best of some reads of a layer's weights, by
-    the native attention's own threads where they are to be had, else by torch's."""
-    words = weights.store.layers[0][: weights.store.layers[0].numel() // 8 * 8].view(torch.int64)
+    """Bytes per second at which all cores together read host memory: the best of some layers' weights, each read once
+    (a second time, much of it would come from the cores' cache), by the native attention's own threads where they are
+    to be had, else by torch's."""
+    read: Callable[[torch.Tensor], float] = _sum_seconds
     if native.unavailable() is None:
-        pool = library.Pool(len(os.sched_getaffinity(0)))
-        return words.nbytes / min(pool.read_seconds(words) for _ in range(7))
-    best = float("inf")
-    for _ in range(5):
-        start = time.perf_counter()
-        words.sum()
-        best = min(best, time.perf_counter() - start)
-    return words.nbytes / best
+        read = library.Pool(len(os.sched_getaffinity(0))).read_seconds
+    layers = [flat[: flat.numel() // 8 * 8].view(torch.int64) for flat in weights.store.layers[:READ_LAYERS]]
+    return max(words.nbytes / read(words) for words in layers)
+
+
+def _sum_seconds(words: torch.Tensor) -> float:
+    start = time.perf_counter()
+    words.sum()
+    return time.perf_counter() - start
+
+
+def floor_seconds(streamed: int, kv_on_host: int, bandwidth: float, h2d: float) -> float:
+    """No pass is shorter: what lies in host memory is read once by the cores, and the weights of it cross PCIe."""
+    return max((streamed + kv_on_host) / bandwidth, streamed / h2d)
 
 
 def measure(
@@ -199,32 +209,31 @@ def measure(
     compared = min(len(same), len(tokens))
     streamed = weights.store.nbytes * plan.streamed_layers // plan.geometry.layers
     kv_on_host = max(0, run.context - plan.kv_gpu_tokens) * plan.geometry.layers * plan.geometry.kv_token_bytes()
-    on_host, rates = streamed + kv_on_host, plan.rates
-    return (
-        row
-        | {
-            "resident_layers": len(plan.resident_layers),
-            "slots": plan.slots,
-            "chunk_tokens": plan.chunk_tokens,
-            "kv_gpu_tokens": plan.kv_gpu_tokens,
-            "kv_host_bytes": kv_on_host,
-            "weights_host_bytes": streamed,
-            "gpu_cap_bytes": plan.gpu_budget,
-            **timings(steps.passes),
-            "predicted_prefill_s": plan.ttft_s,
-            "predicted_decode_s_per_token": plan.s_per_token,
-            "peak_gpu_bytes": memory.device_used,
-            "peak_torch_bytes": memory.peak_reserved,
-            "peak_host_bytes": host_peak(),
-            "asked_host_bytes": weights.store.host_nbytes + plan.kv_host_bytes,  # the shared weights lie there whole
-            "huge_page_bytes": huge,
-            "floor_s": max(on_host / bandwidth, streamed / rates.h2d),
-            "h2d_bytes_per_s": rates.h2d,
-            "host_read_bytes_per_s": bandwidth,
-            "tokens_equal": tokens[:compared] == same[:compared],
-            "error": None,
-        }
-    )
+    rates, used = plan.rates, host_peak()
+    asked = weights.store.host_nbytes + plan.kv_host_bytes  # the shared weights lie there whole
+    return row | {
+        "resident_layers": len(plan.resident_layers),
+        "slots": plan.slots,
+        "chunk_tokens": plan.chunk_tokens,
+        "kv_gpu_tokens": plan.kv_gpu_tokens,
+        "kv_host_bytes": kv_on_host,
+        "weights_host_bytes": streamed,
+        "gpu_cap_bytes": plan.gpu_budget,
+        **timings(steps.passes),
+        "predicted_prefill_s": plan.ttft_s,
+        "predicted_decode_s_per_token": plan.s_per_token,
+        "peak_gpu_bytes": memory.device_used,
+        "peak_torch_bytes": memory.peak_reserved,
+        "peak_host_bytes": used,
+        "asked_host_bytes": asked,
+        "host_used_per_asked": used / asked if used else None,
+        "huge_page_bytes": huge,
+        "floor_s": floor_seconds(streamed, kv_on_host, bandwidth, rates.h2d),
+        "h2d_bytes_per_s": rates.h2d,
+        "host_read_bytes_per_s": bandwidth,
+        "tokens_equal": tokens[:compared] == same[:compared],
+        "error": None,
+    }
 
 
 def make_engine(run: argparse.Namespace, directory: Path, weights: ModelWeights, steps: Steps) -> OffloadEngine:
@@ -242,6 +251,7 @@ def make_engine(run: argparse.Namespace, directory: Path, weights: ModelWeights,
         slots=run.slots,
         chunk_tokens=run.chunk_tokens,
         host_threads=run.host_threads,
+        prefill_round_tokens=run.prefill_round_tokens,
         attention=run.attention,
         linear=run.linear,
         fused=None if run.fused else False,

@@ -33,7 +33,15 @@ from elsa_serve.offload.units import parse_size
 from elsa_serve.offload.weights import ModelWeights
 from elsa_serve.protocol import Event, GenerationRequest, SamplingParams, TokenEvent
 from elsa_serve.stats import StepStats
-from load_tests.offload_bench import MODEL, Steps, prompt_of, read_bandwidth, record, shared_weights
+from load_tests.offload_bench import (
+    MODEL,
+    Steps,
+    floor_seconds,
+    prompt_of,
+    read_bandwidth,
+    record,
+    shared_weights,
+)
 
 TRACE = Path(__file__).parents[1] / "elsa_serve" / "offload" / "scheduler.py"
 EDITS = (("sequence", "request"), ("Sequence", "Request"), ("waiting", "queued"), ("_running", "_active"))
@@ -103,8 +111,8 @@ def base_row(args: argparse.Namespace, engine: OffloadEngine, bandwidth: float) 
         "system": "elsa-offload", "model": args.model.stem, "layers": plan.geometry.layers, "dtype": args.dtype,
         "attention": "elsa", "linear": args.linear, "context": args.context, "gpu_cap": args.gpu_memory,
         "gpu_cap_bytes": plan.gpu_budget, "resident_layers": len(plan.resident_layers),
-        "kv_host_bytes": on_host, "weights_host_bytes": streamed, "floor_s": (streamed + on_host) / bandwidth,
-        "host_read_bytes_per_s": bandwidth,
+        "kv_host_bytes": on_host, "weights_host_bytes": streamed, "host_read_bytes_per_s": bandwidth,
+        "floor_s": floor_seconds(streamed, on_host, bandwidth, plan.rates.h2d),
     }  # fmt: skip
 
 

@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 
+from elsa_serve import envs
 from elsa_serve.errors import BudgetError, ContextTooLong, EngineDraining, EngineFailed, QueueFull, UsageError
 from elsa_serve.offload import attention as attentions
+from elsa_serve.offload import checksums
 from elsa_serve.offload import device as devices
 from elsa_serve.offload.loading import EngineOptions, LoadedModel, load
 from elsa_serve.offload.output import OutputText
@@ -107,6 +109,7 @@ class OffloadEngine:
             attention=self._options.attention,
         )
         self.make_lookup: Callable[..., PromptLookup] = PromptLookup  # whose guesses are verified
+        self._checksums = envs.checksums()
         self._draft_tokens = draft_tokens(plan, self._options.num_speculative_tokens)
         self._scheduler = Scheduler(
             self._loaded.pool,
@@ -291,9 +294,11 @@ class OffloadEngine:
     def _pass(self) -> None:
         planned = self._scheduler.next_pass()
         self._record_joining(planned)
-        work = planned.work
-        if not work:
+        if not planned.work:
             self._end_stuck()
+            return
+        work = self._undamaged(planned.work) if self._checksums else planned.work
+        if not work:
             return
         parts = [self._part(share) for share in work]
         shares = running_shares((part.kv, len(part.tokens)) for part in parts)
@@ -312,12 +317,29 @@ class OffloadEngine:
         # The twin that copies and computes in turn is not what the planner predicts.
         predicted = 0.0 if self._options.serial else pass_time(self.plan, shares).seconds
         self._record_step(self._last_step - start, predicted, work, [share for share, _ in done], results)
+        if self._checksums:
+            for part, before in zip(parts, shares):
+                checksums.remember(part.kv, before.past)
         for share, _ in done:
             self._scheduler.computed(share.sequence)
         for result in results:
             self._deliver(result)
         with self._lock:
             self._sink.record(self._gauges())
+
+    def _undamaged(self, work: list[Work]) -> list[Work]:
+        """Without the requests whose KV has changed since it was computed: those end here, with an error."""
+        whole = []
+        for share in work:
+            kv = share.sequence.kv
+            found = checksums.damage(kv) if kv is not None else None
+            if found is None:
+                whole.append(share)
+                continue
+            logger.error("request %s: %s", share.sequence.request.request_id, found)
+            self._scheduler.withdraw(found.extent)
+            self._end(share.sequence, "error", error=str(found))
+        return whole
 
     def _end_stuck(self) -> None:
         """Nothing runs, and yet the head of the queue, whose memory was checked, cannot join: it never will."""

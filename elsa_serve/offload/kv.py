@@ -101,6 +101,7 @@ class Extent:
     blocks: list[Block]
     users: int = 0
     keepers: int = 0
+    sums: torch.Tensor | None = None  # [layers, capacity] int64, of the debug mode that looks for changed memory
 
     @property
     def nbytes(self) -> int:

@@ -13,7 +13,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from elsa_serve.offload.kv import KVPool, RequestKV
+from elsa_serve.offload.kv import Extent, KVPool, RequestKV
 
 BLOCK_TOKENS = 64
 
@@ -122,6 +122,15 @@ class PrefixCache:
         if entry is not None:
             self._unlist(entry, 0)
         self._pool.free(kv)
+
+    def withdraw(self, extent: Extent) -> None:
+        """What lies in this extent is broken: offer it no longer."""
+        for entry in list(self._entries.values()):
+            first = next((span.first for span in entry.kv.spans if span.extent is extent), None)
+            if first is not None and entry.running:
+                self._unlist(entry, first // BLOCK_TOKENS)
+            elif first is not None:
+                self._drop(entry)
 
     def reclaim(self) -> bool:
         """Free some memory of KV that no request owns, the least recently used first and from its end: what lies in

@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 
 from elsa_serve.errors import QueueFull
-from elsa_serve.offload.kv import KVPool, RequestKV
+from elsa_serve.offload.kv import Extent, KVPool, RequestKV
 from elsa_serve.offload.output import OutputText
 from elsa_serve.offload.prefix import BLOCK_TOKENS, PrefixCache, chain
 from elsa_serve.offload.sampling import Draw, Sampler
@@ -391,6 +391,12 @@ class Scheduler:
 
     def retry_after_s(self) -> float:
         return max(1.0, self._seconds_per_request or 1.0)
+
+    def withdraw(self, extent: Extent) -> None:
+        """Never begin a request with KV from this extent again."""
+        with self._lock:
+            if self._cache is not None:
+                self._cache.withdraw(extent)
 
     def forget_prefixes(self, identity: str) -> None:
         """Give up all cached KV, and name tokens anew. Nothing may be running."""
