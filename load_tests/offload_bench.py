@@ -104,6 +104,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--host-memory", help="host budget (default: 90%% of what is free, the weights included)")
     parser.add_argument("--attention", choices=sorted(attentions.ATTEND), default="elsa")
     parser.add_argument("--linear", choices=CHOICES, default="torch", help="float32 linear layers, for all runs")
+    parser.add_argument(
+        "--weights", choices=("transformers", "vllm"), default="transformers",
+        help="whose way to draw random weights, for all runs: transformers' (normal), or vLLM's dummy loader's",
+    )  # fmt: skip
     parser.add_argument("--serial", type=int, default=0, help="1: the serial twin")
     parser.add_argument("--fused", type=int, default=1, help="0: transformers' own elementwise work on a GPU")
     parser.add_argument("--resident-layers", type=int, help="layers on the device (default: planned)")
@@ -147,12 +151,29 @@ def shared_weights(args: argparse.Namespace, folder: Path) -> Iterator[tuple[Pat
         attn_implementation=attentions.NAME,
         progress=sys.stderr.isatty(),
     )
+    if getattr(args, "weights", None) == "vllm":
+        draw_as_vllm(weights)
     if args.linear == "elsa":
         split_linears(weights, progress=sys.stderr.isatty())
     try:
         yield folder, weights, time.perf_counter() - start
     finally:
         weights.close()
+
+
+def draw_as_vllm(weights: ModelWeights) -> None:
+    """Every parameter, norms too, uniform in ±1e-3, as vLLM's dummy loader draws them.
+
+    Such numbers' products switch fewer transistors than those of normal weights of the usual size: where power limits
+    the GPU's clock, they run faster, so a comparison with vLLM takes the same.
+    """
+    for flat in weights.store.layers:
+        values = torch.empty(flat.numel() // weights.dtype.itemsize, dtype=weights.dtype, device=weights.device)
+        flat.view(weights.dtype).copy_(values.uniform_(-1e-3, 1e-3))
+    with torch.no_grad():
+        for parameter in weights.model.parameters():
+            if not parameter.is_meta:
+                parameter.uniform_(-1e-3, 1e-3)
 
 
 def read_bandwidth(weights: ModelWeights) -> float:
@@ -275,7 +296,8 @@ def generate(engine: OffloadEngine, prompt: list[int], count: int) -> tuple[list
 
 
 def base_row(args: argparse.Namespace, run: argparse.Namespace, weights: ModelWeights) -> dict[str, Any]:
-    return {
+    case = {"case": "weights as vLLM's dummy loader draws them"} if args.weights == "vllm" else {}
+    return case | {
         "system": "elsa-offload",
         "model": args.model.stem,
         "layers": len(weights.decoder_layers),

@@ -34,6 +34,21 @@ def test_runs_of_one_load_become_rows(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "--gpu-memory" in refused["error"]
 
 
+def test_weights_as_vllm_draws_them(tmp_path: Path) -> None:
+    config = make_config("llama").to_dict()
+    model, output = tmp_path / "tiny.json", tmp_path / "rows.json"
+    model.write_text(json.dumps(config))
+    flags = ["--model", model, "--device", "cpu", "--dtype", "float32", "--layers", "2", "--context", "40"]
+    flags += ["--decode-tokens", "2", "--gpu-memory", "2MiB", "--weights", "vllm", "--output", output]
+    assert offload_bench.main([str(flag) for flag in flags]) == 0
+    (row,) = results_file.read(output)["rows"]
+    assert "vLLM" in row["case"]
+    args = offload_bench.build_parser().parse_args([str(flag) for flag in flags])
+    with offload_bench.shared_weights(args, tmp_path) as (_, weights, _):
+        drawn = [*(flat.view(weights.dtype) for flat in weights.store.layers), weights.model.lm_head.weight]
+        assert all(0.9e-3 < values.abs().max() <= 1e-3 for values in drawn)
+
+
 def test_a_misspelt_run_is_refused() -> None:
     with pytest.raises(SystemExit, match="serail"):
         offload_bench.main(["--run", "serail=1"])

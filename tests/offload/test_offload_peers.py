@@ -1,0 +1,72 @@
+"""The rows of other systems: accelerate on a tiny model, vLLM's refusal and its options, without vLLM."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from engine_models import make_config
+
+from kernels.bench import results_file
+from load_tests import offload_peers
+
+
+@pytest.fixture
+def flags(tmp_path: Path) -> list[str]:
+    model = tmp_path / "tiny.json"
+    model.write_text(json.dumps(make_config("llama").to_dict()))
+    return [
+        "--model", str(model), "--device", "cpu", "--dtype", "float32", "--layers", "2", "--context", "40",
+        "--decode-tokens", "2", "--gpu-memory", "1GiB", "--output", str(tmp_path / "rows.json"),
+    ]  # fmt: skip
+
+
+def rows_of(flags: list[str]) -> list[dict[str, Any]]:
+    assert offload_peers.main(flags) == 0
+    return results_file.read(Path(flags[-1]))["rows"]
+
+
+def test_accelerate_runs_a_prompt_and_tokens(flags: list[str]) -> None:
+    pytest.importorskip("accelerate")
+    (row,) = rows_of(["--peer", "accelerate", *flags])
+    assert row["error"] is None
+    assert (row["system"], row["layers"], row["context"]) == ("hf-accelerate", 2, 40)
+    assert row["prefill_s"] > 0
+    assert row["decode_s_per_token"] > 0
+
+
+def test_vllm_offloads_everything_under_the_cap_and_a_refusal_is_a_row(
+    flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    @contextmanager
+    def engine(args: Any, folder: str, backend: str, **changes: Any) -> Iterator[Any]:
+        asked.append(changes)
+        if changes["offload_backend"] == "uva":
+            raise ValueError("no room for KV")
+        metrics = SimpleNamespace(scheduled_ts=1.0, first_token_ts=4.5, last_token_ts=5.5)
+        yield SimpleNamespace(generate=lambda *_, **__: [SimpleNamespace(metrics=metrics)])
+
+    def generate(llm: Any, *_: Any, **__: Any) -> Any:
+        return llm.generate()
+
+    monkeypatch.setattr(offload_peers.vllm_bench, "engine", engine)
+    monkeypatch.setattr(offload_peers.vllm_bench, "generate", generate)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=4 << 30), raising=False
+    )
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 7)
+    prefetch, uva = rows_of(["--peer", "vllm-prefetch", "--peer", "vllm-uva", *flags])
+    assert (prefetch["prefill_s"], prefetch["decode_s_per_token"], prefetch["case"]) == (3.5, 0.5, "vllm-prefetch")
+    assert "no room for KV" in uva["error"]
+    assert {one["gpu_memory_utilization"] for one in asked} == {0.25}
+    layer = 4 * 64 * 64 + 3 * 64 * 96
+    assert asked[1]["cpu_offload_gb"] >= 2 * layer * 4 / 2**30
