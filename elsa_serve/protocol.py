@@ -6,10 +6,13 @@ callback on the engine's own thread and must not block; `stream` turns them into
 
 from __future__ import annotations
 
+import math
 import queue
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
+
+from elsa_serve.errors import UsageError
 
 FinishReason = Literal["stop", "length", "cancelled", "timeout", "error"]
 EngineState = Literal["loading", "ready", "draining", "stalled", "failed"]
@@ -17,21 +20,47 @@ EngineState = Literal["loading", "ready", "draining", "stalled", "failed"]
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How tokens are drawn. temperature 0 is greedy; top_k 0 and top_p 1 switch those filters off.
+    """How tokens are drawn. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 switch those filters off.
+
+    `logit_bias` holds (token id, number added to its logit). `presence_penalty` is taken off the logit of every token
+    generated before, `frequency_penalty` as often as it was; `repetition_penalty` divides positive logits of tokens in
+    prompt and output, and multiplies negative ones. `stop_token_ids` end the text like the end-of-sequence ids, under
+    `ignore_eos` too.
 
     `logprobs` asks for the chosen token's log-probability and those of that many best alternatives (0: the chosen
-    one only). They are of the model's own distribution, before temperature and filters.
+    one only). They are of the model's own distribution, before all of the above.
     """
 
     max_tokens: int = 16
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None
     ignore_eos: bool = False
     min_tokens: int = 0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+
+    def check(self) -> None:
+        """Raises UsageError for a value that cannot be sampled with."""
+        for name, fits, remedy in (
+            ("max_tokens", self.max_tokens >= 1, "at least 1 is needed"),
+            ("temperature", 0 <= self.temperature < math.inf, "choose 0 (greedy) or more"),
+            ("top_p", 0 < self.top_p <= 1, "choose more than 0, at most 1 (off)"),
+            ("top_k", self.top_k >= 0, "choose 0 (off) or more"),
+            ("min_p", 0 <= self.min_p <= 1, "choose 0 (off) to 1"),
+            ("stop", all(self.stop), "an empty text would end every answer at once"),
+            ("min_tokens", self.min_tokens >= 0, "choose 0 or more"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "choose more than 0; 1 is off"),
+        ):
+            if not fits:
+                raise UsageError(f"{name} is {getattr(self, name)}: {remedy}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +86,9 @@ class TokenEvent:
     """One generated token, or the end of a request.
 
     `text` is what became printable with this token: empty while a multi-byte character is incomplete or a possible
-    stop string is held back, and more than the token's own text when held text is released. The last event of a
-    request carries `finish_reason`; its `token_id` is None when it brings no token (cancelled, timeout, error).
+    stop string is held back, and more than the token's own text when held text is released. A token that ends the text
+    (end of sequence, `stop_token_ids`) has no text of its own and no log-probability. The last event of a request
+    carries `finish_reason`; its `token_id` is None when it brings no token (cancelled, timeout, error).
     `cached_tokens`, of the last event alone, are those of the prompt that were found computed.
     """
 

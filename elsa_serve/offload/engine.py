@@ -152,7 +152,7 @@ class OffloadEngine:
             self._check_request(request)
             prompt, sampling = request.prompt_token_ids, request.sampling
             output = OutputText(self.tokenizer, prompt, sampling.stop, sampling.min_tokens)
-            sampler = Sampler(sampling, self._loaded.eos_ids, self._options.seed + self._arrivals)
+            sampler = Sampler(sampling, self._loaded.eos_ids, self._options.seed + self._arrivals, prompt)
             lookup = self.make_lookup(prompt, sampling.max_tokens, self._draft_tokens) if self._draft_tokens else None
             sequence = Sequence(request, on_event, sampler, output, time.monotonic(), lookup)
             try:
@@ -179,8 +179,9 @@ class OffloadEngine:
                 raise ContextTooLong(self.info.max_context, len(prompt), sampling.max_tokens)
             if not prompt:
                 raise UsageError("the prompt is empty: at least one token is needed")
-            if sampling.max_tokens < 1:
-                raise UsageError(f"max_tokens is {sampling.max_tokens}: at least 1 is needed")
+            sampling.check()
+            if any(not 0 <= token < self.info.vocab_size for token, _ in sampling.logit_bias):
+                raise UsageError(f"logit_bias has token ids outside 0 … {self.info.vocab_size - 1}")
             if min(prompt) < 0 or max(prompt) >= self.info.vocab_size:
                 raise UsageError(f"the prompt has token ids outside 0 … {self.info.vocab_size - 1}")
             if request.request_id in self._scheduler:

@@ -114,9 +114,13 @@ class OutputText:
 
 
 def eos_token_ids(generation_config: Any, config: Any, tokenizer: Any) -> frozenset[int]:
-    """The end-of-sequence ids: of the generation config, else of the model's config, else of the tokenizer."""
-    for source in (generation_config, config, tokenizer):
+    """The end-of-sequence ids: of the generation config, else of the model's config; and the tokenizer's own, which
+    ends a turn where chat models have configs older than their templates (vLLM counts it too)."""
+    ids: frozenset[int] = frozenset()
+    for source in (tokenizer, generation_config, config):
         found = getattr(source, "eos_token_id", None)
         if found is not None:
-            return frozenset([found] if isinstance(found, int) else found)
-    return frozenset()
+            ids = ids.union([found] if isinstance(found, int) else found)
+            if source is not tokenizer:
+                break
+    return ids

@@ -113,8 +113,9 @@ class Sequence:
         self.tokens.append(draw.token_id)
         if self.lookup is not None:
             self.lookup.append(draw.token_id)
-        if draw.token_id in eos_ids and not self.request.sampling.ignore_eos:
-            return Taken(draw, self.output.flush(), "stop")
+        sampling = self.request.sampling
+        if draw.token_id in sampling.stop_token_ids or (draw.token_id in eos_ids and not sampling.ignore_eos):
+            return Taken(Draw(draw.token_id), self.output.flush(), "stop")
         last = self.remaining <= 0
         text, stopped = self.output.push(draw.token_id, last)
         return Taken(draw, text, "stop" if stopped else "length" if last else None)

@@ -125,6 +125,21 @@ def test_eos_ends_with_stop_and_shows_no_text(shared: OffloadEngine, monkeypatch
     assert eos not in tokens_of(longer)[:7]
 
 
+def test_stop_tokens_end_the_text_and_have_neither_text_nor_logprob(shared: OffloadEngine) -> None:
+    free = generate(shared, prompt_of(20), max_tokens=8)
+    stop = tokens_of(free)[4]
+    first = tokens_of(free).index(stop)
+    events = generate(shared, prompt_of(20), max_tokens=8, stop_token_ids=(stop,), logprobs=1)
+    assert tokens_of(events) == tokens_of(free)[: first + 1]
+    assert (events[-1].finish_reason, events[-1].text, events[-1].logprob, events[-1].top_logprobs) == (
+        "stop",
+        "",
+        None,
+        (),
+    )
+    assert all(event.logprob is not None for event in events[:-1])
+
+
 def test_a_stop_string_is_cut_out_of_the_text(shared: OffloadEngine) -> None:
     whole = text_of(generate(shared, prompt_of(20), max_tokens=24))
     stop = whole[6:9]
@@ -201,6 +216,8 @@ def test_progress_is_throttled(make: Callable[..., OffloadEngine]) -> None:
         ([], {}, UsageError, "empty"),
         ([1, 384], {}, UsageError, "outside 0 … 383"),
         ([1], {"max_tokens": 0}, UsageError, "max_tokens is 0"),
+        ([1], {"temperature": -1.0}, UsageError, "temperature is -1"),
+        ([1], {"logit_bias": ((384, 1.0),)}, UsageError, "logit_bias has token ids outside 0 … 383"),
     ],
 )
 def test_impossible_requests_are_refused_at_once(

@@ -151,11 +151,11 @@ def test_special_tokens_make_no_text(tokenizer: Any) -> None:
     assert Detokenizer(tokenizer, []).push(tokenizer.eos_token_id) == ""
 
 
-def test_eos_ids_come_from_the_generation_config_first() -> None:
+def test_eos_ids_are_the_generation_configs_else_the_configs_and_the_tokenizers() -> None:
     def source(value: Any) -> Any:
         return SimpleNamespace(eos_token_id=value)
 
-    assert eos_token_ids(source([1, 2]), source(3), source(4)) == {1, 2}
-    assert eos_token_ids(source(None), source(3), source(4)) == {3}
+    assert eos_token_ids(source([1, 2]), source(3), source(4)) == {1, 2, 4}
+    assert eos_token_ids(source(None), source(3), source(None)) == {3}
     assert eos_token_ids(None, source(None), source(0)) == {0}
     assert eos_token_ids(None, None, source(None)) == frozenset()

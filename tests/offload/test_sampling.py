@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
+from transformers.generation.logits_process import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor
 
+from elsa_serve.errors import UsageError
 from elsa_serve.offload.sampling import BadLogits, Sampler, filtered_probabilities
 from elsa_serve.protocol import SamplingParams
 
 
-def sampler(default_seed: int = 0, eos: frozenset[int] = frozenset(), **params: Any) -> Sampler:
-    return Sampler(SamplingParams(**params), eos, default_seed)
+def sampler(default_seed: int = 0, eos: frozenset[int] = frozenset(), prompt: tuple[int, ...] = (), **params: Any):
+    return Sampler(SamplingParams(**params), eos, default_seed, prompt)
 
 
 def logits_of(*probabilities: float) -> torch.Tensor:
@@ -103,6 +106,78 @@ def test_min_tokens_hold_back_the_end() -> None:
     draws = sampler(temperature=0.0, min_tokens=2, eos=frozenset({0}))
     logits = logits_of(0.9, 0.06, 0.04)
     assert [draws.draw(logits).token_id for _ in range(4)] == [1, 1, 0, 0]
+
+
+def test_stop_tokens_are_held_back_like_the_end() -> None:
+    draws = sampler(temperature=0.0, min_tokens=1, eos=frozenset({0}), stop_token_ids=(1,))
+    logits = logits_of(0.5, 0.3, 0.2)
+    assert [draws.draw(logits).token_id for _ in range(2)] == [2, 0]
+
+
+def test_biases_are_added_and_log_probabilities_stay_the_models() -> None:
+    logits = logits_of(0.7, 0.2, 0.1)
+    draw = sampler(temperature=0.0, logit_bias=((2, 3.0), (0, -100.0)), logprobs=1).draw(logits)
+    assert draw.token_id == 2
+    assert draw.logprob == pytest.approx(math.log(0.1), abs=1e-6)
+    assert [token for token, _ in draw.top] == [0]
+    torch.testing.assert_close(logits, logits_of(0.7, 0.2, 0.1))  # the row is not the sampler's to change
+
+
+def test_presence_counts_once_and_frequency_every_time() -> None:
+    """Greedy over logits 2.0, 1.5, 0.0: the tokens change hands where the penalties say so."""
+    logits = torch.tensor([2.0, 1.5, 0.0])
+
+    def drawn(count: int, **params: Any) -> list[int]:
+        draws = sampler(temperature=0.0, **params)
+        return [draws.draw(logits).token_id for _ in range(count)]
+
+    assert drawn(5, presence_penalty=1.0) == [0, 1, 0, 0, 0]  # 2, 1 against 1.5, then 1 against 0.5
+    assert drawn(5, frequency_penalty=0.4) == [0, 0, 1, 0, 1]  # 1.6 > 1.5 > 1.2, 1.2 > 1.1, 0.8 < 1.1
+    assert drawn(3, presence_penalty=-1.0) == [0, 0, 0]
+    # what the prompt holds is not counted
+    assert sampler(temperature=0.0, presence_penalty=1.0, prompt=(0,)).draw(logits).token_id == 0
+
+
+def test_repetition_penalty_is_that_of_transformers() -> None:
+    generator = torch.Generator().manual_seed(0)
+    prompt, draws = (3, 5, 5, 8), sampler(temperature=0.0, repetition_penalty=1.7, prompt=(3, 5, 5, 8))
+    reference, tokens = RepetitionPenaltyLogitsProcessor(1.7), list(prompt)
+    for _ in range(12):
+        logits = torch.randn(10, generator=generator)
+        expected = reference(torch.tensor([tokens]), logits.clone()[None])[0]
+        tokens.append(draws.draw(logits).token_id)
+        assert tokens[-1] == int(expected.argmax())
+    assert len(set(tokens[4:])) > 4
+
+
+def test_min_p_is_that_of_transformers() -> None:
+    logits = torch.randn(50, generator=torch.Generator().manual_seed(1))
+    kept = filtered_probabilities(logits, SamplingParams(min_p=0.2)).nonzero().flatten()
+    expected = MinPLogitsWarper(0.2)(torch.zeros(1, 1), logits[None])[0].isfinite().nonzero().flatten()
+    assert kept.tolist() == expected.tolist()
+    assert 1 < len(kept) < 50
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_tokens", 0),
+        ("temperature", -1.0),
+        ("temperature", float("nan")),
+        ("temperature", float("inf")),
+        ("top_p", 0.0),
+        ("top_p", 1.5),
+        ("top_k", -1),
+        ("min_p", 1.5),
+        ("stop", ("a", "")),
+        ("min_tokens", -1),
+        ("repetition_penalty", 0.0),
+    ],
+)
+def test_values_that_cannot_be_sampled_with_are_named(name: str, value: Any) -> None:
+    with pytest.raises(UsageError, match=name):
+        SamplingParams(**{name: value}).check()
+    SamplingParams().check()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

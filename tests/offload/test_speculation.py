@@ -151,9 +151,10 @@ def oracle(*texts: list[int]) -> Callable[[PromptLookup, int], list[int]]:
         {"temperature": 0.0},
         {"temperature": 0.7, "seed": 5, "top_k": 40},
         {"temperature": 1.0, "seed": 6, "top_p": 0.9, "logprobs": 2},
+        {"temperature": 0.8, "seed": 7, "presence_penalty": 0.5, "frequency_penalty": 0.2, "repetition_penalty": 1.2},
         {"temperature": 0.0, "min_tokens": 20, "ignore_eos": False, "stop": ("\u0001", "e")},
     ],
-    ids=["greedy", "top-k", "logprobs", "stop"],
+    ids=["greedy", "top-k", "logprobs", "penalties", "stop"],
 )
 def test_tokens_do_not_depend_on_drafts(
     engines: tuple[OffloadEngine, OffloadEngine, Steps], sampling: dict[str, Any], monkeypatch: pytest.MonkeyPatch
