@@ -18,7 +18,7 @@ from elsa_serve.metrics import LogSink, Metrics, Tee
 from elsa_serve.offload.units import parse_size
 from elsa_serve.protocol import Engine
 from elsa_serve.stats import EngineStarted, MetricsSink
-from elsa_server.settings import Settings
+from elsa_server.settings import MAX_SEQUENCES, Settings
 
 HELP = "serve a model over HTTP, compatible with the OpenAI API"
 EPILOG = """\
@@ -120,6 +120,8 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serve until a signal ends it. Raises UsageError for flags, checkpoints and budgets that cannot work."""
+    if args.engine != "elsa":  # the command line alone is looked at for it, before any flag is parsed
+        raise UsageError(f"engine: {args.engine} in a --config file comes too late: give --engine on the command line")
     settings = settings_from(args)
     logging.basicConfig(level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     if not settings.api_keys and args.host not in LOCAL_HOSTS:
@@ -159,6 +161,7 @@ def settings_from(args: argparse.Namespace) -> Settings:
         stall_timeout_s=args.stall_timeout,
         request_timeout_s=args.request_timeout,
         max_body_bytes=parse_size(str(args.max_body)),
+        max_sequences=min(MAX_SEQUENCES, args.max_queue),
     )
 
 

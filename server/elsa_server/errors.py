@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 from starlette.responses import JSONResponse
 
 from elsa_serve.errors import ContextTooLong, EngineDraining, EngineFailed, Overloaded, QueueFull, UsageError
@@ -113,15 +114,27 @@ def from_status(status: int, detail: str, headers: Mapping[str, str] | None = No
 
 def from_validation(error: ValidationError) -> ApiError:
     """The first problem in full, the others as a number; 400 as the OpenAI API answers it, not 422."""
-    problems = error.errors(include_url=False, include_context=False)
-    first = problems[0]
-    # Members of a union appear in `loc` by their schema name, which is no part of what the client sent.
-    path = [str(part) for part in first["loc"] if isinstance(part, int) or str(part).isidentifier()]
-    param = bounded(".".join(path)) or None
+    problems = error.errors(include_url=False)
+    paths = [_path(problem) for problem in problems]
+    param = bounded(paths[0]) or None
+    # Where a value may be of several kinds, each complains: the one whose kind it is knows best, else all are named.
+    same = [problem for problem, path in zip(problems, paths) if path == paths[0]]
+    fitting = [problem for problem in same if not problem["type"].endswith("_type")]
+    first = (fitting or same)[0]
     if first["type"] == "missing":
         return ApiError(400, f"Missing required parameter: {param}.", param=param, code="missing_required_parameter")
     if first["type"] == "unsupported_parameter":
         return ApiError(400, f"{param}: {first['msg']}", param=param, code="unsupported_parameter")
-    more = f" ({len(problems) - 1} more problems)" if len(problems) > 1 else ""
-    text = f"Invalid value for {param or 'the body'}: {bounded(first['msg'], 300)}, got {echo(first['input'])}.{more}"
+    together = first.get("ctx", {}).get("param")  # a rule across parameters, broken by this one
+    if together is not None:
+        return ApiError(400, f"{first['msg']}.", param=together, code="invalid_value")
+    text = first["msg"] if fitting else " or ".join(dict.fromkeys(problem["msg"] for problem in same))
+    others = len(set(paths)) - 1
+    more = f" ({others} more problem{'s' * (others > 1)})" if others else ""
+    text = f"Invalid value for {param or 'the body'}: {bounded(text, 300)}, got {echo(first['input'])}.{more}"
     return ApiError(400, text, param=param, code="invalid_value")
+
+
+def _path(problem: ErrorDetails) -> str:
+    """Where in the body: members of a union appear in `loc` by their schema name, which is nothing the client sent."""
+    return ".".join(str(part) for part in problem["loc"] if isinstance(part, int) or str(part).isidentifier())

@@ -26,7 +26,7 @@ from elsa_server.lifecycle import Lifecycle
 logger = logging.getLogger("elsa_server")
 
 GENERATION_PATHS = {"/v1/completions": "completions", "/v1/chat/completions": "chat_completions"}
-PROBE_PATHS = ("/livez", "/readyz")
+PROBE_PATHS = ("/livez", "/readyz", "/health")
 REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 DISCARD_BYTES = 64 << 20  # of a refused body are still read, so that the client gets to see the answer
 DISCARD_S = 5.0

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import uuid
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from elsa_serve.errors import ContextTooLong
 from elsa_serve.protocol import Engine, GenerationRequest, SamplingParams
 from elsa_server.errors import ApiError, bounded, context_too_long, from_exception
-from elsa_server.schemas import INT64, ChatCompletionRequest, CompletionRequest, GenerationOptions
+from elsa_server.schemas import INT64, ChatCompletionRequest, CompletionRequest, GenerationOptions, TokenizeRequest
 
 CHARS_PER_TOKEN = 8  # a text longer than this many characters for each token of context is first tried in part
 SLACK = 64  # tokens by which a cut can change the count of what is before it, amply
@@ -30,23 +29,28 @@ def encode(engine: Engine, text: str, add_special_tokens: bool = True) -> list[i
     return engine.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
 
-def chat_ids(engine: Engine, request_messages: Sequence[Any], add_generation_prompt: bool = True) -> list[int]:
-    conversation = [message.plain() for message in request_messages]
+def chat_ids(engine: Engine, request: ChatCompletionRequest | TokenizeRequest) -> list[int]:
+    conversation = [message.plain() for message in request.messages]
+    render, variables = engine.tokenizer.apply_chat_template, request.chat_template_kwargs or {}
+    # Those of the function are the server's: with `chat_template` a client would run a program of its own.
+    for name in inspect.signature(render).parameters:
+        if name in variables:
+            message = f"chat_template_kwargs holds {name!r}, which is no variable of the model's template."
+            raise ApiError(400, message, param="chat_template_kwargs", code="invalid_value")
     try:
-        text = engine.tokenizer.apply_chat_template(
-            conversation, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        text = render(conversation, tokenize=False, **request.template_arguments(), **variables)
     except Exception as error:  # templates are programs of the model's makers, and raise what they like
         hint = "the model's chat template refused the messages; models without one take /v1/completions only"
         raise ApiError(400, f"{hint}: {bounded(str(error), 200)}", param="messages", code="invalid_value") from None
     return encode(engine, text, add_special_tokens=False)  # the template has put them in
 
 
-def prompt_ids(engine: Engine, prompt: str | list[Any]) -> list[list[int]]:
+def prompt_ids(engine: Engine, request: CompletionRequest) -> list[list[int]]:
     """The prompts of a completion request, which may be one or many, as text or as ids."""
+    prompt, special = request.prompt, request.add_special_tokens is not False
     if isinstance(prompt, str) or isinstance(prompt[0], int):
         prompt = [prompt]
-    return [encode(engine, one) if isinstance(one, str) else check_ids(engine, one) for one in prompt]
+    return [encode(engine, one, special) if isinstance(one, str) else check_ids(engine, one) for one in prompt]
 
 
 def check_ids(engine: Engine, ids: list[int], param: str = "prompt") -> list[int]:
@@ -56,7 +60,14 @@ def check_ids(engine: Engine, ids: list[int], param: str = "prompt") -> list[int
     return ids
 
 
-def sampling(request: GenerationOptions, max_tokens: int, logprobs: int | None) -> SamplingParams:
+def biases(engine: Engine, request: GenerationOptions) -> tuple[tuple[int, float], ...]:
+    found = tuple((int(token), bias) for token, bias in (request.logit_bias or {}).items())
+    if found:
+        check_ids(engine, [token for token, _ in found], "logit_bias")
+    return found
+
+
+def sampling(engine: Engine, request: GenerationOptions, max_tokens: int, logprobs: int | None) -> SamplingParams:
     top_p = 1.0 if request.top_p is None else request.top_p
     temperature = 1.0 if request.temperature is None else request.temperature
     return SamplingParams(
@@ -64,11 +75,17 @@ def sampling(request: GenerationOptions, max_tokens: int, logprobs: int | None) 
         # A nucleus of no mass keeps the best token alone.
         temperature=temperature if top_p > 0 else 0.0,
         top_p=top_p if top_p > 0 else 1.0,
-        top_k=request.top_k or 0,
+        top_k=max(0, request.top_k or 0),
+        min_p=request.min_p or 0.0,
         stop=request.stop_texts,
+        stop_token_ids=tuple(request.stop_token_ids or ()),
         logprobs=logprobs,
         ignore_eos=bool(request.ignore_eos),
         min_tokens=request.min_tokens or 0,
+        logit_bias=biases(engine, request),
+        presence_penalty=request.presence_penalty or 0.0,
+        frequency_penalty=request.frequency_penalty or 0.0,
+        repetition_penalty=1.0 if request.repetition_penalty is None else request.repetition_penalty,
     )
 
 

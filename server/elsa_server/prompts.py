@@ -11,12 +11,14 @@ from typing import Annotated, Any
 from pydantic import PlainValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-MAX_SEQUENCES = 128  # prompts × n of one request
+from elsa_server.settings import MAX_SEQUENCES
+
 MAX_TOKEN_ID = 2**31 - 1
 
 
-def invalid(message: str) -> PydanticCustomError:
-    return PydanticCustomError("invalid", "{message}", {"message": message})
+def invalid(message: str, param: str | None = None) -> PydanticCustomError:
+    """`param` names the parameter where the check is one of several together."""
+    return PydanticCustomError("invalid", "{message}", {"message": message, "param": param})
 
 
 def check_text(value: str) -> str:

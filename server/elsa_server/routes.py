@@ -17,7 +17,6 @@ from elsa_server.formats import ChatFormat, Choice, CompletionFormat, Envelope, 
 from elsa_server.generation import Generation
 from elsa_server.lifecycle import Lifecycle
 from elsa_server.openapi import documented
-from elsa_server.prompts import MAX_SEQUENCES
 from elsa_server.schemas import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -68,11 +67,11 @@ async def prepare_completion(request: Request) -> tuple[CompletionRequest, list[
     max_tokens = 16 if asked.max_tokens is None else asked.max_tokens
 
     def ids_and_limits() -> tuple[list[list[int]], list[int]]:
-        prompts = preparing.prompt_ids(engine, asked.prompt)
+        prompts = preparing.prompt_ids(engine, asked)
         return prompts, [preparing.token_limit(engine, prompt, max_tokens) for prompt in prompts]
 
     prompts, limits = await asyncio.to_thread(ids_and_limits)
-    params = [preparing.sampling(asked, limit, asked.logprobs) for limit in limits]
+    params = [preparing.sampling(engine, asked, limit, asked.logprobs) for limit in limits]
     requests = fan_out(request, asked, prompts, params, "completions")
     return asked, requests, CompletionFormat(asked.logprobs is not None), sum(map(len, prompts))
 
@@ -82,18 +81,20 @@ async def prepare_chat(request: Request) -> tuple[ChatCompletionRequest, list[Ge
     asked = await body.read(request, ChatCompletionRequest)
     check_model(request, engine, asked.model)
     bounds = [bound for bound in (asked.max_tokens, asked.max_completion_tokens) if bound is not None]
-    prompt = await asyncio.to_thread(preparing.chat_ids, engine, asked.messages)
+    prompt = await asyncio.to_thread(preparing.chat_ids, engine, asked)
     limit = preparing.token_limit(engine, prompt, min(bounds, default=None))
-    params = preparing.sampling(asked, limit, (asked.top_logprobs or 0) if asked.logprobs else None)
+    params = preparing.sampling(engine, asked, limit, (asked.top_logprobs or 0) if asked.logprobs else None)
     requests = fan_out(request, asked, [prompt], [params], "chat_completions")
     return asked, requests, ChatFormat(bool(asked.logprobs)), len(prompt)
 
 
 def fan_out(request: Request, asked: Any, prompts: Any, params: Any, endpoint: str) -> list[GenerationRequest]:
-    if len(prompts) * asked.choices > MAX_SEQUENCES:
-        message = f"{len(prompts)} prompts with n={asked.choices} make more than {MAX_SEQUENCES} choices."
+    settings = lifecycle(request).settings
+    if len(prompts) * asked.choices > settings.max_sequences:
+        limit = f"{settings.max_sequences} choices, the most this server takes in one request (--max-queue, up to 128)"
+        message = f"{len(prompts)} prompts with n={asked.choices} make more than {limit}."
         raise ApiError(400, message, param="n", code="invalid_value")
-    return preparing.fan_out(asked, prompts, params, endpoint, lifecycle(request).settings.request_timeout_s)
+    return preparing.fan_out(asked, prompts, params, endpoint, settings.request_timeout_s)
 
 
 async def generate(
@@ -126,10 +127,10 @@ async def generate(
         prompt_tokens=prompt_tokens,
         choices=choices,
         choices_per_prompt=asked.choices,
-        eos_token_id=engine.tokenizer.eos_token_id,
         keep_alive_s=cycle.settings.keep_alive_interval_s,
         include_usage=bool(options and options.include_usage),
         include_progress=bool(options and options.include_progress),
+        running_usage=bool(options and options.include_usage and options.continuous_usage_stats),
     )
     return EventStreamResponse(delivery) if asked.stream else await answer(delivery, request.receive)
 
@@ -197,7 +198,7 @@ async def tokenize(request: Request) -> Response:
     asked = await body.read(request, TokenizeRequest)
     check_model(request, engine, asked.model)
     if asked.messages:
-        ids = await asyncio.to_thread(preparing.chat_ids, engine, asked.messages, asked.add_generation_prompt)
+        ids = await asyncio.to_thread(preparing.chat_ids, engine, asked)
     else:
         ids = await asyncio.to_thread(
             engine.tokenizer.encode, asked.prompt, add_special_tokens=asked.add_special_tokens
@@ -224,6 +225,7 @@ async def livez() -> Response:
 
 
 @router.get("/readyz", **documented(answers.Status, public=True, unavailable=True))
+@router.get("/health", include_in_schema=False)  # its name in vLLM and other servers
 async def readyz(request: Request) -> Response:
     """Whether to send requests here; 503 says why not: loading, draining, stalled, failed."""
     cycle = lifecycle(request)

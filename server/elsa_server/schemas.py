@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-from elsa_server.prompts import MAX_SEQUENCES, Prompt, TokenIds, check_text, invalid
+from elsa_server.prompts import MAX_TOKEN_ID, Prompt, TokenIds, check_text, invalid
+from elsa_server.settings import MAX_SEQUENCES
 
 MAX_MESSAGES = 2048
 MAX_PARTS = 8192  # content parts of all messages together
@@ -46,6 +47,9 @@ NoList = Annotated[Any, Neutral([])]
 NoObject = Annotated[Any, Neutral({})]
 Nothing = Annotated[Any, Neutral()]
 Hint = Annotated[str, StringConstraints(max_length=512)] | None  # who asks: by definition without effect on the answer
+TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
+TokenIdText = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,10}$")]  # JSON has no other keys than texts
+Bias = Annotated[float, Field(ge=-100, le=100)]
 StopText = Annotated[str, StringConstraints(min_length=1, max_length=1024), AfterValidator(check_text)]
 
 
@@ -55,6 +59,7 @@ class Model(BaseModel):
 
 class StreamOptions(Model):
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = Field(None, description="Extension, as vLLM's: usage so far in every chunk.")
     include_obfuscation: NoFlag = None
     include_progress: bool | None = Field(None, description="Extension: chunks that tell how far the prompt has come.")
 
@@ -87,18 +92,36 @@ class GenerationOptions(Model):
     temperature: float | None = Field(1.0, ge=0, le=2)
     top_p: float | None = Field(1.0, ge=0, le=1)
     seed: int | None = Field(None, ge=-INT64, lt=INT64)
-    top_k: int | None = Field(0, ge=0, lt=INT64, description="Extension: keep the k best tokens; 0 is off.")
+    presence_penalty: float | None = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float | None = Field(0.0, ge=-2, le=2)
+    logit_bias: Annotated[dict[TokenIdText, Bias], Field(max_length=1024)] | None = None
+    repetition_penalty: float | None = Field(
+        1.0, gt=0, le=10, description="Extension: over 1, tokens of prompt and output become less likely; 1 is off."
+    )
+    min_p: float | None = Field(
+        0.0, ge=0, le=1, description="Extension: keep tokens of this share of the best one's probability; 0 is off."
+    )
+    top_k: int | None = Field(0, ge=-1, lt=INT64, description="Extension: keep the k best tokens; 0 and -1 are off.")
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=128)] | None = Field(
+        None, description="Extension: tokens that end the text, with ignore_eos too; they are no part of it."
+    )
     min_tokens: int | None = Field(0, ge=0, lt=INT64, description="Extension: no end of text before this many tokens.")
     ignore_eos: bool | None = Field(False, description="Extension: go on after the end of text, to max_tokens.")
-    presence_penalty: NoNumber = None
-    frequency_penalty: NoNumber = None
-    logit_bias: NoObject = None
     user: Hint = None
+    # vLLM's, which its clients send with these values
+    include_stop_str_in_output: NoFlag = None
+    length_penalty: Annotated[Any, Neutral(1.0)] = None
+    priority: NoNumber = None
+    prompt_logprobs: Nothing = None
+    skip_special_tokens: Annotated[Any, Neutral(True)] = None
+    spaces_between_special_tokens: Annotated[Any, Neutral(True)] = None
+    truncate_prompt_tokens: Nothing = None
+    use_beam_search: NoFlag = None
 
     @model_validator(mode="after")
     def check_together(self) -> GenerationOptions:
         if self.stream_options is not None and not self.stream:
-            raise invalid("stream_options is only allowed with stream: true")
+            raise invalid("stream_options is only allowed with stream: true", param="stream_options")
         return self
 
     @property
@@ -114,6 +137,7 @@ class CompletionRequest(GenerationOptions):
     prompt: Prompt
     max_tokens: int | None = Field(16, ge=0, lt=INT64)
     logprobs: int | None = Field(None, ge=0, le=5)
+    add_special_tokens: bool | None = Field(True, description="Extension: what the tokenizer puts around a text.")
     best_of: Annotated[Any, Neutral(1)] = None
     echo: NoFlag = None
     suffix: Annotated[Any, Neutral("")] = None
@@ -174,7 +198,33 @@ class TextFormat(Model):
     type: Literal["text"]
 
 
-class ChatCompletionRequest(GenerationOptions):
+class TemplateOptions(Model):
+    """Extensions, as vLLM's: what the chat template is told besides the messages."""
+
+    add_generation_prompt: bool | None = Field(
+        None, description="End with the opening of an answer (default: unless continue_final_message)."
+    )
+    continue_final_message: bool | None = Field(False, description="Leave the last message open, to be continued.")
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        None, description="Variables of the model's template, such as enable_thinking."
+    )
+
+    @model_validator(mode="after")
+    def check_opening(self) -> TemplateOptions:
+        if self.add_generation_prompt and self.continue_final_message:
+            param = "continue_final_message"
+            raise invalid("a final message is continued, or an answer to it opened, not both", param=param)
+        return self
+
+    def template_arguments(self) -> dict[str, Any]:
+        opened = self.add_generation_prompt
+        return {
+            "add_generation_prompt": not self.continue_final_message if opened is None else opened,
+            "continue_final_message": bool(self.continue_final_message),
+        }
+
+
+class ChatCompletionRequest(GenerationOptions, TemplateOptions):
     model_config = ConfigDict(strict=True, extra="forbid", json_schema_extra=needs_logprobs)
 
     messages: Messages
@@ -205,11 +255,11 @@ class ChatCompletionRequest(GenerationOptions):
     @model_validator(mode="after")
     def check_logprobs(self) -> ChatCompletionRequest:
         if self.top_logprobs is not None and not self.logprobs:
-            raise invalid("top_logprobs is only allowed with logprobs: true")
+            raise invalid("top_logprobs is only allowed with logprobs: true", param="top_logprobs")
         return self
 
 
-class TokenizeRequest(Model):
+class TokenizeRequest(TemplateOptions):
     """Either a prompt or messages; messages pass the chat template."""
 
     model_config = ConfigDict(
@@ -220,7 +270,6 @@ class TokenizeRequest(Model):
     prompt: Text = ""
     messages: Messages = []
     add_special_tokens: bool = Field(True, description="For a prompt: what the tokenizer puts around it.")
-    add_generation_prompt: bool = Field(True, description="For messages: end with the opening of an answer.")
 
     @model_validator(mode="after")
     def check_one(self) -> TokenizeRequest:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+MAX_SEQUENCES = 128  # prompts × n of one request, at most
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:
@@ -20,3 +22,4 @@ class Settings:
     stall_timeout_s: float = 300.0
     request_timeout_s: float | None = None
     max_body_bytes: int = 8 << 20
+    max_sequences: int = MAX_SEQUENCES  # prompts × n of one request: more than the queue holds would never be taken

@@ -33,10 +33,10 @@ class Delivery:
     envelope: Envelope
     prompt_tokens: int
     choices: list[Choice]
-    eos_token_id: int | None
     keep_alive_s: float
     include_usage: bool = False
     include_progress: bool = False
+    running_usage: bool = False
     completion_tokens: int = field(default=0)
     choices_per_prompt: int = 1
 
@@ -57,8 +57,7 @@ class Delivery:
         self.completion_tokens += event.token_id is not None
         self.choices[index].finish_reason = event.finish_reason
         self.choices[index].cached_tokens = event.cached_tokens
-        ended_by_eos = event.finish_reason == "stop" and event.token_id == self.eos_token_id
-        return [event] if event.logprob is not None and not ended_by_eos else []
+        return [event] if event.logprob is not None else []
 
 
 def ending(event: TokenEvent) -> ApiError:
@@ -147,10 +146,10 @@ def data(payload: dict[str, Any]) -> bytes:
 async def chunks(delivery: Delivery) -> AsyncIterator[bytes]:
     """The events of a stream: opening, deltas and finish of each choice, then usage, then [DONE]."""
     form, envelope = delivery.format, delivery.envelope
-    no_usage = {"usage": None} if delivery.include_usage else {}
 
     def chunk(*choices: dict[str, Any], **extra: Any) -> bytes:
-        return data(envelope.wrap(form.chunk_kind, list(choices)) | no_usage | extra)
+        usage = {"usage": delivery.usage() if delivery.running_usage else None} if delivery.include_usage else {}
+        return data(envelope.wrap(form.chunk_kind, list(choices)) | usage | extra)
 
     opened: set[int] = set()
     try:

@@ -48,10 +48,21 @@ class WordTokenizer:
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         return "".join(self.words[i] if i < len(self.words) else f" <{i}>" for i in token_ids)
 
-    def apply_chat_template(self, conversation: list[dict[str, str]], **kwargs: Any) -> Any:
+    def apply_chat_template(
+        self,
+        conversation: list[dict[str, str]],
+        chat_template: str | None = None,
+        tokenize: bool = True,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        **variables: Any,
+    ) -> Any:
+        """The messages' words, then variables as words; `goes-on` and `closed` where it does not open an answer."""
         if not any(message["role"] == "user" for message in conversation):
             raise ValueError("there must be a user message")
-        return " ".join(message["content"] for message in conversation)
+        words = [message["content"] for message in conversation] + [f"{k}={v}" for k, v in variables.items()]
+        words += ["goes-on"] * continue_final_message + ["closed"] * (not add_generation_prompt)
+        return " ".join(words)
 
 
 class FakeEngine:

@@ -104,6 +104,7 @@ def test_flags_become_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert settings.api_keys == ("third", "first", "second")
     assert (settings.max_body_bytes, settings.cors_origins, settings.open_metrics) == (1 << 20, ("https://a",), True)
     assert settings.served_names == ("a", "b")
+    assert (settings.max_sequences, settings_from(parse("m", "--max-queue", "500")).max_sequences) == (64, 128)
     assert "first" not in repr(settings)
     assert settings_from(parse("some/dir/model")).served_names == ("model",)
 
@@ -124,6 +125,13 @@ def test_flags_become_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_bad_values_are_named(flags: list[str], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         settings_from(parse("m", *flags))
+
+
+def test_an_engine_named_too_late_is_refused() -> None:
+    from elsa_server.cli import run
+
+    with pytest.raises(UsageError, match="on the command line"):
+        run(parse("m", "--engine", "vllm"))
 
 
 def test_a_port_in_use_is_a_usage_error(running: Any) -> None:

@@ -161,7 +161,7 @@ def test_authentication_covers_everything_but_the_probes(start) -> None:
     for wrong in ("Bearer", "Basic secret", "Bearer secret2", "secret"):
         assert http.get("/version", headers={"Authorization": wrong}).status_code == 401
     assert http.get("/version", headers={"Authorization": "bearer secret"}).status_code == 200
-    assert [http.get(path).status_code for path in ("/livez", "/readyz")] == [200, 200]
+    assert [http.get(path).status_code for path in ("/livez", "/readyz", "/health")] == [200, 200, 200]
     assert start(api_keys=("secret",), open_metrics=True).http().get("/metrics").status_code == 200
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import openai
 import pytest
 from elsa_server import answers
 from fake_engine import FakeEngine
 from server_harness import Running, eventually
+
+from elsa_serve.protocol import SamplingParams
 
 CHAT = [{"role": "user", "content": "one two three"}]
 
@@ -95,14 +99,70 @@ def test_sampling_reaches_the_engine(running: Running) -> None:
         max_completion_tokens=5,
         stop=["a", "b"],
         seed=-3,
-        presence_penalty=0,
+        presence_penalty=0.5,
+        frequency_penalty=-0.25,
+        logit_bias={"7": -100, "3": 1.5},
         tools=[],
-        extra_body={"top_k": 4, "min_tokens": 2, "ignore_eos": True},
+        extra_body={
+            "top_k": 4,
+            "min_tokens": 2,
+            "ignore_eos": True,
+            "min_p": 0.1,
+            "repetition_penalty": 1.25,
+            "stop_token_ids": [5, 6],
+        },
     )
     sampling = running.engine.requests[-1].sampling
+    assert (sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty) == (0.5, -0.25, 1.25)
+    assert (sampling.logit_bias, sampling.min_p, sampling.stop_token_ids) == (((7, -100), (3, 1.5)), 0.1, (5, 6))
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.max_tokens) == (0.5, 0.9, 4, 5)
     assert (sampling.stop, sampling.seed, sampling.min_tokens, sampling.ignore_eos) == (("a", "b"), 2**63 - 3, 2, True)
     assert sampling.logprobs is None
+
+
+def test_what_clients_of_vllm_send_is_taken_where_it_asks_for_nothing(running: Running) -> None:
+    neutral = {
+        "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "length_penalty": 1.0, "skip_special_tokens": True,
+        "spaces_between_special_tokens": True, "include_stop_str_in_output": False, "use_beam_search": False,
+        "priority": 0, "prompt_logprobs": None, "stop_token_ids": [], "logit_bias": {},
+    }  # fmt: skip
+    client = running.openai()
+    client.completions.create(model="fake", prompt="one", max_tokens=16, extra_body=neutral)
+    assert running.engine.requests[-1].sampling == SamplingParams()
+    for name, other in (("skip_special_tokens", False), ("use_beam_search", True), ("prompt_logprobs", 1)):
+        with pytest.raises(openai.BadRequestError, match=f"{name}: not supported"):
+            client.completions.create(model="fake", prompt="one", extra_body={name: other})
+
+
+def test_the_chat_template_takes_variables_and_open_ends(running: Running) -> None:
+    client, ids = running.openai(), running.engine.tokenizer.encode
+
+    def prompt(**extra: Any) -> Any:
+        client.chat.completions.create(model="fake", messages=CHAT, extra_body=extra)
+        return running.engine.requests[-1].prompt_token_ids
+
+    assert prompt() == ids("one two three")
+    assert prompt(chat_template_kwargs={"thinking": False}) == ids("one two three thinking=False")
+    assert prompt(add_generation_prompt=False) == ids("one two three closed")
+    assert prompt(continue_final_message=True) == ids("one two three goes-on closed")
+    asked = {"messages": CHAT, "continue_final_message": True, "chat_template_kwargs": {"a": 1}}
+    tokens = running.http().post("/tokenize", json=asked).json()["tokens"]
+    assert tokens == ids("one two three a=1 goes-on closed")
+
+
+def test_usage_so_far_in_every_chunk(running: Running) -> None:
+    options: Any = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = running.openai().completions.create(model="fake", prompt="one two", stream=True, stream_options=options)
+    assert [chunk.usage.completion_tokens for chunk in chunks] == [1, 2, 2, 2]
+
+
+def test_more_choices_than_the_queue_holds_are_no_matter_of_time(start) -> None:
+    running = start(max_sequences=3)
+    for prompts, n in ((["a", "b"], 2), ("a", 4)):
+        with pytest.raises(openai.BadRequestError, match="more than 3 choices") as error:
+            running.openai().completions.create(model="fake", prompt=prompts, n=n)
+        assert error.value.param == "n"
+    assert len(running.openai().completions.create(model="fake", prompt="a", n=3).choices) == 3
 
 
 def test_a_nucleus_of_no_mass_is_greedy(running: Running) -> None:
@@ -190,14 +250,19 @@ def test_every_answer_has_its_declared_form(running: Running) -> None:
         ({"best_of": 2}, "best_of"),
         ({"echo": True}, "echo"),
         ({"suffix": "x"}, "suffix"),
-        ({"presence_penalty": 0.5}, "presence_penalty"),
-        ({"logit_bias": {"5": 1}}, "logit_bias"),
+        ({"presence_penalty": 2.5}, "presence_penalty"),
+        ({"logit_bias": {"5": 101}}, "logit_bias"),
+        ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"logit_bias": {"10000000": 1}}, "logit_bias"),
+        ({"extra_body": {"top_k": -2}}, "top_k"),
+        ({"extra_body": {"stop_token_ids": [-1]}}, "stop_token_ids"),
+        ({"extra_body": {"repetition_penalty": 0}}, "repetition_penalty"),
         ({"prompt": []}, "prompt"),
         ({"prompt": [1, "a"]}, "prompt"),
         ({"prompt": [[1], [-1]]}, "prompt"),
         ({"prompt": [10**7]}, "prompt"),
         ({"extra_body": {"temprature": 1}}, "temprature"),
-        ({"extra_body": {"stream_options": {"include_usage": True}}}, None),
+        ({"extra_body": {"stream_options": {"include_usage": True}}}, "stream_options"),
     ],
 )
 def test_bad_completion_parameters_are_named(running: Running, change: dict, param: str | None) -> None:
@@ -218,7 +283,9 @@ def test_bad_completion_parameters_are_named(running: Running, change: dict, par
         ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]}, "messages"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"top_logprobs": 3}, None),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"extra_body": {"chat_template_kwargs": {"chat_template": "x"}}}, "chat_template_kwargs"),
+        ({"extra_body": {"add_generation_prompt": True, "continue_final_message": True}}, "continue_final_message"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"max_completion_tokens": 0}, "max_completion_tokens"),
         ({"reasoning_effort": "high"}, "reasoning_effort"),
@@ -228,6 +295,20 @@ def test_bad_chat_parameters_are_named(running: Running, change: dict, param: st
     with pytest.raises(openai.BadRequestError) as error:
         running.openai().chat.completions.create(**({"model": "fake", "messages": CHAT} | change))
     assert (error.value.param or "").split(".")[0] == (param or "")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stop": ["a", "b", "c", "d", "e"]}, "Invalid value for stop: List should have at most 4 items after"),
+        ({"stop": 5}, "Invalid value for stop: Input should be a valid string or Input should be a valid list, got 5."),
+        ({"n": 0, "top_p": 2, "seed": 1}, "got 0. (1 more problem)"),
+        ({"stream_options": {}}, "stream_options is only allowed with stream: true."),
+    ],
+)
+def test_what_is_wrong_is_said_of_the_kind_that_was_sent(running: Running, change: dict, message: str) -> None:
+    answer = running.http().post("/v1/completions", json={"model": "fake", "prompt": "one"} | change)
+    assert message in answer.json()["error"]["message"]
 
 
 def test_images_are_refused_and_never_fetched(running: Running) -> None:
