@@ -68,8 +68,8 @@ def add_memory_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("engine")
+def add_kernel_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("kernels")
     group.add_argument(
         "--attention",
         choices=("elsa", "sdpa"),
@@ -82,6 +82,11 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         default="torch",
         help="float32 linear layers: torch's (default), or FP32-accurate ones on tensor cores, several times as fast",
     )
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    add_kernel_arguments(parser)
+    group = parser.add_argument_group("engine")
     group.add_argument(
         "--fused",
         action=argparse.BooleanOptionalAction,

@@ -7,10 +7,10 @@ import difflib
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
-from pathlib import Path
 from typing import Any, NoReturn
 
 from elsa_serve import __version__
+from elsa_serve.config_file import with_config
 from elsa_serve.errors import ElsaError, UsageError
 from elsa_serve.vllm_plugin.serve import chosen_engine
 from elsa_serve.vllm_plugin.serve import main as serve_with_vllm
@@ -35,21 +35,17 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         flags = [option for action in self._actions for option in action.option_strings]
-        for word in message.split():
-            close = difflib.get_close_matches(word.split("=")[0], flags, n=2) if word.startswith("--") else []
+        for word in (word.partition("=")[0].rstrip(":,") for word in message.split()):
+            close = difflib.get_close_matches(word, flags, n=2) if word.startswith("--") else []
             if close and word not in flags:
                 message += f" (did you mean {' or '.join(close)}?)"
                 break
         super().error(message)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        parsed = self._parse_strictly(args, namespace)
-        config = getattr(parsed, "config", None)
-        if config is None:
-            return parsed
-        # The file gives defaults, so flags on the command line win over it.
-        parsed.parser.set_defaults(**read_config(config, parsed.parser))
-        return self._parse_strictly(args, namespace)
+        words = list(sys.argv[1:] if args is None else args)
+        commands = next((a.choices for a in self._actions if isinstance(a, argparse._SubParsersAction)), {})
+        return self._parse_strictly(with_config(words, commands), namespace)
 
     def _parse_strictly(self, args: Any, namespace: Any) -> Any:
         parsed, unknown = self.parse_known_args(args, namespace)
@@ -58,32 +54,6 @@ class Parser(argparse.ArgumentParser):
             command = getattr(parsed, "parser", self)
             command.error(f"unrecognized arguments: {' '.join(unknown)}")
         return parsed
-
-
-def read_config(path: Path, parser: Parser) -> dict[str, Any]:
-    """The flags of a YAML file, as defaults of `parser`: keys are flag names without the dashes."""
-    import yaml
-
-    try:
-        entries = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        parser.error(f"cannot read --config {path}: {error}")
-    if not isinstance(entries, dict):
-        parser.error(f"--config {path}: expected a mapping of flag names to values, found {type(entries).__name__}")
-    actions = {option[2:]: a for a in parser._actions for option in a.option_strings if option.startswith("--")}
-    defaults = {}
-    for key, value in entries.items():
-        action = actions.get(str(key).replace("_", "-"))
-        if action is None or action.dest in ("config", "help"):
-            close = difflib.get_close_matches(str(key), actions, n=1)
-            parser.error(f"--config {path}: unknown key {key!r}" + (f" (did you mean {close[0]}?)" if close else ""))
-        if action.choices is not None and value not in action.choices:
-            parser.error(f"--config {path}: {key}: {value!r} is none of {', '.join(map(str, action.choices))}")
-        try:
-            defaults[action.dest] = action.type(value) if callable(action.type) and value is not None else value
-        except (TypeError, ValueError):
-            parser.error(f"--config {path}: {key}: invalid value {value!r}")
-    return defaults
 
 
 def build_parser() -> Parser:
@@ -95,9 +65,8 @@ def build_parser() -> Parser:
         add_command(commands)
     for command in commands.choices.values():
         command.set_defaults(parser=command)
-        command.add_argument(
-            "--config", type=Path, metavar="FILE", help="YAML file of flags; the command line wins over it"
-        )
+        if not any(isinstance(action, argparse._SubParsersAction) for action in command._actions):
+            command.add_argument("--config", metavar="FILE", help="YAML file of flags; the command line wins over it")
     return parser
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from elsa_serve.arguments import add_engine_arguments, add_memory_arguments, add_model_arguments, engine_options
-from elsa_serve.errors import UsageError
+from elsa_serve.errors import EngineFailed, UsageError
 from elsa_serve.protocol import Engine, GenerationRequest, SamplingParams, TokenEvent, stream
 
 HELP = "answer one prompt on the terminal"
@@ -49,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         stop=tuple(args.stop),
     )
+    sampling.check()
     from elsa_serve.offload.engine import OffloadEngine  # torch and transformers only once the flags are right
 
     engine = OffloadEngine(args.model, **engine_options(args))
@@ -60,14 +61,20 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read_prompt(args: argparse.Namespace) -> str:
-    if args.prompt is not None:
-        return args.prompt
-    if str(args.prompt_file) == "-":
-        return sys.stdin.read()
+    source = "--prompt" if args.prompt is not None else f"--prompt-file {args.prompt_file}"
     try:
-        return args.prompt_file.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read --prompt-file {args.prompt_file}: {error}") from error
+        if args.prompt is not None:
+            text: str = args.prompt
+            text.encode()  # bytes of the command line that are no UTF-8 come as lone surrogates
+        elif str(args.prompt_file) == "-":
+            text = sys.stdin.buffer.read().decode()
+        else:
+            text = args.prompt_file.read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        raise UsageError(f"cannot read {source}: {error}") from error
+    if not text:
+        raise UsageError(f"{source} is empty: the model needs at least one token")
+    return text
 
 
 def prompt_tokens(engine: Engine, text: str, chat: bool) -> list[int]:
@@ -94,7 +101,7 @@ def answer(engine: Engine, tokens: list[int], sampling: SamplingParams) -> None:
         end = event
     print()
     if end is not None and end.finish_reason == "error":
-        raise UsageError(f"generation failed: {end.error}")
+        raise EngineFailed(f"generation failed: {end.error}")
     rate = (count - 1) / (last - first) if count > 1 and last > first else float("nan")
     print(
         f"{len(tokens)} prompt tokens, {count} generated; first token after {first - start:.2f} s, "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from elsa_serve.arguments import add_memory_arguments, add_model_arguments
+from elsa_serve.arguments import add_kernel_arguments, add_memory_arguments, add_model_arguments
 
 HELP = "show what fits where at which context, and why, without loading anything"
 EPILOG = (
@@ -17,6 +17,7 @@ def add_command(subparsers: Any) -> None:
     parser = subparsers.add_parser("plan", help=HELP, description=HELP, epilog=EPILOG)
     add_model_arguments(parser)
     add_memory_arguments(parser)
+    add_kernel_arguments(parser)
     parser.add_argument("--device", help="plan for cuda (also on a machine without one) or cpu (default: what is here)")
     parser.set_defaults(run=run)
 
@@ -26,16 +27,9 @@ def run(args: argparse.Namespace) -> int:
     from elsa_serve.offload.plan_text import render
 
     names = (
-        "device",
-        "dtype",
-        "gpu_memory",
-        "host_memory",
-        "kv_disk",
-        "context",
-        "max_batch",
-        "resident_layers",
-        "slots",
-    )
-    options = {name: getattr(args, name) for name in (*names, "chunk_tokens", "load_format")}
+        "device", "dtype", "gpu_memory", "host_memory", "kv_disk", "host_threads", "context", "max_batch",
+        "resident_layers", "slots", "chunk_tokens", "load_format", "attention", "linear",
+    )  # fmt: skip
+    options = {name: getattr(args, name) for name in names}
     print(render(plan_only(EngineOptions(model_dir=args.model, **options))))
     return 0

@@ -119,8 +119,7 @@ class LoadedModel:
 
 def load(options: EngineOptions) -> LoadedModel:
     """Raises CheckpointError, BudgetError or UsageError before anything large is read, where it can."""
-    if options.host_threads is not None and options.host_threads < 1:
-        raise UsageError(f"--host-threads {options.host_threads} is too few: at least 1 attends KV in host memory")
+    _check_threads(options)
     device = devices.indexed(machine.choose_device(options.device))
     config = options.weights.config if options.weights else load_config(options.model_dir)
     attentions.check_model(config, options.attention)
@@ -128,11 +127,12 @@ def load(options: EngineOptions) -> LoadedModel:
     check_linear(options.linear, dtype)
     plan = _plan(options, device, config, dtype)
     tokenizer = load_tokenizer(options.model_dir, plan.geometry.vocab, dummy=options.load_format == "dummy")
+    eos_ids = eos_token_ids(_generation_config(options.model_dir), config, tokenizer)
     allocator_bytes = plan.gpu_budget - plan.gpu_bytes.get("CUDA context", 0)
     devices.limit_memory(device, allocator_bytes)
     weights = options.weights or _weights(options, device, dtype, plan)
     try:
-        loaded = _assemble(options, plan, tokenizer, weights, allocator_bytes)
+        loaded = _assemble(options, plan, tokenizer, eos_ids, weights, allocator_bytes)
         _try_out(loaded)
         return loaded
     except BaseException:
@@ -147,6 +147,7 @@ def plan_only(options: EngineOptions) -> Plan:
 
     Times are predicted from this machine's measured rates where the device is here, else from assumed ones.
     """
+    _check_threads(options)
     device = machine.choose_device(options.device, present=False)
     here = device.type != "cuda" or torch.cuda.is_available()
     if not here and options.gpu_memory is None:
@@ -155,6 +156,11 @@ def plan_only(options: EngineOptions) -> Plan:
     dtype = _dtype(options, config, None)
     check_linear(options.linear, dtype)
     return _plan(options, device, config, dtype, here)
+
+
+def _check_threads(options: EngineOptions) -> None:
+    if options.host_threads is not None and options.host_threads < 1:
+        raise UsageError(f"--host-threads {options.host_threads} is too few: at least 1 attends KV in host memory")
 
 
 def _checkpoint(options: EngineOptions) -> Checkpoint | None:
@@ -234,6 +240,7 @@ def _assemble(
     options: EngineOptions,
     plan: Plan,
     tokenizer: Tokenizer,
+    eos_ids: frozenset[int],
     weights: ModelWeights,
     allocator_bytes: int,
 ) -> LoadedModel:
@@ -263,7 +270,7 @@ def _assemble(
     return LoadedModel(
         plan=plan,
         tokenizer=tokenizer,
-        eos_ids=eos_token_ids(_generation_config(options.model_dir), weights.config, tokenizer),
+        eos_ids=eos_ids,
         weights=weights,
         owns_weights=options.weights is None,
         streams=streams,
@@ -344,6 +351,10 @@ def _try_out(loaded: LoadedModel) -> None:
 def _generation_config(directory: Path) -> Any:
     from transformers import GenerationConfig
 
-    if not (directory / "generation_config.json").exists():
+    file = directory / "generation_config.json"
+    if not file.exists():
         return None
-    return GenerationConfig.from_pretrained(directory, local_files_only=True)
+    try:
+        return GenerationConfig.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"transformers cannot read {file}: {error}; download it again, or remove it") from error

@@ -230,8 +230,9 @@ def build_meta_model(config: Any, dtype: torch.dtype, attn_implementation: str |
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
     except (ValueError, KeyError, ImportError) as error:
+        reason = str(error).partition("\n")[0]  # the lines after it list all models there are
         raise CheckpointError(
-            f"transformers cannot build a causal model of type {config.model_type!r}: {error}"
+            f"transformers cannot build a causal model of type {config.model_type!r}: {reason}"
         ) from error
     return model.eval().requires_grad_(False)
 

@@ -1,6 +1,10 @@
 """The command line: strict flags, configuration files, exit codes."""
 
+import io
+import os
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -48,12 +52,61 @@ def test_config_file_gives_defaults_and_flags_win(tmp_path, parser):
         ("context: long", "long"),
         ("- a\n- b", "mapping"),
         ("a: [", "cannot read"),
+        ("max-batch: 3.7", "max-batch: invalid value 3.7"),
+        ("max-batch: true", "max-batch: invalid value True"),
+        ("gpu-memory: [1, 2]", "gpu-memory: invalid value [1, 2]"),
+        ("model: ./llama", "MODEL_DIR is no flag"),
+        ("serial: true\nno-fused: true", "write fused: true or false"),
+        ("serial: 'no'", "serial: invalid value 'no': choose true or false"),
     ],
 )
 def test_bad_config_file_names_what_is_wrong(capsys, parser, tmp_path, text, named):
     config = tmp_path / "c.yaml"
     config.write_text(text)
-    assert named in error_of(capsys, parser, "plan", "model", "--config", str(config))
+    assert named in error_of(capsys, parser, "generate", "model", "--prompt", "x", "--config", str(config))
+
+
+def test_a_config_file_that_is_no_text_is_refused(capsys, parser, tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_bytes(b"\xff\xfe")
+    assert "cannot read" in error_of(capsys, parser, "plan", "model", "--config", str(config))
+
+
+def test_every_kind_of_flag_can_stand_in_a_file(tmp_path, parser, capsys):
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        "prompt: from the file\nstop: one\nserial: true\nfused: false\nprefix-caching: true\ncontext:\n"
+        "temperature: 0.5\nmax-tokens: 7\n"
+    )
+    args = parser.parse_args(["generate", "model", f"--config={config}"])
+    assert (args.prompt, args.stop, args.serial, args.fused, args.prefix_caching) == (
+        "from the file", ["one"], True, False, True,
+    )  # fmt: skip
+    assert (args.context, args.temperature, args.max_tokens) == (None, 0.5, 7)
+    assert (
+        parser.parse_args(["generate", "model", "--config", str(config), "--no-prefix-caching"]).prefix_caching is False
+    )
+    config.write_text("served-model-name: [a, b]\ncors-origin: https://a.example\n")
+    args = parser.parse_args(["serve", "model", "--config", str(config)])
+    assert (args.served_model_name, args.cors_origin) == (["a", "b"], ["https://a.example"])
+    # the command line's take the place of the file's
+    assert parser.parse_args(["serve", "m", "--config", str(config), "--served-model-name", "c"]).served_model_name == [
+        "c"
+    ]
+    assert capsys.readouterr().err == ""
+
+
+def test_one_file_serves_several_commands(tmp_path, parser, capsys):
+    config = tmp_path / "c.yaml"
+    config.write_text("# all of it\ncontext: 4096\nport: 8001\napi-key-file: keys\n")
+    assert parser.parse_args(["plan", "model", "--config", str(config)]).context == 4096
+    assert "left out, flags of other commands: --port, --api-key-file" in capsys.readouterr().err
+    config.write_text("# nothing\n")
+    assert parser.parse_args(["plan", "model", "--config", str(config)]).context is None
+
+
+def test_a_wrong_choice_is_not_taken_for_a_wrong_flag(capsys, parser):
+    assert "did you mean" not in error_of(capsys, parser, "plan", "model", "--dtype", "fp8")
 
 
 def test_shipped_configs_parse(parser):
@@ -64,12 +117,12 @@ def test_shipped_configs_parse(parser):
         assert args.gpu_memory.lower().removesuffix("gib") in file.name
 
 
-@pytest.mark.parametrize("command", ["serve", "generate", "plan", "doctor"])
+@pytest.mark.parametrize("command", ["serve", "generate", "plan", "doctor", "bench"])
 def test_help_of_every_command(capsys, parser, command):
     with pytest.raises(SystemExit) as stop:
         parser.parse_args([command, "--help"])
     assert stop.value.code == 0
-    assert "--config" in capsys.readouterr().out
+    assert ("--config" in capsys.readouterr().out) == (command != "bench")  # which has none but its commands' flags
 
 
 @pytest.fixture
@@ -159,6 +212,13 @@ def test_generate_answers_from_a_file(run, tmp_path):
         (("generate", DEMO, "--prompt", "x", "--gpu-memory", "lots"), "lots"),
         (("generate", DEMO, "--prompt", "x", "--device", "cpu", "--resident-layers", "9"), "--resident-layers 9"),
         (("generate", DEMO, "--prompt", "x", "--device", "cpu", "--linear", "elsa"), "--dtype float32"),
+        (("generate", DEMO, "--prompt", "x", "--temperature", "-1"), "temperature is -1"),
+        (("generate", DEMO, "--prompt", "x", "--max-tokens", "0"), "max_tokens is 0"),
+        (("generate", DEMO, "--prompt", ""), "--prompt is empty"),
+        (("generate", DEMO, "--prompt", "\udcff"), "cannot read --prompt"),
+        (("generate", DEMO, "--prompt-file", os.devnull), "is empty"),
+        (("plan", DEMO, "--host-threads", "0"), "--host-threads 0"),
+        (("plan", DEMO, "--linear", "elsa"), "--dtype float32"),
         (("plan", DEMO, "--context", "99999"), "32768"),
         (("plan", DEMO, "--gpu-memory", "1MiB"), "1.0 MiB"),
     ],
@@ -169,3 +229,18 @@ def test_bad_input_is_one_line_and_status_2(run, argv, named):
     assert (status, out) == (2, "")
     assert named in err
     assert err.count("\n") == 1
+
+
+def test_bytes_on_standard_input_that_are_no_text_are_refused(run, monkeypatch):
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(b"abc \xff")))
+    status, _, err = run("generate", DEMO, "--prompt-file", "-")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "cannot read --prompt-file -: 'utf-8' codec" in err
+
+
+def test_a_damaged_generation_config_is_refused_before_weights_are_read(run, tmp_path):
+    shutil.copytree(DEMO, tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text("{")
+    status, _, err = run("generate", tmp_path / "model", "--prompt", "x", "--device", "cpu", "--context", 256)
+    assert (status, err.count("\n")) == (2, 1)
+    assert "generation_config.json" in err
