@@ -3,8 +3,9 @@
     python -m load_tests.disk_bench --layers 8 --context 2048 --gpu-memory 5GiB --host-memory 4GiB --host-memory 8GiB
 
 Every --host-memory is one configuration; what it does not hold stays in the checkpoint's files and is read again every
-pass. Rows carry the planner's prediction beside what was measured, and `floor_s`: the bytes on disk at its measured
-rate. The checkpoint is written below --folder, which needs room for it and decides whose disk is measured.
+pass. With "2GiB+4GiB" up to 4 GiB of KV may lie on disk, too. Rows carry the planner's prediction beside what was
+measured, and `floor_s`: the weights on disk at its measured rate (KV on disk is read through the page cache). The
+checkpoint and the KV are written below --folder, which needs room for them and decides whose disk is measured.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--context", type=int, default=2048, help="prompt tokens (default: 2048)")
     parser.add_argument("--decode-tokens", type=int, default=4, help="tokens after the first (default: 4)")
     parser.add_argument("--gpu-memory", default="5GiB", help="device budget, enforced (default: 5GiB)")
-    parser.add_argument("--host-memory", action="append", required=True, help="host budget; several for several rows")
+    parser.add_argument("--host-memory", action="append", required=True, help="host budget, +KV on disk; several rows")
     parser.add_argument("--folder", type=Path, help="where the checkpoint is written (default: the temporary folder)")
     parser.add_argument("--output", type=Path, help="results file to append the rows to")
     return parser
@@ -100,19 +101,20 @@ def shards(weights: ModelWeights) -> Any:
         yield f"layer-{index:03}.safetensors", {f"{prefix}.{name}": view.cpu() for name, view in views}
 
 
-def measure(args: argparse.Namespace, host: str, folder: Path, first_tokens: list[int]) -> dict[str, Any]:
+def measure(args: argparse.Namespace, host_and_disk: str, folder: Path, first_tokens: list[int]) -> dict[str, Any]:
     """One configuration's row. A refusal becomes its `error`."""
+    host, _, kv_disk = host_and_disk.partition("+")
     row: dict[str, Any] = {
         "system": "elsa-offload", "model": args.model.stem, "layers": args.layers, "dtype": args.dtype,
         "attention": "elsa", "linear": "torch", "context": args.context, "batch": 1, "serial": False,
-        "gpu_cap": args.gpu_memory, "host_cap": host, "asked": {"host_memory": host, "from": "disk"},
+        "gpu_cap": args.gpu_memory, "host_cap": host, "asked": {"host_memory": host, "kv_disk": kv_disk or None, "from": "disk"},
     }  # fmt: skip
     steps = Steps([])
     try:
         engine = OffloadEngine(
             folder, sink=steps, device=args.device, dtype=args.dtype, gpu_memory=args.gpu_memory, host_memory=host,
             context=args.context + args.decode_tokens + 1, max_batch=1, num_speculative_tokens=0, prefix_caching=False,
-            progress=False,
+            kv_disk=kv_disk or None, kv_disk_dir=folder, progress=False,
         )  # fmt: skip
     except ElsaError as error:
         return row | {"error": f"{type(error).__name__}: {error}"}
@@ -130,10 +132,12 @@ def measure(args: argparse.Namespace, host: str, folder: Path, first_tokens: lis
     return row | {
         "resident_layers": len(plan.resident_layers),
         "disk_layers": len(plan.disk_layers),
+        "kv_tokens": {"gpu": plan.kv_gpu_tokens, "host": plan.kv_host_tokens, "disk": plan.kv_disk_tokens},
         "gpu_cap_bytes": plan.gpu_budget,
         "host_cap_bytes": plan.host_budget,
         **timings(steps.passes),
         **disk_reads(steps.passes),
+        "kv_disk_bytes": plan.kv_disk_tokens * plan.geometry.layers * plan.geometry.kv_token_bytes(),
         "disk_bytes_per_s": plan.rates.disk,
         "predicted_prefill_s": plan.ttft_s,
         "predicted_decode_s_per_token": plan.s_per_token,
