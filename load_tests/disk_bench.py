@@ -107,7 +107,8 @@ def measure(args: argparse.Namespace, host_and_disk: str, folder: Path, first_to
     row: dict[str, Any] = {
         "system": "elsa-offload", "model": args.model.stem, "layers": args.layers, "dtype": args.dtype,
         "attention": "elsa", "linear": "torch", "context": args.context, "batch": 1, "serial": False,
-        "gpu_cap": args.gpu_memory, "host_cap": host, "asked": {"host_memory": host, "kv_disk": kv_disk or None, "from": "disk"},
+        "gpu_cap": args.gpu_memory, "host_cap": host,
+        "asked": {"host_memory": host, "kv_disk": kv_disk or None, "from": "disk"},
     }  # fmt: skip
     steps = Steps([])
     try:

@@ -27,6 +27,6 @@ def test_rows_from_disk_and_from_memory_have_the_same_tokens(tmp_path: Path) -> 
     assert weights["predicted_decode_s_per_token"] >= weights["floor_s"] > 0
     assert kv["disk_layers"] == 0
     assert kv["kv_disk_bytes"] > 0
-    assert memory["tokens_equal"] and weights["tokens_equal"] and kv["tokens_equal"]
+    assert all(row["tokens_equal"] for row in (memory, weights, kv))
     assert "--host-memory" in refused["error"]
     assert not list(tmp_path.glob("elsa-disk-bench-*"))

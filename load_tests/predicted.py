@@ -1,0 +1,66 @@
+"""The planner's predictions beside what was measured, for every row of the results that has both.
+
+    python -m load_tests.predicted                    # all of load_tests/results
+    python -m load_tests.predicted results/some.json --limit 15
+
+A row is one configuration of one run; `off` is the prediction's distance from the measurement, in per cent of the
+measurement. Exits with 1 where a row is further off than --limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from kernels.bench import results_file
+
+RESULTS = Path(__file__).parent / "results"
+PHASES = {
+    "prefill": ("predicted_prefill_s", "prefill_s"),
+    "decode": ("predicted_decode_s_per_token", "decode_s_per_token"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", type=Path, help="results files (default: all of load_tests/results)")
+    parser.add_argument("--limit", type=float, default=15.0, help="per cent that a prediction may be off (default: 15)")
+    args = parser.parse_args(argv)
+    found = [line for file in args.files or sorted(RESULTS.glob("*.json")) for line in comparisons(file)]
+    print(f"{'configuration':<66} {'phase':>8} {'predicted s':>11} {'measured s':>10} {'off':>7}")
+    for name, phase, predicted, measured in found:
+        print(f"{name:<66} {phase:>8} {predicted:>11.4f} {measured:>10.4f} {off(predicted, measured):>+6.1f}%")
+    far = [line for line in found if abs(off(*line[2:])) > args.limit]
+    print(f"{len(found)} predictions, {len(far)} further off than {args.limit:g} %")
+    return 1 if far else 0
+
+
+def comparisons(file: Path) -> Iterator[tuple[str, str, float, float]]:
+    """(configuration, phase, predicted seconds, measured seconds) of a file's rows that have both."""
+    for row in results_file.read(file)["rows"]:
+        for phase, (guess, fact) in PHASES.items():
+            if row.get(guess) and row.get(fact):
+                yield configuration(row), phase, row[guess], row[fact]
+
+
+def configuration(row: dict[str, Any]) -> str:
+    asked = ",".join(f"{key}={value}" for key, value in (row.get("asked") or {}).items() if value is not None)
+    parts = (
+        row["dtype"],
+        f"{row['layers']} layers",
+        f"{row['context']} tokens",
+        row["gpu_cap"],
+        row["attention"],
+        asked,
+    )
+    return " ".join(part for part in parts if part)
+
+
+def off(predicted: float, measured: float) -> float:
+    return 100 * (predicted / measured - 1)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
