@@ -69,7 +69,7 @@ def write_checkpoint(args: argparse.Namespace, folder: Path) -> float:
     )
     try:
         began = time.perf_counter()
-        names = {}
+        names: dict[str, str] = {}
         for file, tensors in shards(weights):
             save_file(tensors, folder / file)
             names |= dict.fromkeys(tensors, file)
@@ -117,8 +117,8 @@ def measure(args: argparse.Namespace, host_and_disk: str, folder: Path, first_to
             context=args.context + args.decode_tokens + 1, max_batch=1, num_speculative_tokens=0, prefix_caching=False,
             kv_disk=kv_disk or None, kv_disk_dir=folder, progress=False,
         )  # fmt: skip
-    except ElsaError as error:
-        return row | {"error": f"{type(error).__name__}: {error}"}
+    except ElsaError as refusal:
+        return row | {"error": f"{type(refusal).__name__}: {refusal}"}
     try:
         vocabulary = engine.info.vocab_size
         generate(engine, prompt_of(min(64, args.context), vocabulary), WARM_UP_TOKENS)

@@ -9,6 +9,7 @@ in the checkpoint's files.
 
 from __future__ import annotations
 
+import bisect
 import copy
 from collections.abc import Sequence
 from contextlib import suppress
@@ -30,6 +31,7 @@ CHUNK_SHARE = 8  # a chunk's activations may take one part in so many of the dev
 THIRD_SLOT_SHARE = 10  # a third slot evens out the copying where three take no more than one part in so many
 CUDA_CONTEXT = int(0.85 * 2**30)  # the context and kernels' code, outside torch's allocator: 0.81 GiB seen on an H200
 CUBLAS_WORKSPACE = 32 << 20  # what torch gives cuBLAS on Hopper; less elsewhere
+MIB = 1 << 20
 ALLOCATOR_SLACK = 10  # the caching allocator's fragmentation: one part in so many of the activations
 
 
@@ -289,18 +291,29 @@ def make_plan(
 
 def _remedy(request: _Request, wanted: int) -> str:
     """What would fit, for the end of a refusal."""
-    low, high = 0, wanted  # low fits (or is 0), high does not
-    while high - low > 1:
-        middle = (low + high) // 2
-        try:
-            _place(request, middle)
-            low = middle
-        except BudgetError:
-            high = middle
-    if low:
-        return f"the largest context that fits is {low} tokens: pass --context {low}, or raise the budget"
+    largest = bisect.bisect_left(range(1, wanted), True, key=lambda context: not _fits(request, context))
+    if largest:
+        return (
+            f"the largest context that fits is {largest} tokens: pass --context {largest},"
+            f"{_disk_remedy(request, wanted)} or raise the budget"
+        )
     fewer = "use fewer --resident-layers, " if request.resident else ""
     return f"no context fits: {fewer}raise the budget, or choose a smaller dtype or model"
+
+
+def _disk_remedy(request: _Request, wanted: int) -> str:
+    """The least --kv-disk with which the context would fit after all; nothing where none helps."""
+    most = -(-request.geometry.kv_bytes(wanted) // MIB)
+    least = bisect.bisect_left(range(most), True, key=lambda n: _fits(replace(request, kv_disk=n * MIB), wanted))
+    return f" keep KV on disk with --kv-disk {least}MiB," if least < most else ""
+
+
+def _fits(request: _Request, context: int) -> bool:
+    try:
+        _place(request, context)
+    except BudgetError:
+        return False
+    return True
 
 
 # --- placing ------------------------------------------------------------------------------------------------------

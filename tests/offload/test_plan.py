@@ -265,6 +265,18 @@ def test_a_context_too_large_names_the_largest_that_fits_and_it_does_fit() -> No
         plan_13b(context=largest + 1)
 
 
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_refusal_names_the_disk_space_that_is_enough(batch: int) -> None:
+    with pytest.raises(BudgetError) as caught:
+        plan_13b(host_budget=40 * GIB, batch=batch)
+    asked = int(re.search(r"--kv-disk (\d+)MiB", str(caught.value))[1]) << 20  # type: ignore[index]
+    assert plan_13b(host_budget=40 * GIB, batch=batch, kv_disk=asked).kv_disk_tokens > 0
+    with pytest.raises(BudgetError, match=f"--kv-disk {asked >> 20}MiB"):
+        plan_13b(host_budget=40 * GIB, batch=batch, kv_disk=asked - (1 << 20))
+    with pytest.raises(BudgetError, match=r"^(?!.*--kv-disk)"):
+        plan_13b(host_budget=20 * GIB)  # does not even hold the weights
+
+
 def test_the_least_that_is_needed_is_enough() -> None:
     with pytest.raises(BudgetError) as caught:
         plan_13b(gpu_budget=3 * GIB, slots=2)
