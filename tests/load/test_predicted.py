@@ -1,0 +1,32 @@
+"""Predictions beside measurements: which rows count, and when a prediction is too far off."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from load_tests import predicted
+
+ROW = {"dtype": "float16", "layers": 4, "context": 100, "gpu_cap": "8GiB", "attention": "elsa", "asked": {"slots": 2}}
+
+
+def results(folder: Path, *rows: dict[str, Any]) -> str:
+    file = folder / "some.json"
+    file.write_text(json.dumps({"rows": [ROW | row for row in rows]}))
+    return str(file)
+
+
+def test_rows_with_both_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    both = {"predicted_prefill_s": 1.1, "prefill_s": 1.0, "predicted_decode_s_per_token": 0.05}
+    refused = {"error": "BudgetError: too small"}
+    assert predicted.main([results(tmp_path, both | {"decode_s_per_token": 0.1}, both, refused)]) == 1
+    out = capsys.readouterr().out
+    assert out.count("float16 4 layers 100 tokens 8GiB elsa slots=2") == 3
+    assert "+10.0%" in out
+    assert "-50.0%" in out
+    assert "3 predictions, 1 further off than 15 %" in out
+    assert predicted.main([results(tmp_path, both)]) == 0
+    assert predicted.main([results(tmp_path, both), "--limit", "5"]) == 1
