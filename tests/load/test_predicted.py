@@ -15,7 +15,8 @@ ROW = {"dtype": "float16", "layers": 4, "context": 100, "gpu_cap": "8GiB", "atte
 
 def results(folder: Path, *rows: dict[str, Any]) -> str:
     file = folder / "some.json"
-    file.write_text(json.dumps({"rows": [ROW | row for row in rows]}))
+    form = dict.fromkeys(("machine", "versions", "commit", "command", "date"))
+    file.write_text(json.dumps(form | {"rows": [ROW | row for row in rows]}))
     return str(file)
 
 
