@@ -56,11 +56,16 @@ def _switch(model: PreTrainedModel, name: str) -> None:
         raise UsageError(f"{type(model).__name__} does not take attention implementation {name!r}: {error}") from error
     # transformers only logs a refusal, and misses sub-models that hold a copy of the configuration (T5).
     parts = (part for part in model.modules() if isinstance(part, PreTrainedModel))
-    unchanged = sorted({type(part).__name__ for part in parts if part.config._attn_implementation != name})
+    unchanged = [part for part in parts if part.config._attn_implementation != name]
+    names = ", ".join(sorted({type(part).__name__ for part in unchanged}))
+    if not all(part.is_backend_compatible() for part in unchanged):
+        raise UsageError(
+            f"{names} cannot be switched to attention {name!r}: its attention is its own code, which runs whatever "
+            "attn_implementation says, at loading too"
+        )
     if unchanged:
         raise UsageError(
-            f"{', '.join(unchanged)} cannot be switched to attention {name!r} once loaded; load it with "
-            f"attn_implementation={name!r} if it takes that, or keep its own attention"
+            f"{names} cannot be switched to attention {name!r} once loaded; load it with attn_implementation={name!r}"
         )
 
 
