@@ -58,7 +58,7 @@ def _switch(model: PreTrainedModel, name: str) -> None:
     parts = (part for part in model.modules() if isinstance(part, PreTrainedModel))
     unchanged = [part for part in parts if part.config._attn_implementation != name]
     names = ", ".join(sorted({type(part).__name__ for part in unchanged}))
-    if not all(part.is_backend_compatible() for part in unchanged):
+    if not all(part._can_set_attn_implementation() for part in unchanged):
         raise UsageError(
             f"{names} cannot be switched to attention {name!r}: its attention is its own code, which runs whatever "
             "attn_implementation says, at loading too"
