@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import socket
 import threading
 import time
@@ -209,9 +210,11 @@ def load(args: argparse.Namespace, settings: Settings, sink: MetricsSink, future
 
 
 def finish(engine: Future[Engine]) -> int:
-    """Free the engine; raise why it never came, if it did not."""
+    """Free the engine; raise why it never came, if it did not. While one still loads, the process ends here."""
     if not engine.done():
         logger.info("stopped while the model was loading")
-        return 0
+        logging.shutdown()
+        # The loader cannot be interrupted, and the interpreter would wait for its compilers and reading threads.
+        os._exit(0)
     engine.result().shutdown()
     return 0

@@ -20,7 +20,7 @@ from elsa_serve.errors import UsageError
 
 # The command as it is, with the tests' engine where the real one would be imported.
 PROGRAM = """
-import sys, types
+import sys, time, types
 sys.path.insert(0, {tests!r})
 from fake_engine import FakeEngine
 from elsa_serve.errors import CheckpointError
@@ -30,6 +30,9 @@ from elsa_server.cli import add_command
 def engine(model, *, name, sink, **options):
     if model.name == "broken":
         raise CheckpointError(f"{{model}}: no config.json")
+    if model.name == "slow":
+        from concurrent.futures import ThreadPoolExecutor
+        ThreadPoolExecutor(1).submit(time.sleep, 300).result()  # as the pools of a compiler or of readers
     return FakeEngine(sink=sink)
 
 sys.modules["elsa_serve.offload.engine"] = types.SimpleNamespace(OffloadEngine=engine)
@@ -93,6 +96,20 @@ def test_a_broken_checkpoint_ends_the_process_with_its_reason() -> None:
         assert process.returncode == 2
         assert errors.strip().splitlines()[-1] == "some/broken: no config.json"
         assert "Traceback" not in errors
+
+
+def test_a_signal_ends_a_server_that_still_loads() -> None:
+    with launch("some/slow") as process:
+        assert process.stdout is not None
+        url = process.stdout.readline().split()[-1]
+        assert httpx.get(url + "/readyz", timeout=60).json()["error"]["code"] == "loading"
+        process.send_signal(signal.SIGTERM)
+        try:
+            _, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
+        assert process.returncode == 0
+        assert "stopped while the model was loading" in errors
 
 
 def test_flags_become_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
