@@ -354,7 +354,8 @@ class LogSink:
         self._interval_s, self._clock = interval_s, clock
         self._lock = threading.Lock()
         self._running = self._waiting = 0
-        self._reset(clock())
+        self._end = clock()  # of the last pass
+        self._reset(self._end)
 
     def _reset(self, now: float) -> None:
         self._since = now
@@ -370,26 +371,34 @@ class LogSink:
         if isinstance(stats, Gauges):
             self._running, self._waiting = stats.running_prefill + stats.running_decode, stats.waiting
         elif isinstance(stats, StepStats):
+            now = self._clock()
+            began = now - stats.duration_s
+            if began - self._end > self._interval_s:  # an idle hour is no part of anybody's tokens a second
+                self._report(self._end)
+                self._reset(began)
+            self._end = now
             self._prompt += stats.prompt_tokens
             self._generated += stats.generated_tokens
             self._step_s += stats.duration_s
             self._stall_s += sum(transfer.stall_s for transfer in stats.transfers)
-            self._report(self._clock())
+            if now - self._since >= self._interval_s:
+                self._report(now)
+                self._reset(now)
 
     def _report(self, now: float) -> None:
-        elapsed = now - self._since
-        if elapsed < self._interval_s:
+        """One line on the passes since the last, if there were any."""
+        if not self._step_s:
             return
+        elapsed = now - self._since
         logger.info(
             "prompt %.1f, generation %.1f tokens/s, running %d, waiting %d, stalled %.0f %% of %.1f s of passes",
             self._prompt / elapsed,
             self._generated / elapsed,
             self._running,
             self._waiting,
-            100 * self._stall_s / self._step_s if self._step_s else 0.0,
+            100 * self._stall_s / self._step_s,
             self._step_s,
         )
-        self._reset(now)
 
 
 class Tee:

@@ -210,6 +210,16 @@ def test_log_sink_says_one_line_an_interval(caplog: pytest.LogCaptureFixture) ->
     ]
 
 
+def test_the_log_counts_no_idle_time(caplog: pytest.LogCaptureFixture) -> None:
+    """Two passes of a second, an hour of nothing, and ten more: the rates are those of the busy times."""
+    times = iter([0.0, 1.0, 2.0, *(3602.0 + i for i in range(11))])
+    sink = LogSink(10.0, clock=lambda: next(times))
+    with caplog.at_level(logging.INFO, "elsa_serve"):
+        for _ in range(13):
+            sink.record(StepStats("decode", 1.0, 0, 5, "elsa"))
+    assert [record.message.split(",")[1] for record in caplog.records] == [" generation 5.0 tokens/s"] * 2
+
+
 def test_tee() -> None:
     sinks = [Metrics(), Metrics()]
     Tee(*sinks).record(RequestReceived("completions"))
