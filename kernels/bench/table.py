@@ -146,9 +146,16 @@ def render(text: str, tables: dict[str, Callable[[], str]] | None = None) -> str
     return MARKED.sub(replace, text)
 
 
-def main(arguments: list[str] | None = None, tables: dict[str, Callable[[], str]] | None = None) -> None:
-    """Render the documents named on the command line; `tables` may add those of other results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(
+    arguments: list[str] | None = None,
+    tables: dict[str, Callable[[], str]] | None = None,
+    command: str = "python -m kernels.bench.table",
+    text: str | None = __doc__,
+) -> None:
+    """Render the documents named on the command line. Another `command` may add the tables of other results."""
+    parser = argparse.ArgumentParser(
+        prog=command, description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("documents", nargs="+", type=Path)
     parser.add_argument("--check", action="store_true", help="change nothing; fail if a table is out of date")
     options = parser.parse_args(arguments)
@@ -161,7 +168,7 @@ def main(arguments: list[str] | None = None, tables: dict[str, Callable[[], str]
             if not options.check:
                 path.write_text(new)
     if options.check and stale:
-        sys.exit(f"tables out of date in {', '.join(map(str, stale))}: run python -m kernels.bench.table on them")
+        sys.exit(f"tables out of date in {', '.join(map(str, stale))}: run {command} on them")
 
 
 if __name__ == "__main__":
