@@ -60,4 +60,4 @@ def gain_table() -> str:
 TABLES = table.TABLES | {"offload": offload_table, "gain": gain_table}
 
 if __name__ == "__main__":
-    table.main(tables=TABLES, command="python -m load_tests.tables", text=__doc__)
+    table.main(tables=TABLES, command="python -m load_tests.tables", about=__doc__)

@@ -150,11 +150,11 @@ def main(
     arguments: list[str] | None = None,
     tables: dict[str, Callable[[], str]] | None = None,
     command: str = "python -m kernels.bench.table",
-    text: str | None = __doc__,
+    about: str | None = __doc__,
 ) -> None:
     """Render the documents named on the command line. Another `command` may add the tables of other results."""
     parser = argparse.ArgumentParser(
-        prog=command, description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=command, description=about, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("documents", nargs="+", type=Path)
     parser.add_argument("--check", action="store_true", help="change nothing; fail if a table is out of date")
