@@ -86,11 +86,19 @@ def use_fp32_linear(model: nn.Module, enabled: bool = True) -> Iterator[nn.Modul
             model.generate(**inputs)
 
     The split weights cost the weights' bytes once more while the context lasts. `enabled=False` changes nothing: a
-    switch for comparisons. Raises ValueError naming the layer whose weight holds Inf or NaN.
+    switch for comparisons. Raises ValueError naming the layer whose weight holds Inf or NaN, and for a model without any
+    float32 nn.Linear, as transformers loads one from a 16-bit checkpoint.
     """
+    found = list(_linears(model)) if enabled else []
+    if enabled and not found:
+        dtypes = ", ".join(sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}))
+        raise ValueError(
+            f"{type(model).__name__} has no float32 nn.Linear, its parameters are {dtypes or 'none'}: load the model "
+            "with dtype=torch.float32"
+        )
     replaced: list[tuple[nn.Module, str, nn.Linear]] = []
     try:
-        for name, parent, leaf, child in list(_linears(model)) if enabled else []:
+        for name, parent, leaf, child in found:
             try:
                 parent._modules[leaf] = _Accelerated(child)
             except ValueError as error:
