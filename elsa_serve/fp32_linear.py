@@ -86,8 +86,8 @@ def use_fp32_linear(model: nn.Module, enabled: bool = True) -> Iterator[nn.Modul
             model.generate(**inputs)
 
     The split weights cost the weights' bytes once more while the context lasts. `enabled=False` changes nothing: a
-    switch for comparisons. Raises ValueError naming the layer whose weight holds Inf or NaN, and for a model without any
-    float32 nn.Linear, as transformers loads one from a 16-bit checkpoint.
+    switch for comparisons. Raises ValueError naming the layer whose weight holds Inf or NaN, and for a model without a
+    float32 nn.Linear, as transformers loads it from a 16-bit checkpoint.
     """
     found = list(_linears(model)) if enabled else []
     if enabled and not found:

@@ -59,7 +59,7 @@ def test_use_fp32_linear_restores_after_a_refusal_that_names_the_layer():
 
 
 def test_a_model_that_it_would_leave_as_it_is_is_refused():
-    with pytest.raises(ValueError, match="Sequential has no float32 nn.Linear, its parameters are float16"):
+    with pytest.raises(ValueError, match=r"Sequential has no float32 nn\.Linear, its parameters are float16"):
         use_fp32_linear(model().half()).__enter__()
     with use_fp32_linear(model().half(), enabled=False):
         pass
