@@ -81,9 +81,17 @@ def prompt_tokens(engine: Engine, text: str, chat: bool) -> list[int]:
     if not chat:
         return engine.tokenizer.encode(text)
     conversation = [{"role": "user", "content": text}]
-    return list(
-        engine.tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=True, return_dict=False)
-    )
+    try:
+        return list(
+            engine.tokenizer.apply_chat_template(
+                conversation, add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+        )
+    except Exception as error:  # templates are programs of the model's makers, and raise what they like
+        reason = str(error).partition("!")[0].partition("\n")[0]
+        raise UsageError(
+            f"--chat: the model has no chat template that takes the prompt ({reason}): leave it out"
+        ) from error
 
 
 def answer(engine: Engine, tokens: list[int], sampling: SamplingParams) -> None:

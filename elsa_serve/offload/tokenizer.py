@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -10,6 +11,8 @@ from elsa_serve.errors import CheckpointError
 from elsa_serve.protocol import Tokenizer
 
 BYTES = 256
+
+logger = logging.getLogger(__name__)
 
 
 class ByteTokenizer:
@@ -37,9 +40,18 @@ def load_tokenizer(directory: Path, vocab_size: int, *, dummy: bool) -> Tokenize
     named = directory if directory.is_dir() else directory.parent
     if any((named / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
         try:
-            return cast(Tokenizer, AutoTokenizer.from_pretrained(named, local_files_only=True))
+            tokenizer = AutoTokenizer.from_pretrained(named, local_files_only=True)
         except Exception as error:
             raise CheckpointError(f"transformers cannot read the tokenizer in {named}: {error}") from error
+        if len(tokenizer) > vocab_size:
+            logger.warning(
+                "the tokenizer in %s knows %d tokens and the model %d: prompts with others are refused; is it another "
+                "model's?",
+                named,
+                len(tokenizer),
+                vocab_size,
+            )
+        return cast(Tokenizer, tokenizer)
     if not dummy:
         raise CheckpointError(
             f"{named} has no tokenizer (tokenizer.json or tokenizer.model): download it with the model"

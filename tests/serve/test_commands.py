@@ -1,6 +1,7 @@
 """The command line: strict flags, configuration files, exit codes."""
 
 import io
+import json
 import os
 import shutil
 from pathlib import Path
@@ -244,3 +245,15 @@ def test_a_damaged_generation_config_is_refused_before_weights_are_read(run, tmp
     status, _, err = run("generate", tmp_path / "model", "--prompt", "x", "--device", "cpu", "--context", 256)
     assert (status, err.count("\n")) == (2, 1)
     assert "generation_config.json" in err
+
+
+def test_chat_without_a_template_and_a_tokenizer_of_another_model_are_named(run, tmp_path, caplog):
+    shutil.copytree(DEMO, tmp_path / "model")
+    for name, change in (("tokenizer_config.json", {"chat_template": None}), ("config.json", {"vocab_size": 1000})):
+        file = tmp_path / "model" / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    flags = ("--device", "cpu", "--context", 256, "--load-format", "dummy")
+    status, _, err = run("generate", tmp_path / "model", "--chat", "--prompt", "x", *flags)
+    assert status == 2
+    assert "--chat: the model has no chat template that takes the prompt (Cannot use chat template functions" in err
+    assert "knows 2048 tokens and the model 1000" in caplog.text
