@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 
 from elsa_load import scenario as scenarios
+from elsa_load import sweep
 from elsa_load.client import Client, Endpoint
 from elsa_load.envelope import envelope
 from elsa_load.measures import summarise
@@ -33,6 +34,7 @@ def start(args: argparse.Namespace) -> int:
     """Run the scenario; returns 1 where requests failed that the scenario did not cancel or expect to be refused."""
     scenario = chosen(args)
     args.output.mkdir(parents=True, exist_ok=True)
+    results = []
     with ExitStack() as stack:
         program = None
         if args.serve is not None:
@@ -45,12 +47,30 @@ def start(args: argparse.Namespace) -> int:
         url = program.url if program else args.url
         keys = api_keys()
         endpoint = Endpoint(url, args.model, keys[0] if keys else None)
-        result = asyncio.run(measure(args, scenario, endpoint, program))
-    (args.output / "run.json").write_text(json.dumps(result, indent=1) + "\n")
-    (args.output / "report.html").write_text(run_report(result))
-    print(text(result))
+        for folder, point in points(args, scenario):
+            result = sweep.known(folder, point, args) if folder != args.output else None
+            if result is None:
+                result = asyncio.run(measure(args, point, folder, endpoint, program))
+                write(folder, result)
+            results.append(result)
+    if len(results) > 1:
+        print(sweep.write(args.output, results))
     print(f"report: {args.output / 'report.html'}")
-    return 1 if result["summary"]["outcomes"]["error"] or result["summary"]["outcomes"]["timeout"] else 0
+    outcomes = [result["summary"]["outcomes"] for result in results]
+    return 1 if any(one["error"] or one["timeout"] for one in outcomes) else 0
+
+
+def points(args: argparse.Namespace, scenario: Scenario) -> list[tuple[Path, Scenario]]:
+    """What is run, and the folder of its results: the scenario, or it once for each of several concurrencies."""
+    if args.concurrency is None or len(args.concurrency) == 1:
+        return [(args.output, scenario)]
+    return [(args.output / f"concurrency-{count}", sweep.point(scenario, count)) for count in args.concurrency]
+
+
+def write(folder: Path, result: dict[str, Any]) -> None:
+    (folder / "run.json").write_text(json.dumps(result, indent=1) + "\n")
+    (folder / "report.html").write_text(run_report(result))
+    print(text(result))
 
 
 def text(result: dict[str, Any]) -> str:
@@ -73,7 +93,7 @@ def chosen(args: argparse.Namespace) -> Scenario:
     if args.restart_at is not None:
         data["restart_at_s"] = tuple(args.restart_at)
     if args.concurrency is not None:
-        data["arrivals"] = scenarios.Arrivals(concurrency=args.concurrency)
+        data["arrivals"] = scenarios.Arrivals(concurrency=args.concurrency[0])
     elif args.rate is not None:
         data["arrivals"] = scenarios.changed(scenario.arrivals, rate=args.rate)
     return scenarios.changed(scenario, **data).scaled(args.scale)
@@ -110,13 +130,16 @@ def encoder(client: Client, directory: Path | None) -> Iterator[Callable[[str], 
         yield encode
 
 
-async def measure(args: argparse.Namespace, scenario: Scenario, endpoint: Endpoint, program: Program | None) -> Any:
+async def measure(
+    args: argparse.Namespace, scenario: Scenario, folder: Path, endpoint: Endpoint, program: Program | None
+) -> Any:
+    """Run one scenario; its requests are saved in `folder`."""
     settings = {"counting": args.counting, "scale": args.scale, "url": endpoint.url}
     async with Client(
         endpoint, counting=args.counting, timeout_s=args.timeout, patience_s=scenario.patience_s
     ) as client:
         requests = planned(args, scenario, client)
-        scenarios.save(requests, args.output / "requests.jsonl")
+        scenarios.save(requests, folder / "requests.jsonl")
         concurrency = scenario.arrivals.concurrency if scenario.arrivals.kind == "closed" else None
         async with watching(client) as watch, restarting(program, scenario):
             done = await run(client, requests, concurrency=concurrency, progress=not args.quiet)

@@ -155,8 +155,9 @@ def _add_run(commands: Any) -> None:
     add(
         "--concurrency",
         type=positive,
+        nargs="+",
         metavar="N",
-        help="closed, with so many clients, whatever the scenario says",
+        help="closed, with so many clients, whatever the scenario says; several: one after the other, with a report",
     )
     add("--rate", type=float, metavar="PER_SECOND", help="instead of the scenario's")
     add("--scale", type=float, default=1.0, metavar="FACTOR", help="prompt lengths, such as 0.0625 (default: 1)")

@@ -211,3 +211,30 @@ def run_report(data: dict[str, Any]) -> str:
         environment(data),
     ]
     return page(f"Load test: {data['scenario']['name']}", body)
+
+
+def figure(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"
+
+
+def sweep_report(data: dict[str, Any]) -> str:
+    """The report of one scenario at several concurrencies."""
+    rows = data["rows"]
+
+    def against(*names: str) -> list[Series]:
+        found = [(name, [(row["concurrency"], row[name]) for row in rows if row[name] is not None]) for name in names]
+        return [Series(name, points) for name, points in found if points]
+
+    head = list(rows[0])
+    lines = [[figure(row[key]) for key in head] for row in rows]
+    label = "clients at once"
+    body = [
+        f"<p>{escape(data['about'])}</p>",
+        table(head, lines),
+        plot(against("prompt_tokens_per_s", "output_tokens_per_s"), x_label=label, y_label="tokens/s", log_x=True),
+        plot(against("ttft_p50", "ttft_p95", "e2e_p95"), x_label=label, y_label="seconds", log_x=True),
+        plot(against("itl_p50", "itl_p95"), x_label=label, y_label="seconds between two tokens", log_x=True),
+        plot(against("goodput"), x_label=label, y_label="share of good answers", log_x=True),
+        environment(data),
+    ]
+    return page(f"Sweep: {data['scenario']}", body)

@@ -60,6 +60,29 @@ def test_lengths_are_those_that_the_endpoint_counts(url, tmp_path):
     assert data["summary"]["goodput"]["ratio"] == 1.0
 
 
+def test_a_sweep_goes_on_where_it_stopped_and_repeats_no_prompt(url, tmp_path, capsys):
+    flags = ["closed", "--url", url, "--requests", "4", "--scale", "0.05", "--output", str(tmp_path)]
+    assert bench(*flags, "--concurrency", "1", "2") == 0
+    first = (tmp_path / "concurrency-1" / "run.json").stat().st_mtime_ns
+    assert bench(*flags, "--concurrency", "1", "2", "4") == 0
+    assert (tmp_path / "concurrency-1" / "run.json").stat().st_mtime_ns == first
+    data = json.loads((tmp_path / "sweep.json").read_text())
+    assert [(row["concurrency"], row["requests"], row["failed"]) for row in data["rows"]] == [
+        (1, 4, 0), (2, 4, 0), (4, 4, 0),
+    ]  # fmt: skip
+    for row in data["rows"]:  # the server takes one at a time: four requests' tokens and no more
+        assert 0 < row["output_tokens_per_s"] < 1 / 0.005
+        assert 0 < row["ttft_p50"] <= row["ttft_p95"] <= row["e2e_p95"]
+    assert {"machine", "versions", "commit"} <= data.keys()
+    saved = [(tmp_path / f"concurrency-{count}" / "requests.jsonl").read_text() for count in (1, 2, 4)]
+    prompts = [str(json.loads(line)["prompt"]) for text in saved for line in text.splitlines()]
+    assert len(set(prompts)) == 12
+    assert (tmp_path / "report.html").read_text().count("<svg") == 4
+    assert "ttft_p95" in capsys.readouterr().out
+    assert bench(*flags, "--concurrency", "1", "2", "--seed", "7") == 0
+    assert (tmp_path / "concurrency-1" / "run.json").stat().st_mtime_ns != first
+
+
 def test_what_cannot_run_is_refused_with_the_remedy(url, tmp_path, capsys):
     for arguments, message in (
         (["closed"], "--serve MODEL_DIR"),
