@@ -16,10 +16,13 @@ from elsa_serve.cli import main
 HERE = Path(__file__).parent
 
 
+def timed_server(*_):
+    return [sys.executable, str(HERE / "timed_server.py"), "0.0002", "0.005", "{port}:1"]
+
+
 @pytest.fixture(scope="module")
 def url(tmp_path_factory):
-    command = [sys.executable, str(HERE / "timed_server.py"), "0.0002", "0.005", "{port}:1"]
-    with Program(command, tmp_path_factory.mktemp("timed") / "log", startup_s=60, stop_s=10) as program:
+    with Program(timed_server(), tmp_path_factory.mktemp("timed") / "log", startup_s=60, stop_s=10) as program:
         yield program.url
 
 
@@ -58,6 +61,23 @@ def test_lengths_are_those_that_the_endpoint_counts(url, tmp_path):
     assert [(one["prompt_tokens"], one["output_tokens"], one["exact_tokens"]) for one in seen] == [(410, 64, True)] * 3
     assert data["summary"]["tpot_s"]["p50"] == pytest.approx(0.005, rel=0.3)
     assert data["summary"]["goodput"]["ratio"] == 1.0
+
+
+def test_no_request_is_lost_where_the_server_is_stopped_under_load(tmp_path, monkeypatch):
+    """Requests that come while it is away, or that its end cut off, are sent again."""
+    monkeypatch.setattr("elsa_load.bench_run.elsa_serve_command", timed_server)
+    scenario = tmp_path / "restart.yaml"
+    scenario.write_text(
+        "{name: away, requests: 16, patience_s: 120, restart_at_s: [0.5], arrivals: {kind: constant, rate: 8},"
+        " mix: [{prompt_tokens: 500, output_tokens: 20}]}"
+    )
+    assert bench(str(scenario), "--serve", "no-model", "--output", str(tmp_path / "out")) == 0
+    data = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert data["summary"]["outcomes"]["ok"] == 16
+    assert data["summary"]["retried"] >= 1
+    assert data["watch"]["unreachable"] >= 1
+    assert data["watch"]["unbalanced_in_a_row"] < 2
+    assert (tmp_path / "out" / "server.log").read_text().count("Listening on") == 2
 
 
 def test_a_sweep_goes_on_where_it_stopped_and_repeats_no_prompt(url, tmp_path, capsys):

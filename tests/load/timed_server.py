@@ -94,7 +94,7 @@ def serve(listener: socket.socket, prefill_s: float, decode_s: float) -> None:
     engine = TimedEngine(prefill_s, decode_s, metrics)
     metrics.record(EngineStarted("timed", "float32", "elsa", 1 << 20, 0.0))
     with listener:
-        make_server(engine, Settings(), metrics).run(sockets=[listener])
+        make_server(engine, Settings(drain_timeout_s=1.0), metrics).run(sockets=[listener])
 
 
 def main(prefill_s: float, decode_s: float, servers: list[tuple[int, float]]) -> None:
