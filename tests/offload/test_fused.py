@@ -4,7 +4,16 @@ import logging
 
 import pytest
 import torch
-from engine_models import FAMILIES, generate, make_config, make_engine, prompt_of, save_checkpoint, tokens_of
+from engine_models import (
+    FAMILIES,
+    generate,
+    make_config,
+    make_engine,
+    plan_as_for_a_cpu,
+    prompt_of,
+    save_checkpoint,
+    tokens_of,
+)
 from torch import nn
 
 from elsa_serve.offload import attention as attentions
@@ -142,9 +151,10 @@ class Shapes:
 # With few KiB, the KV of all tokens but some lies on the host.
 @pytest.mark.parametrize("device_kib", [None, 920, 1000])
 @pytest.mark.parametrize("family", ["llama", "mistral"])
-def test_the_last_layer_attends_for_the_wanted_rows_alone(family, device_kib, tmp_path, monkeypatch):
+def test_the_last_layer_attends_for_the_wanted_rows_alone(family, device_kib, device, tmp_path, monkeypatch):
+    monkeypatch.setattr("elsa_serve.offload.loading.make_plan", plan_as_for_a_cpu)
     directory = save_checkpoint(family, tmp_path / family)
-    options = {"chunk_tokens": 40, "prefill_round_tokens": 90, "num_speculative_tokens": 0}
+    options = {"chunk_tokens": 40, "prefill_round_tokens": 90, "num_speculative_tokens": 0, "device": device}
     if device_kib:
         options |= {"gpu_memory": f"{device_kib}KiB", "resident_layers": 0, "context": 200}
     plain = make_engine(directory, fused=False, **options)
