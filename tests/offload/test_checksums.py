@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_models import generate, prompt_of, request_of, tokens_of
+from engine_models import generate, plan_as_for_a_cpu, prompt_of, request_of, tokens_of
 
 from elsa_serve.offload.engine import OffloadEngine
 from elsa_serve.offload.kv import Tier
@@ -52,11 +52,14 @@ class Flips:
 
 @pytest.mark.parametrize("speculative", [0, 8])
 @pytest.mark.parametrize("tier", TIERS)
-def test_a_flipped_bit_ends_its_own_request(make: Any, tier: Tier, speculative: int) -> None:
-    plain = make(**TIERS[tier], prefix_caching=False, num_speculative_tokens=0)
+def test_a_flipped_bit_ends_its_own_request(
+    make: Any, device: str, tier: Tier, speculative: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("elsa_serve.offload.loading.make_plan", plan_as_for_a_cpu)
+    plain = make(**TIERS[tier], device=device, prefix_caching=False, num_speculative_tokens=0)
     prompts = [prompt_of(90, seed=1), prompt_of(40, seed=2)]
     expected = [tokens_of(generate(plain, prompt, max_tokens=16)) for prompt in prompts]
-    engine = make(**TIERS[tier], num_speculative_tokens=speculative)
+    engine = make(**TIERS[tier], device=device, num_speculative_tokens=speculative)
     request = request_of(prompts[0], max_tokens=16)
     bad = Flips(engine, request, tier)
     engine.submit(request, bad)
