@@ -7,6 +7,7 @@ python -m load_tests.tables README.md --check    # fail if one is out of date (`
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from kernels.bench import results_file, table
 
@@ -15,25 +16,46 @@ PHASES = {"prefill": "prefill", "decode": "decode", "end_to_end": "end to end"}
 
 
 def offload_table() -> str:
-    """One line a configuration of the streamed model, in the order in which it was measured."""
+    """One line a configuration of the streamed model and of its peers, in the order in which it was measured."""
     lines = []
     for row in results_file.read(RESULTS / "offload-h200.json")["rows"]:
-        layers = "all resident" if row["resident_layers"] == row["layers"] else f"{row['resident_layers']} resident"
-        how = "serial" if row["serial"] else "overlapped"
+        refused = row.get("error")
+        copied = None if refused or "prefill_stall_s" not in row else (row["prefill_stall_s"], row["prefill_hidden_s"])
         lines.append(
             [
-                f"{row['dtype']}, {row['layers']} layers ({layers}), {row['context']} tokens, "
-                f"{row['attention']}, {how}",
+                f"{_who(row)}{row['dtype']}, {row['layers']} layers, {row['context']} tokens{_how(row)}",
                 row["gpu_cap"],
-                f"{row['peak_gpu_bytes'] / 2**30:.1f} GiB",
-                f"{row['prefill_s']:.2f}",
-                f"{row['prefill_stall_s']:.2f} / {row['prefill_hidden_s']:.2f}",
-                f"{row['decode_s_per_token']:.3f}",
-                "yes" if row["tokens_equal"] else "NO",
+                "–" if refused else f"{row['peak_gpu_bytes'] / 2**30:.1f} GiB",
+                "refused" if refused else f"{row['prefill_s']:.2f}",
+                "–" if copied is None else f"{copied[0]:.2f} / {copied[1]:.2f}",
+                _seconds(row.get("decode_s_per_token")),
+                _seconds(row.get("floor_s")),
+                {True: "yes", False: "NO", None: "–"}[row.get("tokens_equal")],
             ]
         )
-    header = ["configuration", "GPU cap", "GPU used", "prefill s", "stall / hidden s", "decode s/token", "same tokens"]
+    header = [
+        "configuration", "GPU cap", "GPU used", "prefill s", "stall / hidden s", "decode s/token", "its floor",
+        "same tokens",
+    ]  # fmt: skip
     return table.markdown(header, lines)
+
+
+def _who(row: dict[str, Any]) -> str:
+    return {"vllm": "vLLM, ", "hf-accelerate": "accelerate, "}.get(row["system"], "")
+
+
+def _how(row: dict[str, Any]) -> str:
+    """What tells one row of the offload table from another, beside its dtype, size and cap."""
+    parts = [str(row.get("case") or "")]
+    if row["system"] == "elsa-offload" and not row.get("error"):
+        resident = "all" if row["resident_layers"] == row["layers"] else str(row["resident_layers"])
+        parts = [f"{resident} resident", *parts, "SDPA" if row["attention"] == "sdpa" else ""]
+        parts.append("serial" if row["serial"] else "")
+    return "".join(f", {part}" for part in parts if part)
+
+
+def _seconds(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
 
 
 def gain_table() -> str:
