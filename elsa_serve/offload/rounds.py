@@ -1,9 +1,10 @@
 """How many prompt tokens a pass takes, from the plan's rates.
 
-Alone, a prompt passes the layers in as few rounds as copying stays hidden in: each round copies the streamed weights
-and the KV that lies in host memory once more, so it must compute for longer than that takes. What a finished round has
-computed survives a cancellation or a timeout. Beside running decodes, a round is what the device can compute while the
-decode pass waits for its copies, so that decodes hardly feel it.
+Alone, a prompt passes the layers in rounds that copying stays hidden in: each copies the streamed weights and the KV
+that lies in host memory once more, so it must compute for longer than that takes, and the device rests for some
+milliseconds at its end. What a finished round has computed survives a cancellation or a timeout. Beside running
+decodes, a round is what the device can compute while the decode pass waits for its copies, so that decodes hardly feel
+it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from elsa_serve.offload.predict import Share, device_seconds
 from elsa_serve.offload.scheduler import PassTokens
 
 HIDDEN = 2.0  # a round computes for this many times its copies' duration
+ROUND_S = 4.0  # and for so long: rounds are few, and what a cancelled prompt loses is little
 LEAST = 256  # tokens: fewer would not keep a GPU busy
 CPU_BESIDE = 512  # tokens beside decodes on a CPU, whose rates are not measured
 
@@ -29,7 +31,7 @@ def pass_tokens(plan: Plan, alone: int | None = None, beside_decode: int | None 
         alone = (
             plan.round_tokens
             if plan.device_type == "cpu"
-            else max(plan.chunk_tokens, _computed_in(plan, _copies(plan)))
+            else max(plan.chunk_tokens, _computed_in(plan, max(ROUND_S, _copies(plan))))
         )
     if beside_decode is None:
         beside_decode = CPU_BESIDE if plan.device_type == "cpu" else _computed_in(plan, plan.s_per_token)

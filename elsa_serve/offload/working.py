@@ -86,7 +86,7 @@ class WorkingKV:
                 self._streams.wait(run.filled)
             for span in kv.spans_of(0, kv.length, on_device=True):
                 here = span.within(0, kv.length)
-                buffer[:, :, span.first : span.first + here.stop].copy_(span.extent.layers[layer][:, :, here])
+                _copy_runs(buffer[:, :, span.first : span.first + here.stop], span.extent.layers[layer][:, :, here])
         run.taken = True
         return buffer
 
@@ -102,7 +102,7 @@ class WorkingKV:
             places, low = span.within(first, last), max(span.first, first)
             new = buffer[:, :, low : low + places.stop - places.start]
             if span.extent.on_device:
-                span.extent.layers[layer][:, :, places] = new
+                _copy_runs(span.extent.layers[layer][:, :, places], new)
             elif new.shape[2] <= SMALL_TOKENS and span.extent.tier == "host":
                 write_mapped(span.extent.mapped[layer][:, :, places], new)
             else:
@@ -174,6 +174,13 @@ def _outcome(copy: Copy) -> Exception | None:
 def write_mapped(mapped: torch.Tensor, values: torch.Tensor) -> None:
     """Write host memory from the device by a kernel, which a `copy_` might hand to a copy engine's queue instead."""
     torch.mul(values, 1, out=mapped)
+
+
+def _copy_runs(target: torch.Tensor, source: torch.Tensor) -> None:
+    """target = source, [2, Hkv, n, D] on the device, each contiguous per head: torch's own copy of such runs reaches a
+    third of the memory's bandwidth."""
+    for part in range(2):
+        copy_heads(target[part], source[part])
 
 
 def _runs(dst: torch.Tensor, src: torch.Tensor) -> Pairs:

@@ -45,30 +45,25 @@ def rms_norm(
     weight: torch.Tensor,
     eps: float,
     *,
-    residual: torch.Tensor | None = None,
     unit_offset: bool = False,
 ) -> torch.Tensor:
     """weight · x / √(mean(x²) + eps) over the last dimension of x [..., D], rounded as LLaMA's module rounds.
 
-    With `residual` (of x's shape): residual += x, in place, and it is the sum that is normalised. unit_offset: Gemma's
-    form, (1 + weight) multiplied in FP32.
+    unit_offset: Gemma's form, (1 + weight) multiplied in FP32.
     """
-    if residual is not None and residual.shape != x.shape:
-        raise ValueError(f"residual is {tuple(residual.shape)}, x is {tuple(x.shape)}: they are added")
     if not _by_triton(x):
-        return _rms_norm_torch(x if residual is None else residual.add_(x), weight, eps, unit_offset)
+        return _rms_norm_torch(x, weight, eps, unit_offset)
     from elsa_kernels.triton.elementwise import rms_norm_kernel
 
     D = x.shape[-1]
     # Heads that lie transposed, as Gemma 3 normalises them, are no rows of one stride: those are copied.
-    rows = _rows(x if residual is not None else x.reshape(-1, D), "x")
-    sums = rows if residual is None else _rows(residual, "residual")
+    rows = _rows(x.reshape(-1, D), "x")
     out = torch.empty(rows.shape, dtype=x.dtype, device=x.device)
     if out.numel():
         block = triton.next_power_of_2(D)
         rms_norm_kernel[(rows.shape[0],)](
-            rows, sums, weight, out, D, rows.stride(0), sums.stride(0), D, eps,
-            BLOCK=block, ADD=residual is not None, UNIT_OFFSET=unit_offset, num_warps=min(max(block // 1024, 1), 16),
+            rows, weight, out, D, rows.stride(0), D, eps,
+            BLOCK=block, UNIT_OFFSET=unit_offset, num_warps=min(max(block // 1024, 1), 16),
             enable_fp_fusion=False,
         )  # fmt: skip
     return out.view(x.shape)

@@ -12,10 +12,9 @@ import triton.language as tl
 
 @triton.jit
 def rms_norm_kernel(
-    x, residual, weight, out, D, x_stride, residual_stride, out_stride, eps,
-    BLOCK: tl.constexpr, ADD: tl.constexpr, UNIT_OFFSET: tl.constexpr,
+    x, weight, out, D, x_stride, out_stride, eps, BLOCK: tl.constexpr, UNIT_OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """out [R, D] = weight · x / rms(x), one program a row; with ADD, residual += x first, in place, and is normalised.
+    """out [R, D] = weight · x / rms(x), one program a row.
 
     UNIT_OFFSET: Gemma's (1 + weight), multiplied before rounding; without it LLaMA's, which rounds before.
     """
@@ -24,10 +23,6 @@ def rms_norm_kernel(
     mask = columns < D
     value = tl.load(x + row * x_stride + columns, mask=mask, other=0.0)
     dtype = value.dtype
-    if ADD:
-        before = tl.load(residual + row * residual_stride + columns, mask=mask, other=0.0)
-        value = (before.to(tl.float32) + value.to(tl.float32)).to(dtype)
-        tl.store(residual + row * residual_stride + columns, value, mask=mask)
     full = value.to(tl.float32)
     full = full * tl.rsqrt(tl.sum(full * full, axis=0) / D + eps)
     w = tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)
