@@ -47,7 +47,7 @@ from kernels.bench import results_file
 MODEL = Path(__file__).parent / "models" / "llama-13b.json"
 RUN_KEYS = (
     "gpu-memory", "host-memory", "attention", "serial", "resident-layers", "slots", "chunk-tokens",
-    "prefill-round-tokens", "context", "decode-tokens", "fused", "host-threads",
+    "prefill-round-tokens", "context", "decode-tokens", "fused", "host-threads", "weights",
 )  # fmt: skip
 # What tells one configuration from another in the results file; the rest of a row is what it gave.
 CONFIGURATION = (
@@ -73,6 +73,9 @@ class Steps:
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     runs = [parse_run(args, text) for text in args.run or [""]]
+    drawn = [run.weights for run in runs]
+    if "vllm" in drawn and (args.linear == "elsa" or "transformers" in drawn[drawn.index("vllm") :]):
+        raise SystemExit("runs with weights=vllm come last, and need --linear torch: they change the weights in place")
     rows: list[dict[str, Any]] = []
     if args.measure:
         device = indexed(torch.device(args.device))
@@ -81,6 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         bandwidth = read_bandwidth(weights)
         first_tokens: dict[str, list[int]] = {}
         for run in runs:
+            if run.weights == "vllm":  # from here on: what transformers drew is not kept
+                draw_as_vllm(weights)
             row = measure(args, run, directory, weights, bandwidth, first_tokens)
             row["load_s"] = load_s
             rows.append(row)
@@ -106,7 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--linear", choices=CHOICES, default="torch", help="float32 linear layers, for all runs")
     parser.add_argument(
         "--weights", choices=("transformers", "vllm"), default="transformers",
-        help="whose way to draw random weights, for all runs: transformers' (normal), or vLLM's dummy loader's",
+        help="whose way to draw random weights: transformers' (normal), or vLLM's dummy loader's, which runs then keep",
     )  # fmt: skip
     parser.add_argument("--serial", type=int, default=0, help="1: the serial twin")
     parser.add_argument("--fused", type=int, default=1, help="0: transformers' own elementwise work on a GPU")
@@ -151,8 +156,6 @@ def shared_weights(args: argparse.Namespace, folder: Path) -> Iterator[tuple[Pat
         attn_implementation=attentions.NAME,
         progress=sys.stderr.isatty(),
     )
-    if getattr(args, "weights", None) == "vllm":
-        draw_as_vllm(weights)
     if args.linear == "elsa":
         split_linears(weights, progress=sys.stderr.isatty())
     try:
@@ -230,7 +233,7 @@ def measure(
         engine.shutdown()
     if error is not None:
         return row | {"error": error}
-    same = first_tokens.setdefault(f"{run.attention} {run.context}", tokens)
+    same = first_tokens.setdefault(f"{run.attention} {run.context} {run.weights}", tokens)
     compared = min(len(same), len(tokens))
     streamed = weights.store.nbytes * plan.streamed_layers // plan.geometry.layers
     kv_on_host = max(0, run.context - plan.kv_gpu_tokens) * plan.geometry.layers * plan.geometry.kv_token_bytes()
@@ -300,7 +303,7 @@ def generate(engine: OffloadEngine, prompt: list[int], count: int) -> tuple[list
 
 
 def base_row(args: argparse.Namespace, run: argparse.Namespace, weights: ModelWeights) -> dict[str, Any]:
-    case = {"case": "weights as vLLM's dummy loader draws them"} if args.weights == "vllm" else {}
+    case = {"case": "weights as vLLM's dummy loader draws them"} if run.weights == "vllm" else {}
     return case | {
         "system": "elsa-offload",
         "model": args.model.stem,

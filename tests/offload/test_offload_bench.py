@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from engine_models import make_config
 
+from elsa_serve.offload.weights import ModelWeights
 from kernels.bench import results_file
 from load_tests import offload_bench
 
@@ -34,19 +36,29 @@ def test_runs_of_one_load_become_rows(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "--gpu-memory" in refused["error"]
 
 
-def test_weights_as_vllm_draws_them(tmp_path: Path) -> None:
+def test_weights_as_vllm_draws_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_config("llama").to_dict()
     model, output = tmp_path / "tiny.json", tmp_path / "rows.json"
     model.write_text(json.dumps(config))
-    flags = ["--model", model, "--device", "cpu", "--dtype", "float32", "--layers", "2", "--context", "40"]
-    flags += ["--decode-tokens", "2", "--gpu-memory", "2MiB", "--weights", "vllm", "--output", output]
-    assert offload_bench.main([str(flag) for flag in flags]) == 0
-    (row,) = results_file.read(output)["rows"]
-    assert "vLLM" in row["case"]
-    args = offload_bench.build_parser().parse_args([str(flag) for flag in flags])
-    with offload_bench.shared_weights(args, tmp_path) as (_, weights, _):
+    seen: list[float] = []
+    measure = offload_bench.measure
+
+    def looking(args: Any, run: Any, directory: Path, weights: ModelWeights, *rest: Any) -> dict[str, Any]:
         drawn = [*(flat.view(weights.dtype) for flat in weights.store.layers), weights.model.lm_head.weight]
-        assert all(0.9e-3 < values.abs().max() <= 1e-3 for values in drawn)
+        largest = [float(values.abs().max()) for values in drawn]
+        seen.append(min(largest) if run.weights == "transformers" else max(largest))
+        return measure(args, run, directory, weights, *rest)
+
+    monkeypatch.setattr(offload_bench, "measure", looking)
+    flags = ["--model", model, "--device", "cpu", "--dtype", "float32", "--layers", "2", "--context", "40"]
+    flags += ["--decode-tokens", "2", "--gpu-memory", "2MiB", "--output", output, "--run", "", "--run", "weights=vllm"]
+    assert offload_bench.main([str(flag) for flag in flags]) == 0
+    rows = results_file.read(output)["rows"]
+    assert ["vLLM" in row.get("case", "") for row in rows] == [False, True]
+    assert seen[0] > 0.1
+    assert 0.9e-3 < seen[1] <= 1e-3
+    with pytest.raises(SystemExit, match="come last"):
+        offload_bench.main([str(flag) for flag in [*flags, "--run", "serial=1"]])
 
 
 def test_a_misspelt_run_is_refused() -> None:
