@@ -169,6 +169,7 @@ def test_cors_is_off_unless_origins_are_named(running: Running, start) -> None:
     ask = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
     assert "access-control-allow-origin" not in running.http().options("/v1/completions", headers=ask).headers
     opened = start(cors_origins=("https://a.example",), api_keys=("secret",)).http()
+    ask["Access-Control-Request-Headers"] = "authorization,content-type,x-stainless-lang,x-stainless-retry-count"
     allowed = opened.options("/v1/completions", headers=ask)
     assert (allowed.status_code, allowed.headers["access-control-allow-origin"]) == (200, "https://a.example")
     other = opened.options("/v1/completions", headers=ask | {"Origin": "https://b.example"})
