@@ -99,6 +99,14 @@ def rates(
     if not refresh and key in known:
         return Rates(**known[key])
     logger.warning("measuring this machine's rates for %s once, which takes some seconds", _name(dtype))
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1  # both of the whole machine, containers or not
+    if load > cores:
+        logger.warning(
+            "this machine is busy (load %.1f on %d cores): the rates come out too low, and are kept; "
+            "`elsa-serve doctor --measure` repeats them",
+            load,
+            cores,
+        )
     try:
         measured = measure_rates(device, dtype, attention=attention, linear=linear)
     except (BudgetError, MemoryError, torch.cuda.OutOfMemoryError) as error:

@@ -50,6 +50,17 @@ def test_a_probe_that_cannot_run_leaves_its_rates_assumed(
     assert "no memory for a probe" in caplog.text
 
 
+@pytest.mark.parametrize(("load", "warned"), [(0.5, False), (1e4, True)])
+def test_a_busy_machine_is_named_where_it_is_measured(
+    load: float, warned: bool, rates: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    monkeypatch.setenv("ELSA_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(measure, "measure_rates", lambda *_, **__: Rates())
+    monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0))
+    rates(CPU, torch.float32)
+    assert ("the rates come out too low" in caplog.text) == warned
+
+
 def test_rates_are_measured_once_and_kept(
     rates: Any, measured: Rates, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
