@@ -1,8 +1,9 @@
 """From a paged problem to launches. Nothing here reads a tensor: grids follow from shapes and bounds.
 
 Each class of sequences has a kernel of its own, chosen by the packed rows (queries × heads of a group) of the sequence
-alone: single rows, up to 16 rows, up to 64 rows, more. A batch gets the launches that its bounds allow, and each
-passes over the sequences of the other classes: so the bits of a sequence do not depend on its neighbours.
+alone: up to 8 rows (`cuda_decode`, where it runs) or single ones, up to 16 rows, up to 64 rows, more. A batch gets the
+launches that its bounds allow, and each passes over the sequences of the other classes: so the bits of a sequence do
+not depend on its neighbours.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 import triton
 
 from elsa_kernels.devices import architecture
-from elsa_kernels.paged import gather, tuning
+from elsa_kernels.paged import cuda_decode, gather, tuning
 from elsa_kernels.paged.cache_kernel import cache_kernel
 from elsa_kernels.paged.decode_kernel import decode_kernel
 from elsa_kernels.paged.prefill_kernel import prefill_kernel
@@ -52,7 +53,12 @@ def _run(problem: PagedProblem, operands: PagedOperands, arch: str) -> None:
         return
     arguments = _shared_arguments(problem, operands, arch)
     mode = tuning.choose_mode(problem.dtype, problem.precision, arch)
-    for cut in decode_launches(problem, mode, arch):
+    above = 0
+    if cuda_decode.refusal(problem, operands) is None:
+        above = cuda_decode.ROWS
+        needed = cuda_decode.counters_needed(problem, operands)
+        cuda_decode.run(problem, operands, _counters(problem, operands, needed))
+    for cut in decode_launches(problem, mode, arch, above):
         if longest * problem.group > cut.above:
             _launch_decode(problem, operands, cut, mode, arguments)
     if longest * problem.group > DECODE_ROWS[-1]:
@@ -71,10 +77,10 @@ def _run_dense(problem: PagedProblem, operands: PagedOperands) -> frozenset[int]
     return frozenset(done)
 
 
-def decode_launches(problem: PagedProblem, mode: str, arch: str) -> list[Launch]:
-    """The classes of few rows, of which a sequence belongs to one at most."""
-    launches, above = [], 0
-    if problem.group == 1:
+def decode_launches(problem: PagedProblem, mode: str, arch: str, above: int = 0) -> list[Launch]:
+    """The classes of few rows, more than `above`, of which a sequence belongs to one at most."""
+    launches = []
+    if problem.group == 1 and above == 0:
         launches.append(Launch("lanes", 0, 1, tuning.decode_tile("lanes", mode, 1, problem, arch)))
         above = 1
     for rows in DECODE_ROWS:
@@ -128,6 +134,19 @@ def _shared_arguments(problem: PagedProblem, operands: PagedOperands, arch: str)
     }  # fmt: skip
 
 
+def _counters(problem: PagedProblem, operands: PagedOperands, needed: int) -> torch.Tensor:
+    """The call's counters, or fresh ones."""
+    counters, device = operands.counters, problem.device
+    if counters is None:
+        return torch.zeros(needed, dtype=torch.int32, device=device)
+    if counters.numel() < needed or counters.dtype != torch.int32 or counters.device != device:
+        raise ValueError(
+            f"counters is {counters.dtype} with {counters.numel()} elements on {counters.device}; this call needs "
+            f"{needed} int32 on {device}: see decode_counters"
+        )
+    return counters
+
+
 def _launch_decode(
     problem: PagedProblem, operands: PagedOperands, cut: Launch, mode: str, arguments: dict[str, object]
 ) -> None:
@@ -136,15 +155,7 @@ def _launch_decode(
     device = problem.device
     m, l = (torch.empty((slots, cut.rows_max), dtype=torch.float32, device=device) for _ in range(2))
     W = torch.empty((slots, cut.rows_max, arguments["BD"]), dtype=torch.float32, device=device)  # type: ignore[arg-type]
-    counters = operands.counters
-    needed = slots + problem.B * problem.Hkv
-    if counters is None:
-        counters = torch.zeros(needed, dtype=torch.int32, device=device)
-    elif counters.numel() < needed or counters.dtype != torch.int32 or counters.device != device:
-        raise ValueError(
-            f"counters is {counters.dtype} with {counters.numel()} elements on {counters.device}; this call needs "
-            f"{needed} int32 on {device}: see decode_counters"
-        )
+    counters = _counters(problem, operands, slots + problem.B * problem.Hkv)
     decode_kernel[(min(slots, tile.programs),)](
         **arguments, PM=m, PL=l, PW=W, COUNT=counters, top0=slots, ROWS=cut.rows_max, BN=tile.BN, CHUNK=tile.CHUNK,
         FAN=tile.FAN, RB=min(tile.merge_rows, cut.rows_max), STAGES=tile.num_stages, FORM=cut.form, MODE=mode,
