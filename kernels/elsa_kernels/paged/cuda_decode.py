@@ -1,10 +1,11 @@
-"""Launcher of `cuda/paged_decode.cu`: up to 8 packed rows a sequence over a 16-bit paged KV with D = 128, in CUDA C++."""
+"""Launcher of `cuda/paged_decode.cu`: up to 8 packed rows a sequence over a paged KV with D = 128, in CUDA C++."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
 
@@ -15,8 +16,7 @@ from elsa_kernels.devices import multiprocessors
 from elsa_kernels.paged.problem import PagedOperands, PagedProblem
 
 OLDEST = 80  # mma.m16n8k16 and movmatrix
-HEAD_DIM, ROWS, TILE, FAN = 128, 8, 16, 32  # as in the kernel
-STATE_BYTES = 4 * ROWS * (HEAD_DIM + 2)
+HEAD_DIM, FAN, PLACES = 128, 32, 16  # the last: keys that must lie on one page
 MAX_CHUNK_BYTES = 256 << 20  # of chunks' states; where more would be needed, blocks take whole nodes
 MAX_SEQUENCES = 12288  # whose counts fit in a block's shared memory
 POINTERS = (
@@ -32,25 +32,41 @@ INTEGERS = ("B", "T", "Hkv", "table_width", "causal", "whole_nodes", "nodes0")
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """`warps` share chunks of `chunk` keys, `blocks_per_sm` such blocks a multiprocessor. Both of the first are part of
-    the result's definition."""
+    """`warps` share chunks of `chunk` keys, `blocks_per_sm` such blocks a multiprocessor; up to `rows` packed rows.
+
+    All but the blocks are part of a result's definition.
+    """
 
     warps: int
     chunk: int
     blocks_per_sm: int
+    rows: int = 8
 
-    def defines(self, dtype: torch.dtype, group: int, page: int) -> dict[str, int]:
+    def defines(self, problem: PagedProblem) -> dict[str, int]:
         return {
-            "ELSA_BF16": int(dtype == torch.bfloat16),
-            "ELSA_GROUP": group,
-            "ELSA_PAGE": page,
+            "ELSA_FP32": int(problem.dtype == torch.float32),
+            "ELSA_BF16": int(problem.dtype == torch.bfloat16),
+            "ELSA_ROWS": self.rows,
+            "ELSA_GROUP": problem.group,
+            "ELSA_PAGE": problem.page,
             "ELSA_WARPS": self.warps,
             "ELSA_CHUNK": self.chunk,
             "ELSA_MIN_BLOCKS": self.blocks_per_sm,
         }
 
+    def state_bytes(self) -> int:
+        return 4 * self.rows * (HEAD_DIM + 2)
 
-FORM = Form(warps=8, chunk=1024, blocks_per_sm=2)
+
+HALF = Form(warps=8, chunk=1024, blocks_per_sm=2)
+FP32_FEW = Form(warps=4, chunk=512, blocks_per_sm=3, rows=4)
+FP32 = Form(warps=4, chunk=512, blocks_per_sm=2)
+
+
+def form_of(problem: PagedProblem) -> Form:
+    if problem.dtype != torch.float32:
+        return HALF
+    return FP32_FEW if problem.group <= FP32_FEW.rows else FP32
 
 
 class Params(ctypes.Structure):
@@ -80,29 +96,34 @@ class Slots:
         chunks = max(1, -(-problem.max_seqlen_k // form.chunk))
         nodes = -(-chunks // FAN)
         pairs = problem.B * problem.Hkv
-        if pairs * chunks * STATE_BYTES > MAX_CHUNK_BYTES:
+        if pairs * chunks * form.state_bytes() > MAX_CHUNK_BYTES:
             return cls(blocks * FAN, pairs * nodes if nodes > 1 else 0, True)
         # a sequence's nodes are numbered from ⌊its first chunk / FAN⌋ + its number
         return cls(pairs * chunks, (problem.B * chunks // FAN + problem.B) * problem.Hkv if nodes > 1 else 0, False)
 
 
-def source() -> str:
-    return files("elsa_kernels.cuda").joinpath("paged_decode.cu").read_text()
+def source(dtype: torch.dtype) -> str:
+    """paged_decode.cu with the tiles of the dtype in the place that it keeps for them."""
+    tiles = "paged_tiles_fp32.cu" if dtype == torch.float32 else "paged_tiles_half.cu"
+    text, inner = (files("elsa_kernels.cuda").joinpath(name).read_text() for name in ("paged_decode.cu", tiles))
+    return text.replace("#include TILES", inner)
 
 
 def refusal(problem: PagedProblem, operands: PagedOperands) -> str | None:
     """Why this form does not take the call, or None. It does not depend on the sequences or on their number."""
     if problem.device.type != "cuda" or torch.version.hip:
         return "it runs on CUDA devices"
-    if problem.kv_dtype not in (torch.float16, torch.bfloat16):
-        return f"it reads FP16 and BF16 caches, not {problem.kv_dtype}"
-    if problem.D != HEAD_DIM or problem.page % TILE or problem.group > ROWS:
+    if problem.kv_dtype != problem.dtype:
+        return f"it reads caches of q's dtype, not {problem.kv_dtype}"
+    if problem.dtype == torch.float32 and (problem.precision == "tf32" or problem.group == 1):
+        return "in FP32 it multiplies without tensor cores, and shares a key among several rows"
+    if problem.D != HEAD_DIM or problem.page % PLACES or problem.group > form_of(problem).rows:
         return f"D {problem.D}, page {problem.page}, group {problem.group}: it takes 128, multiples of 16, up to 8"
     if problem.window is not None or problem.softcap is not None or problem.has_alibi:
         return "it has no window, softcap or ALiBi"
     o = operands
     wide = [o.k_cache, o.v_cache, o.q, o.out]
-    if any(x.data_ptr() % 16 or any(s % 8 for s in x.stride()[:-1]) for x in wide):
+    if any(x.data_ptr() % 16 or any(s * x.itemsize % 16 for s in x.stride()[:-1]) for x in wide):
         return "q, out and the caches must be aligned to 16 bytes"
     return _refuse_device(o.q.get_device())
 
@@ -118,10 +139,15 @@ def _refuse_device(device: int) -> str | None:
     return reason
 
 
+def kernel(device: int, problem: PagedProblem) -> ctypes.c_void_p:
+    defines = form_of(problem).defines(problem)
+    return _kernel(device, problem.dtype, tuple(defines.items()))
+
+
 @functools.cache
-def kernel(device: int, form: Form, dtype: torch.dtype, group: int, page: int) -> ctypes.c_void_p:
+def _kernel(device: int, dtype: torch.dtype, defines: tuple[tuple[str, int], ...]) -> ctypes.c_void_p:
     major, minor = torch.cuda.get_device_capability(device)
-    cubin = nvrtc.cached_cubin(source(), 10 * major + minor, form.defines(dtype, group, page))
+    cubin = nvrtc.cached_cubin(source(dtype), 10 * major + minor, dict(defines))
     return driver.Module(cubin).function("paged_decode", 4 * MAX_SEQUENCES)
 
 
@@ -151,23 +177,16 @@ def parameters(
     return Params(*pointers, *strides, *map(int, integers), problem.scale * math.log2(math.e))
 
 
-def blocks_of(operands: PagedOperands) -> int:
-    return FORM.blocks_per_sm * multiprocessors(operands.q.get_device())
-
-
-def counters_needed(problem: PagedProblem, operands: PagedOperands) -> int:
-    return Slots.of(problem, FORM, blocks_of(operands)).counters(problem)
-
-
-def run(problem: PagedProblem, operands: PagedOperands, counters: torch.Tensor) -> None:
-    """Sequences of up to ROWS packed rows. counters: zeros int32 [`counters_needed`], left as zeros."""
+def run(problem: PagedProblem, operands: PagedOperands, counters_of: Callable[[int], torch.Tensor]) -> int:
+    """Sequences of up to so many packed rows as are returned. counters_of(n): n zeros, int32, left as zeros."""
     if problem.B > MAX_SEQUENCES:
         raise ValueError(f"{problem.B} sequences in a call; split it, {MAX_SEQUENCES} are possible")
-    blocks = blocks_of(operands)
-    slots = Slots.of(problem, FORM, blocks)
-    shape = (slots.chunks + slots.nodes, ROWS)
+    form, device = form_of(problem), operands.q.get_device()
+    blocks = form.blocks_per_sm * multiprocessors(device)
+    slots = Slots.of(problem, form, blocks)
+    shape = (slots.chunks + slots.nodes, form.rows)
     m, l = (torch.empty(shape, dtype=torch.float32, device=problem.device) for _ in range(2))
     W = torch.empty((*shape, HEAD_DIM), dtype=torch.float32, device=problem.device)
-    params = parameters(problem, operands, slots, (m, l, W), counters)
-    function = kernel(operands.q.get_device(), FORM, problem.dtype, problem.group, problem.page)
-    driver.launch(function, blocks, 32 * FORM.warps, 4 * problem.B, params)
+    params = parameters(problem, operands, slots, (m, l, W), counters_of(slots.counters(problem)))
+    driver.launch(kernel(device, problem), blocks, 32 * form.warps, 4 * problem.B, params)
+    return form.rows

@@ -8,6 +8,7 @@ not depend on its neighbours.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -55,9 +56,7 @@ def _run(problem: PagedProblem, operands: PagedOperands, arch: str) -> None:
     mode = tuning.choose_mode(problem.dtype, problem.precision, arch)
     above = 0
     if cuda_decode.refusal(problem, operands) is None:
-        above = cuda_decode.ROWS
-        needed = cuda_decode.counters_needed(problem, operands)
-        cuda_decode.run(problem, operands, _counters(problem, operands, needed))
+        above = cuda_decode.run(problem, operands, functools.partial(_counters, problem, operands))
     for cut in decode_launches(problem, mode, arch, above):
         if longest * problem.group > cut.above:
             _launch_decode(problem, operands, cut, mode, arguments)

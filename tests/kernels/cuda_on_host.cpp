@@ -1,0 +1,235 @@
+// A CUDA kernel on the host: the threads of a block are fibers that meet at warp and block operations; blocks run one
+// after another, in the order given. KERNEL is the kernel's source without its inline PTX, which is defined here.
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __noinline__
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define __shared__ static
+
+struct uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+static uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+static uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+static int min(int a, int b) { return b < a ? b : a; }
+static int max(int a, int b) { return a < b ? b : a; }
+
+struct Index {
+  int x;
+};
+static Index threadIdx, blockIdx, gridDim;
+
+struct Meeting {
+  int wanted, arrived = 0, turn = 0;
+};
+static ucontext_t scheduler;
+static std::vector<ucontext_t> fibers;
+static std::vector<Meeting> warps;
+static Meeting block;
+static int running, any_in_block;
+static uint32_t exchanged[64][32][8];
+
+static void yield() {
+  const int me = threadIdx.x;
+  swapcontext(&fibers[me], &scheduler);
+}
+
+static void meet(Meeting& m) {
+  const int turn = m.turn;
+  if (++m.arrived == m.wanted) {
+    m.arrived = 0;
+    m.turn++;
+  } else {
+    while (m.turn == turn) yield();
+  }
+}
+
+static int lane_id() { return threadIdx.x % 32; }
+static Meeting& warp() { return warps[threadIdx.x / 32]; }
+static uint32_t (*lanes())[8] { return exchanged[threadIdx.x / 32]; }
+
+template <class T>
+static T from_lane(T v, int lane) {
+  memcpy(lanes()[lane_id()], &v, sizeof(T));
+  meet(warp());
+  T out;
+  memcpy(&out, lanes()[lane & 31], sizeof(T));
+  meet(warp());
+  return out;
+}
+
+static float __shfl_sync(unsigned, float v, int lane) { return from_lane(v, lane); }
+static int __shfl_sync(unsigned, int v, int lane) { return from_lane(v, lane); }
+static float __shfl_xor_sync(unsigned, float v, int d) { return from_lane(v, lane_id() ^ d); }
+static int __shfl_up_sync(unsigned, int v, int d) {
+  const int other = from_lane(v, lane_id() - d);
+  return lane_id() >= d ? other : v;
+}
+static bool __any_sync(unsigned, bool v) {
+  bool any = false;
+  for (int i = 0; i < 32; i++) any |= from_lane(v, i);
+  return any;
+}
+static void __syncwarp() { meet(warp()); }
+static void __syncthreads() { meet(block); }
+static int __syncthreads_or(int v) {
+  any_in_block |= v;
+  meet(block);
+  const int any = any_in_block;
+  meet(block);
+  any_in_block = 0;
+  meet(block);
+  return any;
+}
+static void __threadfence() {}
+static void __threadfence_block() {}
+static int atomicAdd(int* p, int v) {
+  const int old = *p;
+  *p += v;
+  return old;
+}
+template <class T>
+static T __ldcg(const T* p) {
+  return *p;
+}
+template <class T>
+static void __stcg(T* p, T v) {
+  *p = v;
+}
+static float __int_as_float(int v) { return *reinterpret_cast<float*>(&v); }
+static float __uint_as_float(unsigned v) { return *reinterpret_cast<float*>(&v); }
+static unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
+  const uint64_t both = (uint64_t)b << 32 | a;
+  unsigned out = 0;
+  for (int i = 0; i < 4; i++) out |= (unsigned)(both >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+  return out;
+}
+
+// What the kernels write in PTX.
+static uint4 stream(const void* p) {
+  if ((uintptr_t)p % 16) {
+    fprintf(stderr, "a load of 16 bytes at %p\n", p);
+    abort();
+  }
+  uint4 v;
+  memcpy(&v, p, 16);
+  return v;
+}
+
+static void prefetch(const void*) {}
+
+static float exp_2(float x) { return exp2f(x); }
+
+#if !ELSA_FP32
+static uint16_t narrow(float v) {
+#if ELSA_BF16
+  unsigned bits;
+  memcpy(&bits, &v, 4);
+  return v != v ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+#else
+  const _Float16 h = (_Float16)v;
+  uint16_t bits;
+  memcpy(&bits, &h, 2);
+  return bits;
+#endif
+}
+
+static float unpack(uint16_t bits) {
+#if ELSA_BF16
+  return __uint_as_float((unsigned)bits << 16);
+#else
+  _Float16 h;
+  memcpy(&h, &bits, 2);
+  return (float)h;
+#endif
+}
+
+static unsigned pack(float first, float second) { return narrow(first) | (unsigned)narrow(second) << 16; }
+
+// Fragments as the PTX ISA has them: in a group of four lanes t is the lane, g the group.
+static void mma(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+  const unsigned mine[6] = {a0, a1, a2, a3, b0, b1};
+  memcpy(lanes()[lane_id()], mine, sizeof(mine));
+  meet(warp());
+  const int g = lane_id() / 4, t = lane_id() % 4;
+  float out[4];
+  for (int i = 0; i < 4; i++) {
+    const int row = g + i / 2 * 8, col = 2 * t + i % 2;
+    double sum = c[i];
+    for (int k = 0; k < 16; k++) {
+      const unsigned a = lanes()[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2];
+      const unsigned b = lanes()[col * 4 + k % 8 / 2][4 + k / 8];
+      sum += (double)unpack(a >> k % 2 * 16) * unpack(b >> k % 2 * 16);
+    }
+    out[i] = sum;
+  }
+  meet(warp());
+  memcpy(c, out, sizeof(out));
+}
+
+static unsigned transposed(unsigned a) {
+  lanes()[lane_id()][0] = a;
+  meet(warp());
+  const int g = lane_id() / 4, t = lane_id() % 4;
+  const unsigned low = lanes()[8 * t + g / 2][0] >> g % 2 * 16 & 0xffff;
+  const unsigned high = lanes()[8 * t + 4 + g / 2][0] >> g % 2 * 16 & 0xffff;
+  meet(warp());
+  return low | high << 16;
+}
+#endif
+
+#include KERNEL
+
+static const Params* params;
+
+static void thread() {
+  ELSA_ENTRY(*params);
+  running--;
+  for (;;) yield();
+}
+
+// order: the blocks, as they run.
+extern "C" void launch(const Params* p, int blocks, const int* order) {
+  constexpr int STACK = 1 << 17;
+  params = p;
+  gridDim.x = blocks;
+  std::vector<std::vector<char>> stacks(THREADS, std::vector<char>(STACK));
+  for (int b = 0; b < blocks; b++) {
+    blockIdx.x = order[b];
+    fibers.assign(THREADS, {});
+    warps.assign(THREADS / 32, {32});
+    block = {THREADS};
+    running = THREADS;
+    any_in_block = 0;
+    for (int i = 0; i < THREADS; i++) {
+      getcontext(&fibers[i]);
+      fibers[i].uc_stack.ss_sp = stacks[i].data();
+      fibers[i].uc_stack.ss_size = STACK;
+      makecontext(&fibers[i], thread, 0);
+    }
+    while (running) {
+      for (int i = 0; i < THREADS; i++) {
+        threadIdx.x = i;
+        swapcontext(&scheduler, &fibers[i]);
+      }
+    }
+  }
+}

@@ -1,0 +1,184 @@
+"""The CUDA C++ form of paged decode: on a host whose threads are fibers, as machine code, and on a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import hashlib
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from elsa_kernels import attention_paged
+from elsa_kernels.cuda import nvrtc
+from elsa_kernels.paged import cuda_decode, decode_counters, gather, registry
+from elsa_kernels.paged.cuda_decode import Form
+from elsa_kernels.paged.problem import PagedOperands, PagedProblem
+
+from tests.kernels import aot
+from tests.kernels.paged_aot import problem as a_problem
+from tests.kernels.paged_cases import BATCHES, Batch, check, make
+from tests.kernels.test_paged import alone_arguments
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+needs_nvrtc = pytest.mark.skipif(nvrtc.unavailable() is not None, reason=f"{nvrtc.unavailable()}")
+needs_gpp = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")
+SMALL = {torch.float32: Form(warps=2, chunk=32, blocks_per_sm=1, rows=4), torch.float16: Form(2, 32, 1)}
+WIDE = [dataclasses.replace(batch, D=128, page=max(16, batch.page // 16 * 16)) for batch in BATCHES if batch.D == 32]
+BY_NAME = {batch.name: batch for batch in WIDE}
+ON_HOST = ["decode_gqa", "verification", "no_keys", "padded", "sinks", "bad_values_gqa", "bad_keys", "hidden_value"]
+LONG = Batch("long", ((1, 3000), (2, 1100), (1, 30), (2, 1024)), H=4, D=128)  # nodes of 32 chunks, one and several
+
+
+class Host:
+    """Runs the kernel through tests/kernels/cuda_on_host.cpp, compiled once a variant."""
+
+    def __init__(self, room: Path) -> None:
+        self.room = room
+        self.blocks, self.order, self.whole_nodes = 5, torch.arange(5, dtype=torch.int32), False
+
+    def library(self, problem: PagedProblem, form: Form) -> ctypes.CDLL:
+        machine = re.compile(r"// machine: begin.*?// machine: end", re.DOTALL)
+        text = machine.sub("", cuda_decode.source(problem.dtype)).replace(
+            "extern __shared__ int ends[];", "static int ends[64];"
+        )
+        defines = [f"-D{name}={value}" for name, value in form.defines(problem).items()]
+        path = self.room / hashlib.sha256(repr((text, defines)).encode()).hexdigest()[:16]
+        if not path.with_suffix(".so").exists():
+            path.with_suffix(".cu").write_text(text)
+            command = [
+                "g++",
+                "-std=gnu++20",
+                "-O1",
+                "-w",
+                "-fno-strict-aliasing",
+                "-shared",
+                "-fPIC",
+                "-DELSA_ENTRY=paged_decode",
+            ]
+            command += [*defines, f'-DKERNEL="{path}.cu"', "-o", f"{path}.so"]
+            subprocess.run([*command, str(Path(__file__).with_name("cuda_on_host.cpp"))], check=True)
+        return ctypes.CDLL(f"{path}.so")
+
+    def run(self, problem: PagedProblem, operands: PagedOperands) -> None:
+        form = SMALL[torch.float32 if problem.dtype == torch.float32 else torch.float16]
+        bound = -1 if self.whole_nodes else 1 << 40
+        with mock.patch.object(cuda_decode, "MAX_CHUNK_BYTES", bound):
+            slots = cuda_decode.Slots.of(problem, form, self.blocks)
+        assert slots.whole_nodes == self.whole_nodes
+        shape = (slots.chunks + slots.nodes, form.rows)
+        states = tuple(torch.full(s, float("nan")) for s in (shape, shape, (*shape, problem.D)))
+        counters = torch.zeros(slots.counters(problem), dtype=torch.int32)
+        params = cuda_decode.parameters(problem, operands, slots, states, counters)
+        self.library(problem, form).launch(ctypes.byref(params), self.blocks, ctypes.c_void_p(self.order.data_ptr()))
+        assert not counters.any()
+        start = 0
+        for s, (queries, keys) in enumerate(gather.host_lengths(problem, operands)):  # those that are not the kernel's
+            rows = slice(start, min(start + queries, problem.T))
+            if queries * problem.group > form.rows and rows.stop > rows.start:
+                gather.attend_sequence(problem, operands, s, rows, keys, keys - queries, "reference")
+            start += queries
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
+    """As the paged implementation "cuda_on_host"."""
+    made = Host(tmp_path_factory.mktemp("cuda"))
+    entry = registry.PagedImplementation("cuda_on_host", -2, lambda problem: None, made.run)
+    with mock.patch.dict(registry._implementations, {"cuda_on_host": entry}):
+        yield made
+
+
+@needs_gpp
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", ON_HOST)
+def test_on_the_host(name: str, dtype: torch.dtype, host: Host) -> None:
+    check(BY_NAME[name], "cuda_on_host", "cpu", dtype)
+
+
+@needs_gpp
+def test_bfloat16_on_the_host(host: Host) -> None:
+    check(BY_NAME["verification"], "cuda_on_host", "cpu", torch.bfloat16)
+
+
+@needs_gpp
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_bits_on_the_host_depend_on_the_sequence_alone(dtype: torch.dtype, host: Host) -> None:
+    """Not on the order in which blocks run, on their number, on whether they take whole nodes, or on the batch."""
+    check(LONG, "cuda_on_host", "cpu", dtype)
+    made = make(LONG, "cpu", dtype)
+    expected, lse = attention_paged(**made.arguments, return_lse=True, impl="cuda_on_host")
+    for blocks, whole_nodes in ((5, False), (13, False), (2, True), (7, True)):
+        order = torch.randperm(blocks, generator=torch.Generator().manual_seed(blocks)).int()
+        with mock.patch.multiple(host, blocks=blocks, order=order, whole_nodes=whole_nodes):
+            out, its_lse = attention_paged(**made.arguments, return_lse=True, impl="cuda_on_host")
+        assert torch.equal(out, expected)
+        assert torch.equal(its_lse, lse)
+    for s in range(len(LONG.lengths)):
+        alone = attention_paged(**alone_arguments(made, s), impl="cuda_on_host")
+        assert torch.equal(alone, expected[made.rows(s)])
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(
+    ("dtype", "group"), [(torch.float16, 4), (torch.bfloat16, 8), (torch.float32, 4), (torch.float32, 8)]
+)
+def test_a_tile_is_in_registers_while_the_next_is_on_its_way(dtype: torch.dtype, group: int) -> None:
+    described = a_problem(dtype, group, 128)
+    form = cuda_decode.form_of(described)
+    cubin = nvrtc.compile_cubin(cuda_decode.source(dtype), 90, form.defines(described))
+    used = aot.cubin_resources(cubin)
+    assert used["registers"] * 32 * form.warps * form.blocks_per_sm <= 65536
+    assert used["stack"] <= 32  # what is spilled is not the tile
+
+
+@needs_nvrtc
+def test_parameters_have_the_size_of_the_kernels() -> None:
+    described = a_problem(torch.float16, 4, 128)
+    text, defines = cuda_decode.source(torch.float16), cuda_decode.HALF.defines(described)
+    size = ctypes.sizeof(cuda_decode.Params)
+    nvrtc.compile_cubin(text + f"static_assert(sizeof(Params) == {size});", 90, defines)
+    with pytest.raises(nvrtc.CompilationFailed, match="static assertion"):
+        nvrtc.compile_cubin(text + f"static_assert(sizeof(Params) == {size + 8});", 90, defines)
+
+
+def test_memory_for_states_is_bounded() -> None:
+    """It grows with the batch only by a state of a node, of 32 chunks."""
+    described = dataclasses.replace(a_problem(torch.float16, 4, 128), B=256, max_seqlen_k=131072)
+    form = cuda_decode.HALF
+    slots = cuda_decode.Slots.of(described, form, 264)
+    assert slots.whole_nodes
+    assert (slots.chunks + slots.nodes) * form.state_bytes() < 80 << 20
+    few = cuda_decode.Slots.of(dataclasses.replace(described, B=8), form, 264)
+    assert not few.whole_nodes
+    assert (few.chunks, few.nodes) == (8 * 8 * 128, (8 * 128 // 32 + 8) * 8)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("batch", [*WIDE, LONG], ids=lambda batch: batch.name)
+def test_on_a_gpu(batch: Batch, dtype: torch.dtype) -> None:
+    check(batch, "triton", "cuda", dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "lengths", [((1, 70_000), (2, 33_000), (1, 5), (1, 1025)), ((1, 9000),) * 40], ids=["few", "many"]
+)
+def test_bits_on_a_gpu_depend_on_the_sequence_alone(lengths: tuple[tuple[int, int], ...], dtype: torch.dtype) -> None:
+    made = make(Batch("long", lengths, H=8, D=128), "cuda", dtype)
+    counters = decode_counters(len(lengths), 2, 70_000, "cuda")
+    expected, lse = attention_paged(**made.arguments, counters=counters, return_lse=True, impl="triton")
+    assert int(counters.abs().sum()) == 0
+    with mock.patch.object(cuda_decode, "MAX_CHUNK_BYTES", -1):
+        out, its_lse = attention_paged(**made.arguments, counters=counters, return_lse=True, impl="triton")
+    assert torch.equal(out, expected)
+    assert torch.equal(its_lse, lse)
+    for s in range(min(len(lengths), 4)):
+        assert torch.equal(attention_paged(**alone_arguments(made, s), impl="triton"), expected[made.rows(s)])
