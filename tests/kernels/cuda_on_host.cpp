@@ -1,5 +1,6 @@
 // A CUDA kernel on the host: the threads of a block are fibers that meet at warp and block operations; blocks run one
 // after another, in the order given. KERNEL is the kernel's source without its inline PTX, which is defined here.
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cmath>
@@ -40,16 +41,29 @@ static Index threadIdx, blockIdx, gridDim;
 struct Meeting {
   int wanted, arrived = 0, turn = 0;
 };
-static ucontext_t scheduler;
-static std::vector<ucontext_t> fibers;
+static jmp_buf scheduler;  // jumps make no system calls, as ucontext's swaps do
+struct Fiber {
+  ucontext_t start;
+  jmp_buf at;
+  bool started;
+};
+static std::vector<Fiber> fibers;
 static std::vector<Meeting> warps;
 static Meeting block;
 static int running, any_in_block;
 static uint32_t exchanged[64][32][8];
 
 static void yield() {
-  const int me = threadIdx.x;
-  swapcontext(&fibers[me], &scheduler);
+  if (!_setjmp(fibers[threadIdx.x].at)) _longjmp(scheduler, 1);
+}
+
+static void resume(int thread) {
+  threadIdx.x = thread;
+  if (_setjmp(scheduler)) return;
+  Fiber& fiber = fibers[thread];
+  if (fiber.started) _longjmp(fiber.at, 1);
+  fiber.started = true;
+  setcontext(&fiber.start);
 }
 
 static void meet(Meeting& m) {
@@ -214,22 +228,20 @@ extern "C" void launch(const Params* p, int blocks, const int* order) {
   std::vector<std::vector<char>> stacks(THREADS, std::vector<char>(STACK));
   for (int b = 0; b < blocks; b++) {
     blockIdx.x = order[b];
-    fibers.assign(THREADS, {});
+    fibers.resize(THREADS);
     warps.assign(THREADS / 32, {32});
     block = {THREADS};
     running = THREADS;
     any_in_block = 0;
     for (int i = 0; i < THREADS; i++) {
-      getcontext(&fibers[i]);
-      fibers[i].uc_stack.ss_sp = stacks[i].data();
-      fibers[i].uc_stack.ss_size = STACK;
-      makecontext(&fibers[i], thread, 0);
+      fibers[i].started = false;
+      getcontext(&fibers[i].start);
+      fibers[i].start.uc_stack.ss_sp = stacks[i].data();
+      fibers[i].start.uc_stack.ss_size = STACK;
+      makecontext(&fibers[i].start, thread, 0);
     }
     while (running) {
-      for (int i = 0; i < THREADS; i++) {
-        threadIdx.x = i;
-        swapcontext(&scheduler, &fibers[i]);
-      }
+      for (int i = 0; i < THREADS; i++) resume(i);
     }
   }
 }

@@ -32,7 +32,7 @@ SMALL = {torch.float32: Form(warps=2, chunk=32, blocks_per_sm=1, rows=4), torch.
 WIDE = [dataclasses.replace(batch, D=128, page=max(16, batch.page // 16 * 16)) for batch in BATCHES if batch.D == 32]
 BY_NAME = {batch.name: batch for batch in WIDE}
 ON_HOST = ["decode_gqa", "verification", "no_keys", "padded", "sinks", "bad_values_gqa", "bad_keys", "hidden_value"]
-LONG = Batch("long", ((1, 3000), (2, 1100), (1, 30), (2, 1024)), H=4, D=128)  # nodes of 32 chunks, one and several
+LONG = Batch("long", ((1, 2100), (2, 300), (1, 30), (2, 1024)), H=4, D=128)  # nodes of 32 chunks, one and several
 
 
 class Host:
