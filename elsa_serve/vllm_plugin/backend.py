@@ -270,26 +270,17 @@ class ElsaMetadataBuilder(AttentionMetadataBuilder[ElsaMetadata]):
     def _plan_decode(self, impl: Any, dtype: torch.dtype) -> int:
         """Keys in one split of a row in decode, on a GPU. Warns where the largest graph will hold much for them."""
         from elsa_kernels.devices import architecture
-        from elsa_kernels.paged import PagedProblem, tuning
-        from elsa_kernels.paged.launch import decode_launches, decode_slots
+        from elsa_kernels.paged import PagedProblem
+        from elsa_kernels.paged.launch import decode_memory
 
         rows, longest = self._counters_for
+        tokens = self._decode_tokens_per_row
         problem = PagedProblem(
-            T=1, B=1, H=impl.num_heads, Hkv=impl.num_kv_heads, D=impl.head_size, page=self.kv_cache_spec.block_size,
-            dtype=dtype, kv_dtype=dtype, device=self.device, precision="fp32", causal=True, scale=impl.scale,
-            window=None, softcap=None, max_seqlen_q=1, max_seqlen_k=1,
+            T=rows * tokens, B=rows, H=impl.num_heads, Hkv=impl.num_kv_heads, D=impl.head_size,
+            page=self.kv_cache_spec.block_size, dtype=dtype, kv_dtype=dtype, device=self.device, precision="fp32",
+            causal=True, scale=impl.scale, window=None, softcap=None, max_seqlen_q=tokens, max_seqlen_k=longest,
         )  # fmt: skip
-        arch = architecture(self.device.index or 0)
-        reached = self._decode_tokens_per_row * problem.group
-        launches = [
-            cut
-            for cut in decode_launches(problem, tuning.choose_mode(dtype, "fp32", arch), arch)
-            if cut.above < reached
-        ]
-        held = max(
-            decode_slots(rows, problem.Hkv, longest, cut.tile.CHUNK) * cut.rows_max * (problem.D + 2) * 4
-            for cut in launches
-        )
+        keys, held = decode_memory(problem, architecture(self.device.index or 0))
         if held > MUCH_BYTES:
             logger.warning(
                 "ELSA: a decode batch of %d requests of %d tokens needs %.1f GiB for its splits, which vLLM does not "
@@ -298,7 +289,7 @@ class ElsaMetadataBuilder(AttentionMetadataBuilder[ElsaMetadata]):
                 longest,
                 held / 2**30,
             )
-        return launches[0].tile.CHUNK
+        return keys
 
     def _share(self, batch: Any) -> Share:
         assert self._dcp is not None

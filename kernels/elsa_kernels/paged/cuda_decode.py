@@ -88,6 +88,9 @@ class Slots:
     nodes: int
     whole_nodes: bool
 
+    def bytes(self, form: Form) -> int:
+        return (self.chunks + self.nodes) * form.state_bytes()
+
     def counters(self, problem: PagedProblem) -> int:
         return (0 if self.whole_nodes else self.chunks) + problem.B * problem.Hkv
 
@@ -102,6 +105,14 @@ class Slots:
         return cls(pairs * chunks, (problem.B * chunks // FAN + problem.B) * problem.Hkv if nodes > 1 else 0, False)
 
 
+def plan(problem: PagedProblem) -> tuple[Form, int, Slots]:
+    """Form, blocks and slots of a call on the problem's device."""
+    index = problem.device.index
+    form = form_of(problem)
+    blocks = form.blocks_per_sm * multiprocessors(torch.cuda.current_device() if index is None else index)
+    return form, blocks, Slots.of(problem, form, blocks)
+
+
 def source(dtype: torch.dtype) -> str:
     """paged_decode.cu with the tiles of the dtype in the place that it keeps for them."""
     tiles = "paged_tiles_fp32.cu" if dtype == torch.float32 else "paged_tiles_half.cu"
@@ -109,8 +120,8 @@ def source(dtype: torch.dtype) -> str:
     return text.replace("#include TILES", inner)
 
 
-def refusal(problem: PagedProblem, operands: PagedOperands) -> str | None:
-    """Why this form does not take the call, or None. It does not depend on the sequences or on their number."""
+def refusal(problem: PagedProblem) -> str | None:
+    """Why this form does not take such calls, or None. It does not depend on the sequences or on their number."""
     if problem.device.type != "cuda" or torch.version.hip:
         return "it runs on CUDA devices"
     if problem.kv_dtype != problem.dtype:
@@ -121,11 +132,14 @@ def refusal(problem: PagedProblem, operands: PagedOperands) -> str | None:
         return f"D {problem.D}, page {problem.page}, group {problem.group}: it takes 128, multiples of 16, up to 8"
     if problem.window is not None or problem.softcap is not None or problem.has_alibi:
         return "it has no window, softcap or ALiBi"
-    o = operands
-    wide = [o.k_cache, o.v_cache, o.q, o.out]
-    if any(x.data_ptr() % 16 or any(s * x.itemsize % 16 for s in x.stride()[:-1]) for x in wide):
-        return "q, out and the caches must be aligned to 16 bytes"
-    return _refuse_device(o.q.get_device())
+    index = problem.device.index
+    return _refuse_device(torch.cuda.current_device() if index is None else index)
+
+
+def misaligned(o: PagedOperands) -> bool:
+    """Whether the kernel's loads and stores of 16 bytes cannot be made in these tensors."""
+    tensors = (o.k_cache, o.v_cache, o.q, o.out)
+    return any(x.data_ptr() % 16 or any(s * x.itemsize % 16 for s in x.stride()[:-1]) for x in tensors)
 
 
 @functools.cache
@@ -181,12 +195,10 @@ def run(problem: PagedProblem, operands: PagedOperands, counters_of: Callable[[i
     """Sequences of up to so many packed rows as are returned. counters_of(n): n zeros, int32, left as zeros."""
     if problem.B > MAX_SEQUENCES:
         raise ValueError(f"{problem.B} sequences in a call; split it, {MAX_SEQUENCES} are possible")
-    form, device = form_of(problem), operands.q.get_device()
-    blocks = form.blocks_per_sm * multiprocessors(device)
-    slots = Slots.of(problem, form, blocks)
+    form, blocks, slots = plan(problem)
     shape = (slots.chunks + slots.nodes, form.rows)
     m, l = (torch.empty(shape, dtype=torch.float32, device=problem.device) for _ in range(2))
     W = torch.empty((*shape, HEAD_DIM), dtype=torch.float32, device=problem.device)
     params = parameters(problem, operands, slots, (m, l, W), counters_of(slots.counters(problem)))
-    driver.launch(kernel(device, problem), blocks, 32 * form.warps, 4 * problem.B, params)
+    driver.launch(kernel(operands.q.get_device(), problem), blocks, 32 * form.warps, 4 * problem.B, params)
     return form.rows

@@ -55,7 +55,7 @@ def _run(problem: PagedProblem, operands: PagedOperands, arch: str) -> None:
     arguments = _shared_arguments(problem, operands, arch)
     mode = tuning.choose_mode(problem.dtype, problem.precision, arch)
     above = 0
-    if cuda_decode.refusal(problem, operands) is None:
+    if cuda_decode.refusal(problem) is None and not cuda_decode.misaligned(operands):
         above = cuda_decode.run(problem, operands, functools.partial(_counters, problem, operands))
     for cut in decode_launches(problem, mode, arch, above):
         if longest * problem.group > cut.above:
@@ -87,6 +87,20 @@ def decode_launches(problem: PagedProblem, mode: str, arch: str, above: int = 0)
             launches.append(Launch("dot", above, rows, tuning.decode_tile("dot", mode, rows, problem, arch)))
             above = rows
     return launches
+
+
+def decode_memory(problem: PagedProblem, arch: str) -> tuple[int, int]:
+    """What decode of such a batch takes: keys of a split of one-query sequences, bytes for states at the most."""
+    above, found = 0, []
+    if cuda_decode.refusal(problem) is None:
+        form, _, slots = cuda_decode.plan(problem)
+        above = form.rows
+        found.append((form.chunk, slots.bytes(form)))
+    for cut in decode_launches(problem, tuning.choose_mode(problem.dtype, problem.precision, arch), arch, above):
+        if cut.above < problem.max_seqlen_q * problem.group:
+            slots_of = decode_slots(problem.B, problem.Hkv, problem.max_seqlen_k, cut.tile.CHUNK)
+            found.append((cut.tile.CHUNK, 4 * slots_of * cut.rows_max * (problem.D + 2)))
+    return found[0][0], max(size for _, size in found)
 
 
 def decode_slots(B: int, Hkv: int, max_seqlen_k: int, chunk: int) -> int:
