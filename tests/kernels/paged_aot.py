@@ -44,7 +44,7 @@ def variant(target: str, form: str, of: PagedProblem, features: dict[str, bool],
         rows = cut.rows_max
         constants |= {
             "ROWS": rows, "BN": tile.BN, "CHUNK": tile.CHUNK, "FAN": tile.FAN, "RB": min(tile.merge_rows, rows),
-            "FORM": cut.form, "MIN_ROWS": cut.above, "MAX_ROWS": cut.rows_max,
+            "FORM": cut.form, "MIN_ROWS": cut.above, "MAX_ROWS": cut.rows_max, "NODES": False,
         }  # fmt: skip
     constants["STAGES"] = override.pop("num_stages", tile.num_stages)
     num_warps = override.pop("num_warps", tile.num_warps)

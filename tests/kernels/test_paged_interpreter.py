@@ -35,6 +35,7 @@ def chosen() -> list[str]:
         *(f"{file}::test_half[{name}-torch.float16]" for name in HALF),
         f"{file}::test_a_sequence_alone_has_the_bits_it_has_in_any_batch[mixed-torch.float32]",
         f"{file}::test_bits_do_not_depend_on_the_number_of_programs[7]",
+        *(f"{file}::test_bits_do_not_depend_on_what_a_unit_of_work_is[{name}]" for name in ("splits", "splits_window")),
         *(
             f"{file}::test_{name}"
             for name in (

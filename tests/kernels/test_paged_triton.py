@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 from elsa_kernels import attention_paged, reshape_and_cache
-from elsa_kernels.paged import decode_counters, tuning
+from elsa_kernels.paged import decode_counters, launch, tuning
 
 from tests.kernels.cases import judge, judge_logsumexp
 from tests.kernels.paged_cases import BATCHES, FP8, LAYOUTS, Batch, check, make, truth
@@ -57,6 +57,20 @@ def test_bits_do_not_depend_on_the_number_of_programs(programs: int, monkeypatch
         tuning, "decode_tile", lambda *arguments: dataclasses.replace(real(*arguments), programs=programs)
     )
     assert torch.equal(attention_paged(**made.arguments, impl="triton"), expected)
+
+
+@pytest.mark.parametrize("name", ["splits", "splits_window"])
+def test_bits_do_not_depend_on_what_a_unit_of_work_is(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks, or whole nodes of them where their states would need much memory."""
+    made = make(BY_NAME[name], DEVICE, torch.float16)
+    made.arguments |= {"counters": decode_counters(3, 2, 1400, DEVICE)}
+    expected, lse = attention_paged(**made.arguments, return_lse=True, impl="triton")
+    monkeypatch.setattr(launch, "MAX_CHUNK_BYTES", -1)
+    monkeypatch.setattr(launch, "NODE_PROGRAMS", 3)
+    out, its_lse = attention_paged(**made.arguments, return_lse=True, impl="triton")
+    assert torch.equal(out, expected)
+    assert torch.equal(its_lse, lse)
+    assert not made.arguments["counters"].any()
 
 
 def test_counters_are_left_as_they_were() -> None:

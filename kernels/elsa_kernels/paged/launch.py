@@ -24,6 +24,8 @@ from elsa_kernels.paged.problem import FP8, PagedOperands, PagedProblem
 DECODE_ROWS = (16, 64)  # packed rows of the two tensor-core decode classes
 # With at least this many queries a sequence is worth gathering for the dense kernels, where lengths are known.
 DENSE_QUERIES = 128
+MAX_CHUNK_BYTES = 256 << 20  # of chunks' states; where more would be needed, units of work are whole nodes
+NODE_PROGRAMS = 1024  # at most, then: several an SM
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,19 +100,43 @@ def decode_memory(problem: PagedProblem, arch: str) -> tuple[int, int]:
         found.append((form.chunk, slots.bytes(form)))
     for cut in decode_launches(problem, tuning.choose_mode(problem.dtype, problem.precision, arch), arch, above):
         if cut.above < problem.max_seqlen_q * problem.group:
-            slots_of = decode_slots(problem.B, problem.Hkv, problem.max_seqlen_k, cut.tile.CHUNK)
-            found.append((cut.tile.CHUNK, 4 * slots_of * cut.rows_max * (problem.D + 2)))
+            found.append((cut.tile.CHUNK, slots_of(problem, cut).held * state_bytes(problem, cut)))
     return found[0][0], max(size for _, size in found)
 
 
-def decode_slots(B: int, Hkv: int, max_seqlen_k: int, chunk: int) -> int:
-    """Partial states that a decode launch may have to hold: one a chunk and key head."""
-    return B * Hkv * max(1, -(-max_seqlen_k // chunk))
+@dataclass(frozen=True, slots=True)
+class Slots:
+    """Partial states that a launch has room for, programs, counters, and whether units of work are whole nodes."""
+
+    held: int
+    programs: int
+    counters: int
+    nodes: bool
+
+
+def state_bytes(problem: PagedProblem, cut: Launch) -> int:
+    return 4 * cut.rows_max * (width_of(problem) + 2)
+
+
+def width_of(problem: PagedProblem) -> int:
+    """Channels of a tile."""
+    return max(16, triton.next_power_of_2(problem.D))
+
+
+def slots_of(problem: PagedProblem, cut: Launch) -> Slots:
+    """One a chunk and key head; where that were too many, FAN a program and one a node of FAN chunks and key head."""
+    pairs, chunks = problem.B * problem.Hkv, max(1, -(-problem.max_seqlen_k // cut.tile.CHUNK))
+    if pairs * chunks * state_bytes(problem, cut) <= MAX_CHUNK_BYTES:
+        return Slots(pairs * chunks, min(pairs * chunks, cut.tile.programs), pairs * chunks + pairs, False)
+    # keys that begin within a node, as a window may have it, reach into one more
+    nodes = pairs * (-(-chunks // cut.tile.FAN) + 1)
+    programs = min(nodes, cut.tile.programs, NODE_PROGRAMS)
+    return Slots(programs * cut.tile.FAN + nodes, programs, pairs, True)
 
 
 def counters_needed(B: int, Hkv: int, max_seqlen_k: int) -> int:
     """Counters that any decode launch of such a call may use."""
-    return decode_slots(B, Hkv, max_seqlen_k, tuning.SMALLEST_CHUNK) + B * Hkv
+    return B * Hkv * (max(1, -(-max_seqlen_k // tuning.SMALLEST_CHUNK)) + 1)
 
 
 def _shared_arguments(problem: PagedProblem, operands: PagedOperands, arch: str) -> dict[str, object]:
@@ -137,7 +163,7 @@ def _shared_arguments(problem: PagedProblem, operands: PagedOperands, arch: str)
         **dict(zip(("sot", "soh"), o.out.stride())),
         "B": problem.B, "T": problem.T, "Hkv": problem.Hkv, "window": problem.window or 0, "scale": problem.scale,
         "softcap": problem.softcap or 0.0, "GROUP": problem.group, "D": problem.D,
-        "BD": max(16, triton.next_power_of_2(problem.D)),
+        "BD": width_of(problem),
         "BB": 1 if problem.B == 1 else max(16, triton.next_power_of_2(problem.B)),
         "PAGE": problem.page, "FP8": fp8, "ALIKE": k_cache.stride() == v_cache.stride(),
         "HEAD_SCALES": k_scale is not None and k_scale.numel() > 1,
@@ -163,14 +189,13 @@ def _counters(problem: PagedProblem, operands: PagedOperands, needed: int) -> to
 def _launch_decode(
     problem: PagedProblem, operands: PagedOperands, cut: Launch, mode: str, arguments: dict[str, object]
 ) -> None:
-    tile = cut.tile
-    slots = decode_slots(problem.B, problem.Hkv, problem.max_seqlen_k, tile.CHUNK)
-    device = problem.device
-    m, l = (torch.empty((slots, cut.rows_max), dtype=torch.float32, device=device) for _ in range(2))
-    W = torch.empty((slots, cut.rows_max, arguments["BD"]), dtype=torch.float32, device=device)  # type: ignore[arg-type]
-    counters = _counters(problem, operands, slots + problem.B * problem.Hkv)
-    decode_kernel[(min(slots, tile.programs),)](
-        **arguments, PM=m, PL=l, PW=W, COUNT=counters, top0=slots, ROWS=cut.rows_max, BN=tile.BN, CHUNK=tile.CHUNK,
+    tile, slots, device = cut.tile, slots_of(problem, cut), problem.device
+    m, l = (torch.empty((slots.held, cut.rows_max), dtype=torch.float32, device=device) for _ in range(2))
+    W = torch.empty((slots.held, cut.rows_max, width_of(problem)), dtype=torch.float32, device=device)
+    counters = _counters(problem, operands, slots.counters)
+    decode_kernel[(slots.programs,)](
+        **arguments, PM=m, PL=l, PW=W, COUNT=counters, top0=slots.counters - problem.B * problem.Hkv,
+        ROWS=cut.rows_max, BN=tile.BN, CHUNK=tile.CHUNK, NODES=slots.nodes,
         FAN=tile.FAN, RB=min(tile.merge_rows, cut.rows_max), STAGES=tile.num_stages, FORM=cut.form, MODE=mode,
         MIN_ROWS=cut.above, MAX_ROWS=cut.rows_max, num_warps=tile.num_warps, **tile.limits(),
     )  # fmt: skip
