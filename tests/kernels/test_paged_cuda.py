@@ -140,7 +140,7 @@ def test_a_tile_is_in_registers_while_the_next_is_on_its_way(dtype: torch.dtype,
 @needs_nvrtc
 def test_parameters_have_the_size_of_the_kernels() -> None:
     described = a_problem(torch.float16, 4, 128)
-    text, defines = cuda_decode.source(torch.float16), cuda_decode.HALF.defines(described)
+    text, defines = cuda_decode.source(torch.float16), cuda_decode.forms()["16"].defines(described)
     size = ctypes.sizeof(cuda_decode.Params)
     nvrtc.compile_cubin(text + f"static_assert(sizeof(Params) == {size});", 90, defines)
     with pytest.raises(nvrtc.CompilationFailed, match="static assertion"):
@@ -150,7 +150,7 @@ def test_parameters_have_the_size_of_the_kernels() -> None:
 def test_memory_for_states_is_bounded() -> None:
     """It grows with the batch only by a state of a node, of 32 chunks."""
     described = dataclasses.replace(a_problem(torch.float16, 4, 128), B=256, max_seqlen_k=131072)
-    form = cuda_decode.HALF
+    form = cuda_decode.forms()["16"]
     slots = cuda_decode.Slots.of(described, form, 264)
     assert slots.whole_nodes
     assert (slots.chunks + slots.nodes) * form.state_bytes() < 80 << 20

@@ -2,7 +2,8 @@
 // newer, compiled by NVRTC, with the tiles of paged_tiles_half.cu or paged_tiles_fp32.cu.
 //
 // K and V go from global memory straight into the registers of the products. So a warp has the next 8 KiB in flight
-// whenever it computes, and needs nobody: warps meet once a chunk.
+// whenever it computes, and needs nobody: warps meet once a chunk, and while they do, each has the first tile of the next
+// chunk in flight.
 //
 // A sequence's keys are cut into chunks of CHUNK, counted from key 0; of a chunk's tiles warp w takes every WARPS-th.
 // The warps' states merge to the chunk's, up to FAN chunks' to a node's, nodes' to the sequence's, always in the order of
@@ -15,7 +16,6 @@
 
 constexpr int WARPS = ELSA_WARPS, CHUNK = ELSA_CHUNK, THREADS = 32 * WARPS, GROUP = ELSA_GROUP, PAGE = ELSA_PAGE;
 constexpr int D = 128, ROWS = ELSA_ROWS, FAN = 32, TILE = ELSA_FP32 ? 8 : 16;
-constexpr int WARM = 2;  // tiles a warp that are brought to the L2 cache ahead of their chunk
 constexpr int PITCH = D + 4;  // of a row in shared memory
 static_assert(CHUNK % (TILE * WARPS) == 0 && CHUNK / (TILE * WARPS) <= 32, "a lane has the page of each of its warp's tiles");
 static_assert(PAGE % TILE == 0, "a tile lies on one page");
@@ -46,7 +46,7 @@ struct Params {
 // machine: begin
 __device__ __forceinline__ uint4 stream(const void* p) {
   uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                : "l"(p));
   return v;
@@ -162,20 +162,20 @@ __device__ __forceinline__ int pages_of(const Params& p, const Chunk& c, int war
   return lane < tiles_of(c, warp) && place < p.table_width ? p.table[c.s * p.table_row + place] : 0;
 }
 
+// A chunk that a warp is about to read: lane i has the page of the warp's tile i.
+struct Ahead {
+  int pages, tiles;
+};
+
+struct Tile;  // what a warp multiplies at a time
+__device__ __forceinline__ void load_first(const Params& p, Tile& tile, const Chunk& c, const Ahead& a, int warp, int lane);
+
 #include TILES  // put in its place by the launcher
 
-// Has the first of a chunk's tiles brought to the L2 cache, while the chunk before it is merged.
-__device__ __forceinline__ void warm_up(const Params& p, const Chunk& c, int pages, int warp, int lane) {
-  constexpr int LINES = D * sizeof(element) / 128;  // of the L2 cache a key
-  const int tiles = tiles_of(c, warp);
-#pragma unroll
-  for (int i = 0; i < WARM; i++) {
-    const int page = __shfl_sync(~0u, pages, i);
-    if (i >= tiles) break;
-    const int place = (c.at * CHUNK + TILE * (warp + WARPS * i)) % PAGE + lane / LINES, d = lane % LINES * (D / LINES);
-    prefetch(p.k + page * p.k_block + place * p.k_place + c.head * p.k_head + d);
-    prefetch(p.v + page * p.v_block + place * p.v_place + c.head * p.v_head + d);
-  }
+__device__ __forceinline__ void load_first(const Params& p, Tile& tile, const Chunk& c, const Ahead& a, int warp, int lane) {
+  const int page = __shfl_sync(~0u, a.pages, 0), key = c.at * CHUNK + TILE * warp;
+  load_k(p, tile, page, key, c.head, lane);
+  load_v(p, tile, page, key, c.head, lane);
 }
 
 struct Shared {
@@ -271,8 +271,9 @@ __device__ __forceinline__ void put(const Params& p, i64 slot, int row, int lane
   }
 }
 
-// A row's states in n slots, `step` apart, as one, 32 at a time: lane j has the weight of the j-th.
-__device__ __forceinline__ State merge(const Params& p, i64 slot, i64 step, int n, int row, int lane) {
+// Of a row's states in n slots, `step` apart, those at even or at odd places (`half`), as one, under a maximum and a sum
+// that are all states'. 32 at a time: lane j has the weight of the j-th.
+__device__ __forceinline__ State merge_half(const Params& p, i64 slot, i64 step, int n, int half, int row, int lane) {
   constexpr int AT_ONCE = 8;
   State x = {minus_infinity(), 0.f, make_float4(0.f, 0.f, 0.f, 0.f)};
   for (int base = 0; base < n; base += 32) {
@@ -283,27 +284,50 @@ __device__ __forceinline__ State merge(const Params& p, i64 slot, i64 step, int 
       m = __ldcg(p.state_m + at + lane * stride);
       l = __ldcg(p.state_l + at + lane * stride);
     }
-    float top = fmaxf(m, x.m);
-#pragma unroll
-    for (int o = 16; o; o /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, o));
-    const float anchor = anchor_of(top), decay = exp_2(x.m - anchor), weight = exp_2(m - anchor);
-    l *= weight;
-#pragma unroll
-    for (int o = 16; o; o /= 2) l += __shfl_xor_sync(~0u, l, o);
-    x.m = top;
-    x.l = fmaf(x.l, decay, l);
-    x.w = scaled(x.w, decay);
     const float4* from = reinterpret_cast<const float4*>(p.state_w + at * D) + lane;
-    for (int j = 0; j < count; j += AT_ONCE) {
+    float weight = 0.f;
+    for (int j = half; j < count; j += 2 * AT_ONCE) {
       float4 w[AT_ONCE];
 #pragma unroll
       for (int i = 0; i < AT_ONCE; i++)
-        w[i] = j + i < count ? __ldcg(from + (j + i) * stride * (D / 4)) : make_float4(0.f, 0.f, 0.f, 0.f);
+        w[i] = j + 2 * i < count ? __ldcg(from + (j + 2 * i) * stride * (D / 4)) : make_float4(0.f, 0.f, 0.f, 0.f);
+      if (j == half) {  // while those are on their way
+        float top = fmaxf(m, x.m);
 #pragma unroll
-      for (int i = 0; i < AT_ONCE; i++) add(x.w, __shfl_sync(~0u, weight, j + i), w[i]);
+        for (int o = 16; o; o /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, o));
+        const float anchor = anchor_of(top), decay = exp_2(x.m - anchor);
+        weight = exp_2(m - anchor);
+        l *= weight;
+#pragma unroll
+        for (int o = 16; o; o /= 2) l += __shfl_xor_sync(~0u, l, o);
+        x.m = top;
+        x.l = fmaf(x.l, decay, l);
+        x.w = scaled(x.w, decay);
+      }
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; i++) add(x.w, __shfl_sync(~0u, weight, j + 2 * i), w[i]);
     }
   }
   return x;
+}
+
+// The states of n slots as one, row by row, two warps a row: `take(row, state)` gets it.
+template <class Take>
+__device__ __forceinline__ void merge(const Params& p, i64 slot, i64 step, int n, int rows, int warp, int lane,
+                                      Shared& sh, Take take) {
+  for (int first = 0; first < rows; first += WARPS / 2) {
+    const int row = first + warp / 2, half = warp % 2;
+    State x;
+    if (row < rows) x = merge_half(p, slot, step, n, half, row, lane);
+    float4* other = reinterpret_cast<float4*>(&sh.left[warp / 2].w[0][4 * lane]);
+    if (row < rows && half) *other = x.w;
+    __syncthreads();
+    if (row < rows && !half) {
+      add(x.w, 1.f, *other);
+      take(row, x);
+    }
+    __syncthreads();
+  }
 }
 
 // Counts this block; true for the one that comes last of `all`, who then sees what the others have written.
@@ -319,35 +343,47 @@ __device__ __forceinline__ bool arrives_last(int* counter, int all, Shared& sh) 
   return sh.answer;
 }
 
+__device__ __forceinline__ int node_of(const Chunk& c) { return c.at / FAN; }
+__device__ __forceinline__ int nodes_of(const Chunk& c) { return divide_up(c.chunks, FAN); }
+__device__ __forceinline__ int chunks_in_node(const Chunk& c) { return min(FAN, c.chunks - node_of(c) * FAN); }
+
+// The slots of a node's chunks begin here and are `slot_step` apart.
+__device__ __forceinline__ i64 first_slot(const Params& p, const Chunk& c) {
+  return p.whole_nodes ? (i64)blockIdx.x * FAN : ((i64)c.first_item + node_of(c) * FAN) * p.Hkv + c.head;
+}
+__device__ __forceinline__ i64 slot_step(const Params& p) { return p.whole_nodes ? 1 : p.Hkv; }
+
+// Merges the node of a chunk, all of whose chunks are there, and the nodes, if this was the last.
+__device__ __forceinline__ void complete(const Params& p, const Chunk& c, int warp, int lane, Shared& sh) {
+  const int nodes = nodes_of(c);
+  // Nodes of a sequence follow one another; sequences that begin within the same FAN items are told apart by s.
+  const i64 first = p.nodes0 + (p.whole_nodes ? c.first_item : c.first_item / FAN + c.s) * (i64)p.Hkv + c.head;
+  merge(p, first_slot(p, c), slot_step(p), chunks_in_node(c), c.rows, warp, lane, sh, [&](int row, const State& x) {
+    if (nodes == 1) finish(p, c, row, lane, x);
+    else put(p, first + (i64)node_of(c) * p.Hkv, row, lane, x);
+  });
+  if (nodes == 1 || !arrives_last(p.counters + c.s * p.Hkv + c.head, nodes, sh)) return;
+  merge(p, first, p.Hkv, nodes, c.rows, warp, lane, sh,
+        [&](int row, const State& x) { finish(p, c, row, lane, x); });
+}
+
 // The warps' states of a chunk are in shared memory: takes their sum to its place, and merges what is complete by it.
 __device__ __forceinline__ void deliver(const Params& p, const Chunk& c, int warp, int lane, Shared& sh) {
-  const int node = c.at / FAN, nodes = divide_up(c.chunks, FAN);
-  const i64 own = p.whole_nodes ? (i64)blockIdx.x * FAN : ((i64)c.first_item + node * FAN) * p.Hkv + c.head;
-  const i64 step = p.whole_nodes ? 1 : p.Hkv;  // between the slots of a node's chunks
+  const i64 slot = first_slot(p, c);
   for (int row = warp; row < c.rows; row += WARPS) {
     const State x = gather(sh, row, lane);
     if (c.chunks == 1) finish(p, c, row, lane, x);
-    else put(p, own + c.at % FAN * step, row, lane, x);
+    else put(p, slot + c.at % FAN * slot_step(p), row, lane, x);
   }
   if (c.chunks == 1 || (p.whole_nodes && c.at != c.last)) return;
-  const int in_node = min(FAN, c.chunks - node * FAN);
+  bool last = true;
   if (p.whole_nodes) {
-    __threadfence_block();  // rows are a warp's own: no other has written what it reads
-    __syncwarp();
-  } else if (!arrives_last(p.node_counters + own, in_node, sh)) {
-    return;
+    __threadfence_block();
+    __syncthreads();
+  } else {
+    last = arrives_last(p.node_counters + slot, chunks_in_node(c), sh);
   }
-  // Nodes of a sequence follow one another; sequences that begin within the same FAN items are told apart by s.
-  const i64 first = p.nodes0 + (p.whole_nodes ? c.first_item : c.first_item / FAN + c.s) * (i64)p.Hkv + c.head;
-  for (int row = warp; row < c.rows; row += WARPS) {
-    const State x = merge(p, own, step, in_node, row, lane);
-    if (nodes == 1) finish(p, c, row, lane, x);
-    else put(p, first + (i64)node * p.Hkv, row, lane, x);
-  }
-  if (nodes == 1 || !arrives_last(p.counters + c.s * p.Hkv + c.head, nodes, sh)) return;
-  for (int row = warp; row < c.rows; row += WARPS) {
-    finish(p, c, row, lane, merge(p, first, p.Hkv, nodes, row, lane));
-  }
+  if (last) complete(p, c, warp, lane, sh);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, ELSA_MIN_BLOCKS) paged_decode(const __grid_constant__ Params p) {
@@ -362,21 +398,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, ELSA_MIN_BLOCKS) paged_dec
   if ((int)blockIdx.x >= items) return;
   int turn = 0, q_turn = 0;
   describe(sh.chunk[0][warp], first_chunk(p, ends, blockIdx.x), lane);
-  int pages = pages_of(p, sh.chunk[0][warp], warp, lane);
+  Ahead ahead = {pages_of(p, sh.chunk[0][warp], warp, lane), tiles_of(sh.chunk[0][warp], warp)};
+  Tile tile;
+  if (ahead.tiles) load_first(p, tile, sh.chunk[0][warp], ahead, warp, lane);
   load_q(p, sh.chunk[0][warp], sh.q[0]);
   __syncthreads();
   for (bool more = true; more; turn ^= 1) {
     const Chunk& now = sh.chunk[turn][warp];
     Chunk& next = sh.chunk[turn ^ 1][warp];
+    const Ahead here = ahead;
     more = now.at < now.last || now.item + (int)gridDim.x < items;
-    int next_pages = 0;
+    ahead = {0, 0};
     if (more) {
       describe(next, now.at < now.last ? following(now) : first_chunk(p, ends, now.item + gridDim.x), lane);
-      next_pages = pages_of(p, next, warp, lane);
+      ahead = {pages_of(p, next, warp, lane), tiles_of(next, warp)};
     }
     Rows rows;
-    walk(p, now, pages, sh.q[q_turn], warp, lane, sh.scratch[warp], rows);
-    if (more) warm_up(p, next, next_pages, warp, lane);
+    walk(p, now, here, next, ahead, sh.q[q_turn], warp, lane, sh.scratch[warp], tile, rows);
     if (__syncthreads_or(leave(rows, sh.left[warp], lane))) {
       careful(p, now, sh, warp, lane);
       __syncthreads();
@@ -387,6 +425,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, ELSA_MIN_BLOCKS) paged_dec
     }
     deliver(p, now, warp, lane, sh);
     __syncthreads();  // the warps' states have been read, and the next Q is there
-    pages = next_pages;
   }
 }

@@ -37,7 +37,7 @@ __device__ __forceinline__ float4 stream_floats(const float* p) {
   return make_float4(__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w));
 }
 
-__device__ __forceinline__ void load(float4 (&to)[4][2], const float* cache, i64 block, i64 place, i64 of_head, int page,
+__device__ __forceinline__ void load_rows(float4 (&to)[4][2], const float* cache, i64 block, i64 place, i64 of_head, int page,
                                      int key, int head, int lane) {
   const float* from = cache + page * block + (key % PAGE + lane / 16) * place + head * of_head + lane % 16 * 4;
 #pragma unroll
@@ -45,6 +45,14 @@ __device__ __forceinline__ void load(float4 (&to)[4][2], const float* cache, i64
     to[i][0] = stream_floats(from + 2 * i * place);
     to[i][1] = stream_floats(from + 2 * i * place + 64);
   }
+}
+
+__device__ __forceinline__ void load_k(const Params& p, Tile& tile, int page, int key, int head, int lane) {
+  load_rows(tile.k, p.k, p.k_block, p.k_place, p.k_head, page, key, head, lane);
+}
+
+__device__ __forceinline__ void load_v(const Params& p, Tile& tile, int page, int key, int head, int lane) {
+  load_rows(tile.v, p.v, p.v_block, p.v_place, p.v_head, page, key, head, lane);
 }
 
 struct Rows {
@@ -152,10 +160,10 @@ __device__ __forceinline__ void accumulate(const Tile& tile, const float4 (&p)[8
   }
 }
 
-// A warp's tiles of a chunk, the next one's loads under way while one is computed.
-__device__ __forceinline__ void walk(const Params& p, const Chunk& c, int pages, const Query& q, int warp, int lane,
-                                     Scratch& scratch, Rows& rows) {
-  const int tiles = tiles_of(c, warp);
+// A warp's tiles of chunk c, the first of which is in `tile` or on its way; at the end the next chunk's first one is.
+__device__ __forceinline__ void walk(const Params& p, const Chunk& c, const Ahead& here, const Chunk& next,
+                                     const Ahead& ahead, const Query& q, int warp, int lane, Scratch& scratch,
+                                     Tile& tile, Rows& rows) {
   const int plain = p.causal ? min(c.keys, c.start + 1) : c.keys;  // all rows see the keys before it
 #pragma unroll
   for (int j = 0; j < MINE; j++) {
@@ -166,22 +174,20 @@ __device__ __forceinline__ void walk(const Params& p, const Chunk& c, int pages,
   for (int r = 0; r < ROWS; r++)
 #pragma unroll
     for (int j = 0; j < 8; j++) rows.w[r][j] = 0.f;
-  if (tiles == 0) return;
+  if (here.tiles == 0 && ahead.tiles) load_first(p, tile, next, ahead, warp, lane);
   int key = c.at * CHUNK + TILE * warp;
-  const int head = c.head;
-  Tile tile;
-  load(tile.k, p.k, p.k_block, p.k_place, p.k_head, __shfl_sync(~0u, pages, 0), key, head, lane);
-  load(tile.v, p.v, p.v_block, p.v_place, p.v_head, __shfl_sync(~0u, pages, 0), key, head, lane);
-  for (int i = 1; i <= tiles; i++) {
-    const int page = __shfl_sync(~0u, pages, i);
+  for (int i = 1; i <= here.tiles; i++) {
+    const bool inside = i < here.tiles, more = inside || ahead.tiles;
+    const int page = __shfl_sync(~0u, inside ? here.pages : ahead.pages, inside ? i : 0);
     float s[MINE];
     products(tile, q, lane, p.scale, s);
     if (key + TILE > plain) hide(p, c, key, lane, s, tile);
-    key += TILE * WARPS;
-    if (i < tiles) load(tile.k, p.k, p.k_block, p.k_place, p.k_head, page, key, head, lane);
+    key = inside ? key + TILE * WARPS : next.at * CHUNK + TILE * warp;
+    const int head = inside ? c.head : next.head;
+    if (more) load_k(p, tile, page, key, head, lane);
     softmax(s, rows, lane, scratch.p[i % 2]);
     accumulate(tile, scratch.p[i % 2], lane, rows);
-    if (i < tiles) load(tile.v, p.v, p.v_block, p.v_place, p.v_head, page, key, head, lane);
+    if (more) load_v(p, tile, page, key, head, lane);
   }
 }
 

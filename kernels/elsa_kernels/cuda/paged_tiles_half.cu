@@ -165,29 +165,27 @@ __device__ __forceinline__ void hide(const Params& p, const Chunk& c, int key, i
   }
 }
 
-// A warp's tiles of a chunk, the next one's loads under way while one is computed.
-__device__ __forceinline__ void walk(const Params& p, const Chunk& c, int pages, const Query& q, int warp, int lane,
-                                     Scratch&, Rows& rows) {
-  const int tiles = tiles_of(c, warp);
+// A warp's tiles of chunk c, the first of which is in `tile` or on its way; at the end the next chunk's first one is.
+__device__ __forceinline__ void walk(const Params& p, const Chunk& c, const Ahead& here, const Chunk& next,
+                                     const Ahead& ahead, const Query& q, int warp, int lane, Scratch&, Tile& tile,
+                                     Rows& rows) {
   const int plain = p.causal ? min(c.keys, c.start + 1) : c.keys;  // all rows see the keys before it
   rows = {{minus_infinity(), minus_infinity()}, {0.f, 0.f}, {}};
-  if (tiles == 0) return;
+  if (here.tiles == 0 && ahead.tiles) load_first(p, tile, next, ahead, warp, lane);
   int key = c.at * CHUNK + TILE * warp;
-  const int head = c.head;
-  Tile tile;
-  load_k(p, tile, __shfl_sync(~0u, pages, 0), key, head, lane);
-  load_v(p, tile, __shfl_sync(~0u, pages, 0), key, head, lane);
-  for (int i = 1; i <= tiles; i++) {
-    const int page = __shfl_sync(~0u, pages, i);
+  for (int i = 1; i <= here.tiles; i++) {
+    const bool inside = i < here.tiles, more = inside || ahead.tiles;
+    const int page = __shfl_sync(~0u, inside ? here.pages : ahead.pages, inside ? i : 0);
     float s[4];
     products(tile, q, lane, p.scale, s);
     if (key + TILE > plain) hide(p, c, key, lane, s, tile);
-    key += TILE * WARPS;
-    if (i < tiles) load_k(p, tile, page, key, head, lane);
+    key = inside ? key + TILE * WARPS : next.at * CHUNK + TILE * warp;
+    const int head = inside ? c.head : next.head;
+    if (more) load_k(p, tile, page, key, head, lane);
     u32 low, high;
     softmax(s, rows, low, high);
     accumulate(tile, low, high, rows);
-    if (i < tiles) load_v(p, tile, page, key, head, lane);
+    if (more) load_v(p, tile, page, key, head, lane);
   }
 }
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.resources import files
+from importlib import resources
 
 import torch
 
@@ -58,15 +59,20 @@ class Form:
         return 4 * self.rows * (HEAD_DIM + 2)
 
 
-HALF = Form(warps=8, chunk=1024, blocks_per_sm=2)
-FP32_FEW = Form(warps=4, chunk=512, blocks_per_sm=3, rows=4)
-FP32 = Form(warps=4, chunk=512, blocks_per_sm=2)
+@functools.cache
+def forms() -> dict[str, Form]:
+    """tuning/paged_cuda.json, by `kind_of`: as kernels/bench/tune_cuda_decode.py found them on an H200."""
+    text = resources.files("elsa_kernels.tuning").joinpath("paged_cuda.json").read_text()
+    return {kind: Form(**fields) for kind, fields in json.loads(text).items()}
+
+
+def kind_of(problem: PagedProblem) -> str:
+    """16-bit caches, or FP32 ones with up to 4 or up to 8 rows a key head."""
+    return "16" if problem.dtype != torch.float32 else "32x4" if problem.group <= 4 else "32x8"
 
 
 def form_of(problem: PagedProblem) -> Form:
-    if problem.dtype != torch.float32:
-        return HALF
-    return FP32_FEW if problem.group <= FP32_FEW.rows else FP32
+    return forms()[kind_of(problem)]
 
 
 class Params(ctypes.Structure):
@@ -116,7 +122,9 @@ def plan(problem: PagedProblem) -> tuple[Form, int, Slots]:
 def source(dtype: torch.dtype) -> str:
     """paged_decode.cu with the tiles of the dtype in the place that it keeps for them."""
     tiles = "paged_tiles_fp32.cu" if dtype == torch.float32 else "paged_tiles_half.cu"
-    text, inner = (files("elsa_kernels.cuda").joinpath(name).read_text() for name in ("paged_decode.cu", tiles))
+    text, inner = (
+        resources.files("elsa_kernels.cuda").joinpath(name).read_text() for name in ("paged_decode.cu", tiles)
+    )
     return text.replace("#include TILES", inner)
 
 
@@ -126,8 +134,10 @@ def refusal(problem: PagedProblem) -> str | None:
         return "it runs on CUDA devices"
     if problem.kv_dtype != problem.dtype:
         return f"it reads caches of q's dtype, not {problem.kv_dtype}"
-    if problem.dtype == torch.float32 and (problem.precision == "tf32" or problem.group == 1):
-        return "in FP32 it multiplies without tensor cores, and shares a key among several rows"
+    if problem.dtype == torch.float32 and problem.precision == "tf32":
+        return "in FP32 it multiplies without tensor cores"
+    if problem.group == 1 or kind_of(problem) not in forms():
+        return "it is for key heads with several query heads, where it is the faster one"
     if problem.D != HEAD_DIM or problem.page % PLACES or problem.group > form_of(problem).rows:
         return f"D {problem.D}, page {problem.page}, group {problem.group}: it takes 128, multiples of 16, up to 8"
     if problem.window is not None or problem.softcap is not None or problem.has_alibi:
