@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from elsa_kernels.paged import tuning
 
 pytest.importorskip("triton")
 
-from kernels.bench import decode, table, tune_decode
+from kernels.bench import decode, measure, table, tune_cuda_decode, tune_decode
 from tests.kernels import paged_aot
 
 SMALL = decode.DecodeCase("float32", 2, 4, 2, 100, D=32, Nq=3)
@@ -90,3 +91,18 @@ def test_every_device_finds_its_tile() -> None:
             tile = tuning.decode_tile(form, mode, rows, problem, arch)
             assert tile.BN >= 16
             assert tile.registers == 0 or arch == "sm_90"
+
+
+def test_a_cuda_form_is_kept_where_it_beats_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "draw", lambda case, seed: None)
+    monkeypatch.setattr(measure, "sets_to_rotate", lambda size: 1)
+    speeds = {1024: 3.5, 512: 2.0}
+    monkeypatch.setattr(
+        tune_cuda_decode, "speed", lambda case, sets, forms: speeds[forms["32x8"].chunk] if forms else 3.0
+    )
+    rows: list[dict[str, Any]] = []
+    good, bad = tune_cuda_decode.CANDIDATES["32x8"]
+    assert (good.chunk, bad.chunk) == (1024, 512)
+    assert tune_cuda_decode.best("32x8", [good, bad], rows) == good
+    assert tune_cuda_decode.best("32x8", [bad], rows) is None
+    assert [row["tbps"] for row in rows] == [3.0, 3.5, 2.0, 3.0, 2.0]

@@ -28,6 +28,7 @@ from tests.kernels.test_paged import alone_arguments
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 needs_nvrtc = pytest.mark.skipif(nvrtc.unavailable() is not None, reason=f"{nvrtc.unavailable()}")
 needs_gpp = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")
+FORMS = {"16": Form(4, 1024, 3), "32x4": Form(4, 1024, 3, rows=4), "32x8": Form(4, 1024, 2)}
 SMALL = {torch.float32: Form(warps=2, chunk=32, blocks_per_sm=1, rows=4), torch.float16: Form(2, 32, 1)}
 WIDE = [dataclasses.replace(batch, D=128, page=max(16, batch.page // 16 * 16)) for batch in BATCHES if batch.D == 32]
 BY_NAME = {batch.name: batch for batch in WIDE}
@@ -130,17 +131,23 @@ def test_bits_on_the_host_depend_on_the_sequence_alone(dtype: torch.dtype, host:
 )
 def test_a_tile_is_in_registers_while_the_next_is_on_its_way(dtype: torch.dtype, group: int) -> None:
     described = a_problem(dtype, group, 128)
-    form = cuda_decode.form_of(described)
+    form = FORMS[cuda_decode.kind_of(described)]
     cubin = nvrtc.compile_cubin(cuda_decode.source(dtype), 90, form.defines(described))
     used = aot.cubin_resources(cubin)
     assert used["registers"] * 32 * form.warps * form.blocks_per_sm <= 65536
     assert used["stack"] <= 32  # what is spilled is not the tile
 
 
+def test_the_table_has_forms_of_known_kinds() -> None:
+    for kind, form in cuda_decode.forms().items():
+        assert form.rows == FORMS[kind].rows
+        assert form.chunk % (16 * form.warps) == 0
+
+
 @needs_nvrtc
 def test_parameters_have_the_size_of_the_kernels() -> None:
     described = a_problem(torch.float16, 4, 128)
-    text, defines = cuda_decode.source(torch.float16), cuda_decode.forms()["16"].defines(described)
+    text, defines = cuda_decode.source(torch.float16), FORMS["16"].defines(described)
     size = ctypes.sizeof(cuda_decode.Params)
     nvrtc.compile_cubin(text + f"static_assert(sizeof(Params) == {size});", 90, defines)
     with pytest.raises(nvrtc.CompilationFailed, match="static assertion"):
@@ -150,7 +157,7 @@ def test_parameters_have_the_size_of_the_kernels() -> None:
 def test_memory_for_states_is_bounded() -> None:
     """It grows with the batch only by a state of a node, of 32 chunks."""
     described = dataclasses.replace(a_problem(torch.float16, 4, 128), B=256, max_seqlen_k=131072)
-    form = cuda_decode.forms()["16"]
+    form = FORMS["16"]
     slots = cuda_decode.Slots.of(described, form, 264)
     assert slots.whole_nodes
     assert (slots.chunks + slots.nodes) * form.state_bytes() < 80 << 20
@@ -159,7 +166,15 @@ def test_memory_for_states_is_bounded() -> None:
     assert (few.chunks, few.nodes) == (8 * 8 * 128, (8 * 128 // 32 + 8) * 8)
 
 
+@pytest.fixture
+def all_forms() -> Iterator[None]:
+    """Every kind in the CUDA form, whatever the table says of this GPU."""
+    with mock.patch.object(cuda_decode, "forms", return_value=FORMS):
+        yield
+
+
 @pytest.mark.gpu
+@pytest.mark.usefixtures("all_forms")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("batch", [*WIDE, LONG], ids=lambda batch: batch.name)
 def test_on_a_gpu(batch: Batch, dtype: torch.dtype) -> None:
@@ -167,6 +182,7 @@ def test_on_a_gpu(batch: Batch, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("all_forms")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "lengths", [((1, 70_000), (2, 33_000), (1, 5), (1, 1025)), ((1, 9000),) * 40], ids=["few", "many"]
