@@ -234,6 +234,17 @@ def test_a_job_under_way_is_not_started_twice_and_survives_its_owner() -> None:
     assert pool.attend(*describe(q, k, v)).W.isfinite().all()
 
 
+def test_a_job_may_end_after_its_pool() -> None:
+    """As the collector of cycles has it, which the interpreter's end is: it hung there, with the pool's lock gone."""
+    script = (
+        "from tests.kernels.test_cpu_native import describe, library, qkv\n"
+        "pool = library.Pool(2); job = pool.submit(*describe(*qkv(Nk=50000))); pool.__del__()\n"
+        "assert job.state.W.isfinite().all(); del job; print('over')"
+    )
+    done = subprocess.run([sys.executable, "-c", script], timeout=100, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "over\n"), done.stderr
+
+
 def test_the_gil_is_free_while_native_threads_work() -> None:
     pool = library.Pool(1)
     q, k, v = qkv(torch.bfloat16, H=64, Hkv=8, Nq=4, Nk=8192, D=128)

@@ -155,10 +155,14 @@ class Job:
         return self.state
 
     def __del__(self) -> None:
-        # The threads write into this job's tensors: they must be through before those are freed.
-        if handle := getattr(self, "handle", None):
+        if not (handle := getattr(self, "handle", None)):
+            return
+        if self.pool._handle:
+            # The threads write into this job's tensors: they must be through before those are freed.
             library().elsa_job_wait(handle)
             self.pool._idle.append(handle)
+        else:  # the collector of cycles came to the pool first, whose end waited for its work
+            library().elsa_job_free(handle)
 
 
 class Pool:
@@ -204,10 +208,11 @@ class Pool:
         return handle
 
     def __del__(self) -> None:
-        if getattr(self, "_handle", None):
-            for handle in self._idle:
-                library().elsa_job_free(handle)
-            library().elsa_pool_free(self._handle)
+        handle, self._handle = getattr(self, "_handle", None), None
+        if handle:
+            library().elsa_pool_free(handle)
+            for job in self._idle:
+                library().elsa_job_free(job)
 
 
 def _describe(problem: Problem, operands: Operands, state: State) -> tuple[NativeProblem, list[torch.Tensor]]:
