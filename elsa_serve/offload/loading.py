@@ -178,8 +178,9 @@ def _dtype(options: EngineOptions, config: Any, checkpoint: Checkpoint | None) -
 
 def _plan(options: EngineOptions, device: torch.device, config: Any, dtype: torch.dtype, here: bool = True) -> Plan:
     """`here`: the device is this machine's, so that rates can be measured."""
-    gpu = _size(options.gpu_memory) or machine.default_gpu_budget(device)
-    host = _size(options.host_memory) or machine.default_host_budget(device, gpu)
+    gpu, host = _size(options.gpu_memory), _size(options.host_memory)
+    gpu = machine.default_gpu_budget(device) if gpu is None else gpu
+    host = machine.default_host_budget(device, gpu) if host is None else host
     rates = options.rates
     if rates is None and here:
         rates = measure.rates(device, dtype, attention=options.attention, linear=options.linear)
@@ -200,6 +201,7 @@ def _plan(options: EngineOptions, device: torch.device, config: Any, dtype: torc
             rates=rates,
             disk=disk,
             kv_disk=_size(options.kv_disk) or 0,
+            free_host=machine.host_memory().available if here else 0,
         )
 
     chosen = plan(rates)

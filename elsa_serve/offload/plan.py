@@ -166,6 +166,7 @@ class Plan:
     gpu_bytes: dict[str, int]  # by item, in the order of placing
     host_bytes: dict[str, int]
     rates: Rates
+    page_cache: int = 0  # bytes of host memory that this plan leaves to the system, which keeps pages of files there
     ttft_s: float = 0.0
     s_per_token: float = 0.0
     bottleneck: dict[str, str] | None = None  # phase -> the pipe that sets its time
@@ -184,6 +185,12 @@ class Plan:
     def disk_bytes(self) -> int:
         """Of these, those that are read from disk first."""
         return self.geometry.weights_bytes * len(self.disk_layers) // self.geometry.layers
+
+    @property
+    def kv_disk_cached(self) -> bool:
+        """Whether the system keeps all KV on disk in memory, too. Of more than fits it would keep the wrong part: every
+        pass reads all of it in the same order."""
+        return self.kv_disk_bytes <= self.page_cache
 
     @property
     def kv_pool_tokens(self) -> int:
@@ -229,6 +236,7 @@ class _Request:
     rates: Rates
     disk: bool
     kv_disk: int
+    free_host: int
     round_tokens: int = ROUND_TOKENS
 
 
@@ -246,10 +254,12 @@ def make_plan(
     rates: Rates | None = None,
     disk: bool = False,
     kv_disk: int = 0,
+    free_host: int = 0,
 ) -> Plan:
     """Place a model. Budgets in bytes; context in tokens, prompt and output together (None: the model's maximum).
     `disk`: layers may stay in the checkpoint's files where host memory does not hold them. `kv_disk`: bytes of KV that
-    may lie on disk.
+    may lie on disk. `free_host`: of host memory that are free now, budget or not; what the plan leaves of them keeps
+    pages of files.
 
     Raises BudgetError with numbers for what cannot fit, naming the largest context that would.
     """
@@ -277,6 +287,7 @@ def make_plan(
         rates or assumed_rates(geometry.dtype),
         disk,
         kv_disk,
+        free_host,
     )
     wanted = context or geometry.max_context
     try:
@@ -372,6 +383,15 @@ def _place_with(request: _Request, context: int, chunk: int, resident: int) -> P
     if request.kv_disk:  # whole tokens, so that the rest of a request is what the disk has room for
         kv_host = geometry.kv_bytes(geometry.kv_tokens(kv_host))
     kv_disk = min(request.kv_disk, wanted - kv_gpu - kv_host)
+    gpu_bytes = {
+        **items,
+        "layer slots": slots * geometry.layer_bytes,
+        "KV on its way to and from the host": working,
+        "KV": kv_gpu,
+        "resident layers": resident * geometry.layer_bytes,
+    }
+    host_bytes = {"weights of streamed layers": weights, "staging for layers on disk": staging, "KV": kv_host}
+    taken = sum(host_bytes.values()) + (0 if request.device_type == "cuda" else sum(gpu_bytes.values()))
     residents = spread(range(geometry.layers), resident)
     streamed = [index for index in range(geometry.layers) if index not in set(residents)]
     return Plan(
@@ -391,15 +411,10 @@ def _place_with(request: _Request, context: int, chunk: int, resident: int) -> P
         kv_disk_bytes=kv_disk,
         gpu_budget=request.gpu_budget,
         host_budget=request.host_budget,
-        gpu_bytes={
-            **items,
-            "layer slots": slots * geometry.layer_bytes,
-            "KV on its way to and from the host": working,
-            "KV": kv_gpu,
-            "resident layers": resident * geometry.layer_bytes,
-        },
-        host_bytes={"weights of streamed layers": weights, "staging for layers on disk": staging, "KV": kv_host},
+        gpu_bytes=gpu_bytes,
+        host_bytes=host_bytes,
         rates=request.rates,
+        page_cache=max(0, request.free_host - taken),
     )
 
 

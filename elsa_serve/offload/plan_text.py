@@ -42,7 +42,8 @@ def _table(title: str, items: dict[str, int], budget: int) -> list[str]:
 
 
 def _disk(plan: Plan) -> list[str]:
-    items = {"weights read again every pass": plan.disk_bytes, "KV": plan.kv_disk_bytes}
+    kv = "KV, in free memory too" if plan.kv_disk_cached else "KV"
+    items = {"weights read again every pass": plan.disk_bytes, kv: plan.kv_disk_bytes}
     rows = [f"  {name:<29} {format_size(nbytes):>10}" for name, nbytes in items.items() if nbytes]
     return ["disk", *rows, ""] if rows else []
 

@@ -61,9 +61,9 @@ class _Work:
 
     to_device: float
     to_host: float
-    from_disk: float
+    from_disk: float  # bytes that are read ahead, beside everything else
     in_place: float  # bytes of KV that the host attends where they lie, in its memory
-    mapped: float  # and in a mapped file, which it reads as it attends
+    mapped: float  # and in a mapped file, which it reads from disk as it attends
     in_place_flops: float
     device_s: float
     issue_s: float
@@ -163,6 +163,8 @@ def _work(plan: Plan, shares: Sequence[Share]) -> _Work:
             to_device += old * token
             from_disk += max(0, old - on_host) * token
             device_s += _attention_seconds(geometry, rates, share, total)
+    if plan.kv_disk_cached:
+        from_disk, in_place, mapped = float(plan.disk_bytes), in_place + mapped, 0.0
     chunks = max(1, -(-sum(share.new for share in shares) // plan.chunk_tokens))
     issue = geometry.layers * chunks * rates.layer_s + rates.pass_s
     return _Work(to_device, to_host, from_disk, in_place, mapped, in_place_flops, device_s, issue, hops)
@@ -188,7 +190,7 @@ def _time(work: _Work, rates: Rates, one_memory: bool) -> Prediction:
         DEVICE: own if one_memory else work.device_s,
         ISSUE: work.issue_s,
         TO_HOST: work.to_host / rates.d2h,
-        DISK: work.from_disk / rates.disk,
+        DISK: (work.from_disk + work.mapped) / rates.disk,
     }
     return Prediction(max(pipes.values()), {name: value for name, value in pipes.items() if value})
 

@@ -167,6 +167,24 @@ def test_kv_on_disk_is_read_as_it_is_attended() -> None:
     assert "o on disk" in render(made)
 
 
+def test_kv_on_disk_that_free_memory_holds_is_read_from_there() -> None:
+    memory: dict[str, Any] = {"resident_layers": 0, "host_budget": 36 * GIB, "kv_disk": 40 * GIB}
+    placed = plan(**memory)
+    used = sum(placed.host_bytes.values())
+    cached = plan(free_host=used + placed.kv_disk_bytes, **memory)
+    assert cached.kv_disk_tokens == placed.kv_disk_tokens > 0
+    assert cached.s_per_token == pytest.approx(plan(resident_layers=0).s_per_token)
+    assert "in free memory too" in render(cached)
+    assert plan(free_host=used + placed.kv_disk_bytes - 1, **memory).s_per_token == placed.s_per_token
+
+
+def test_layers_and_kv_on_disk_share_one_disk() -> None:
+    made = plan(disk=True, kv_disk=40 * GIB, host_budget=4 * GIB, resident_layers=0)
+    read = made.disk_bytes + made.kv_disk_tokens * TOKEN
+    assert min(made.disk_bytes, made.kv_disk_tokens) > 0
+    assert made.s_per_token == pytest.approx(read / RATES.disk, rel=0.01)
+
+
 def test_host_memory_too_small_even_for_the_staging() -> None:
     with pytest.raises(BudgetError, match=r"1\.0 GiB in host memory.*staging for layers on disk 1\.8 GiB"):
         plan(disk=True, context=512, host_budget=1 * GIB)
