@@ -35,18 +35,20 @@ from elsa_serve.offload.disk import DirectFile, read_rate
 from elsa_serve.offload.host import HostBuffer
 from elsa_serve.offload.in_place import worker_threads
 from elsa_serve.offload.machine import Rates, assumed_rates, gpu_facts, host_memory
+from elsa_serve.offload.predict import Share, device_seconds, whole_layers
 from elsa_serve.offload.units import format_size
 from elsa_serve.protocol import GenerationRequest, SamplingParams, stream
 from elsa_serve.stats import Record, StepStats
 
-FORM = 3  # of the measurement: what an earlier form kept is measured again
+FORM = 4  # of the measurement: what an earlier form kept is measured again
 REPEATS = 5
 PAUSE_S = 2e-3  # between two layers' attention on the host
 WARM_UP_S = 0.3
 BESIDE_S = 0.4  # seconds for which copies and CPU attention run beside each other
 CPU_ROWS = 32  # query tokens that bind the CPU kernel by arithmetic
 HEADS, HEAD_DIM = 32, 128
-SHALLOW, DEEP = 2, 10  # layers of the probes: their difference is a layer's issue, the rest is the pass's
+WIDE = 4  # layers of the probe of a prompt's activations, all but the last of which its tokens pass whole
+SHALLOW, DEEP = 2, 10  # layers of the other probes: their difference is a layer's issue, the rest is the pass's
 PROBE_TOKENS = 12  # decode passes a probe is timed over
 LARGE_DEVICE = 8 << 30  # bytes free from which the full sizes are measured
 
@@ -403,20 +405,20 @@ def warm_up(work: Callable[[], object]) -> None:
 def _engine_rates(
     device: torch.device, dtype: torch.dtype, attention: str, linear: str, sizes: Sizes, rates: Rates
 ) -> dict[str, float]:
-    """What a layer and a pass cost beyond bytes and FLOPs, from two small models whose layers are all resident."""
+    """What a layer and a pass cost beyond bytes and FLOPs, from small models whose layers are all resident."""
     hidden = sizes.probe_hidden
     try:
-        wide = _probe(device, dtype, attention, linear, rates, hidden, SHALLOW, sizes.probe_prompt)
+        wide = _probe(device, dtype, attention, linear, rates, hidden, WIDE, sizes.probe_prompt)
         deep = _probe(device, dtype, attention, linear, rates, hidden // 4, DEEP, 2 * CPU_ROWS)
         flat = _probe(device, dtype, attention, linear, rates, hidden // 4, SHALLOW, 2 * CPU_ROWS)
     except (ElsaError, torch.cuda.OutOfMemoryError) as error:
         logger.warning("the engine's own share of a pass cannot be measured (%s): it is assumed", error)
         return {}
     layer_s = max(1e-6, (deep.decode_s - flat.decode_s) / (DEEP - SHALLOW))
-    plan = wide.plan
-    products, attended = plan.geometry.prefill_parts(sizes.probe_prompt)
-    rest = wide.prefill_s - products / rates.flops - attended / rates.attention_flops
-    activations = plan.geometry.activation_bytes() * plan.geometry.layers * sizes.probe_prompt
+    geometry, on_gpu = wide.plan.geometry, device.type == "cuda"
+    free = replace(rates, activations=math.inf)
+    rest = wide.prefill_s - device_seconds(geometry, free, [Share(0, sizes.probe_prompt)], on_gpu)
+    activations = geometry.activation_bytes() * whole_layers(geometry, sizes.probe_prompt, on_gpu) * sizes.probe_prompt
     return {
         "layer_s": layer_s,
         "pass_s": max(1e-6, flat.decode_s - SHALLOW * layer_s),

@@ -98,11 +98,6 @@ class Geometry:
         """Weights of the layers that are not resident."""
         return self.weights_bytes - self.weights_bytes * resident // self.layers
 
-    def prefill_parts(self, tokens: int) -> tuple[float, float]:
-        """FLOPs of one prompt: (matrix products of the decoder layers, causal attention)."""
-        parameters = self.weights_bytes / self.dtype.itemsize
-        return 2.0 * parameters * tokens, 2.0 * tokens**2 * self.heads * self.head_dim * self.layers
-
     def activation_bytes(self) -> int:
         """One token's activations in one layer, each counted once: hidden states, q, k, v, the MLP's inner."""
         attention = (2 * self.heads + 2 * self.kv_heads) * self.head_dim

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from elsa_serve.offload.plan import Geometry, Plan
 
 HOP_S = 60e-6  # seconds a layer waits for queries to reach the host and for its state to come back
+FEW = 32  # tokens of a share up to which all of them pass every layer: a decode pass's, drafted ones included
 ROUNDS = 20  # of the iteration for two pipes that slow each other down; it settles within a few
 
 TO_DEVICE, TO_HOST, DISK = "copies to the device", "copies to the host", "disk"
@@ -107,21 +108,32 @@ def in_place_limit(rates: Rates, *, weights_bytes: int, kv_bytes: int, flops_per
     return max(1, int(math.sqrt(left) * rates.cpu_attention_flops / flops_per_token))
 
 
-def device_seconds(geometry: Geometry, rates: Rates, shares: Sequence[Share]) -> float:
+def whole_layers(geometry: Geometry, new: int, fused: bool) -> int:
+    """Layers that all of a share's `new` tokens pass: where layers are fused, a prompt's not the last, which makes
+    keys and values of them and computes the one token whole that logits are wanted of."""
+    return geometry.layers - (1 if fused and new > FEW else 0)
+
+
+def device_seconds(geometry: Geometry, rates: Rates, shares: Sequence[Share], fused: bool = False) -> float:
     """Matrix products, attention and activations on the device, all of the KV there; no issue and no copies."""
-    new = sum(share.new for share in shares)
-    products = 2.0 * geometry.weights_bytes / geometry.dtype.itemsize * new / rates.flops
+    parameters = geometry.weights_bytes / geometry.dtype.itemsize / geometry.layers
+    flops = activations = attention = 0.0
+    for share in shares:
+        layers = whole_layers(geometry, share.new, fused)
+        keys_alone = (geometry.layers - layers) * 2 * geometry.kv_heads * geometry.head_dim * geometry.hidden
+        flops += 2.0 * (layers * parameters + keys_alone) * share.new
+        activations += geometry.activation_bytes() * layers * share.new
+        attention += _attention_seconds(geometry, rates, share, share.past + share.new, fused)
     read = (geometry.weights_bytes + geometry.outside_bytes) / rates.device_memory
-    attention = sum(_attention_seconds(geometry, rates, share, share.past + share.new) for share in shares)
-    activations = geometry.activation_bytes() * geometry.layers * new / rates.activations
-    return max(products, read) + attention + activations
+    return max(flops / rates.flops, read) + attention + activations / rates.activations
 
 
-def _attention_seconds(geometry: Geometry, rates: Rates, share: Share, keys: int) -> float:
+def _attention_seconds(geometry: Geometry, rates: Rates, share: Share, keys: int, fused: bool) -> float:
     """A share's attention over `keys` tokens, the newest of them its own."""
+    layers = whole_layers(geometry, share.new, fused)
     seen = share.new * max(0.0, keys - share.new / 2)  # causal
-    flops = 4.0 * geometry.layers * geometry.heads * geometry.head_dim * seen
-    nbytes = geometry.layers * geometry.kv_token_bytes() * keys
+    flops = 4.0 * layers * geometry.heads * geometry.head_dim * seen
+    nbytes = layers * geometry.kv_token_bytes() * keys
     return max(flops / rates.attention_flops, nbytes / rates.device_attention)
 
 
@@ -134,7 +146,8 @@ def _work(plan: Plan, shares: Sequence[Share]) -> _Work:
     host_room = geometry.kv_tokens(plan.kv_host_bytes) if plan.kv_disk_bytes else sys.maxsize
     to_device, to_host, from_disk = float(streamed), 0.0, float(plan.disk_bytes)
     in_place, mapped, in_place_flops = 0.0, 0.0, 0.0
-    device_s = device_seconds(geometry, rates, [Share(0, share.new) for share in shares])
+    fused = plan.device_type == "cuda"
+    device_s = device_seconds(geometry, rates, [Share(0, share.new) for share in shares], fused)
     hops = 0
     for share in shares:
         total = share.past + share.new
@@ -152,17 +165,17 @@ def _work(plan: Plan, shares: Sequence[Share]) -> _Work:
             rates, weights_bytes=streamed, kv_bytes=old * token, flops_per_token=max(1.0, row_flops * old)
         )
         to_host += new * token
-        device_s -= _attention_seconds(geometry, rates, Share(0, share.new), share.new)
+        device_s -= _attention_seconds(geometry, rates, Share(0, share.new), share.new, fused)
         if total > on_device and share.past and share.new <= limit:
             in_place += max(0, on_host - share.shared) * token
             mapped += (total - on_device - on_host) * token
             in_place_flops += row_flops * share.new * (total - on_device)
-            device_s += _attention_seconds(geometry, rates, share, on_device)
+            device_s += _attention_seconds(geometry, rates, share, on_device, fused)
             hops = geometry.layers
         else:
             to_device += old * token
             from_disk += max(0, old - on_host) * token
-            device_s += _attention_seconds(geometry, rates, share, total)
+            device_s += _attention_seconds(geometry, rates, share, total, fused)
     if plan.kv_disk_cached:
         from_disk, in_place, mapped = float(plan.disk_bytes), in_place + mapped, 0.0
     chunks = max(1, -(-sum(share.new for share in shares) // plan.chunk_tokens))

@@ -47,5 +47,5 @@ def _copies(plan: Plan) -> float:
 
 def _computed_in(plan: Plan, seconds: float) -> int:
     """Prompt tokens, in the middle of the context, that the device computes in so long."""
-    whole = device_seconds(plan.geometry, plan.rates, [Share(0, plan.context)])
+    whole = device_seconds(plan.geometry, plan.rates, [Share(0, plan.context)], plan.device_type == "cuda")
     return max(LEAST, int(plan.context * seconds / whole))
