@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import time
 import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -32,6 +37,7 @@ FP8_NAMES = ("fp8", "fp8_e4m3")
 HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 # Rows of so many tokens are what the kernels run in the dense form, where they are told the lengths.
 LONG_QUERY = 128
+MANY_THREADS = 16  # more kinds of kernels than that there are not to compile
 # What decode may hold beside the cache without a word: vLLM leaves a few GiB of the GPU free.
 MUCH_BYTES = 2 << 30
 
@@ -191,7 +197,8 @@ class ElsaMetadataBuilder(AttentionMetadataBuilder[ElsaMetadata]):
             rows, longest = self._counters_for
             self._counters = decode_counters(rows, impls[0].num_kv_heads, longest, device)
             self._chunk = self._plan_decode(impls[0], vllm_config.model_config.dtype)
-            warm_up(impls[0], kv_cache_spec.block_size, vllm_config.model_config.dtype, device)
+            threads = min(MANY_THREADS, os.cpu_count() or 1)
+            warm_up(impls[0], kv_cache_spec.block_size, vllm_config.model_config.dtype, device, threads)
         self._recorder = metrics.recorder()
         self._counting.setdefault(id(vllm_config), self)
         self._recorder.add_layers(len(impls))
@@ -248,7 +255,7 @@ class ElsaMetadataBuilder(AttentionMetadataBuilder[ElsaMetadata]):
             step=step,
             seqlens=seqlens,
             fresh=seqlens is not None and all(keys == n and (n >= LONG_QUERY or n == 0) for n, keys in seqlens),
-            share=self._share(batch) if self._dcp is not None else None,
+            share=self._share(batch, seqlens) if self._dcp is not None else None,
             counters=self._counters if self._fits(batch) else None,
         )
 
@@ -291,7 +298,7 @@ class ElsaMetadataBuilder(AttentionMetadataBuilder[ElsaMetadata]):
             )
         return keys
 
-    def _share(self, batch: Any) -> Share:
+    def _share(self, batch: Any, seqlens: tuple[tuple[int, int], ...] | None) -> Share:
         assert self._dcp is not None
         assert self._dcp_lens is not None
         rows = batch.num_reqs
@@ -303,50 +310,85 @@ class ElsaMetadataBuilder(AttentionMetadataBuilder[ElsaMetadata]):
         before.copy_(local_lengths(seq_lens - queries, size, rank, self._dcp_interleave))
         stripe = size * self._dcp_interleave
         longest = -(-batch.max_seq_len // stripe) * self._dcp_interleave
-        return Share(group=self._dcp, seq_lens=lens, context_lens=before, max_seq_len=longest)
+        if seqlens is not None:
+            cached = torch.tensor([keys - n for n, keys in seqlens])
+            own = local_lengths(cached, size, rank, self._dcp_interleave).tolist()
+            seqlens = tuple((n, keys) for (n, _), keys in zip(seqlens, own))
+        return Share(group=self._dcp, seq_lens=lens, context_lens=before, max_seq_len=longest, seqlens=seqlens)
 
 
-def warm_up(impl: Any, page: int, dtype: torch.dtype, device: torch.device) -> int:
+def warm_up(impl: Any, page: int, dtype: torch.dtype, device: torch.device, threads: int) -> int:
     """Call every kind of kernel that a layer will need, so that they are compiled before requests come.
 
-    Returns the number of calls. What is compiled is kept on disk (TRITON_CACHE_DIR): the first start pays for it.
+    Returns the number of kinds of calls. What is compiled is kept on disk (TRITON_CACHE_DIR): the first start pays for
+    it, with `threads` compilers at work.
     """
-    if impl.attn_type != AttentionType.DECODER or impl.context_group() is not None:
+    if impl.attn_type != AttentionType.DECODER:
         return 0
-    start, calls = time.perf_counter(), 0
-    group = impl.num_heads // impl.num_kv_heads
-    # One query; few and more rows of packed heads; over pages; whole prompts and later chunks in the dense form.
-    lengths = sorted({1, max(2, 16 // group), max(3, 64 // group), LONG_QUERY - 28, LONG_QUERY, LONG_QUERY + 2})
-    for queries in lengths:
-        for rows in (1, 2):
-            for context in (0, page):
-                impl.warm_up(dummy_batch(rows, queries, context, page, device), page, dtype, device)
-                calls += 1
+    start = time.perf_counter()
+    impl.prepare(device)
+    ranks = impl.dcp_world_size
+    group = impl.num_heads * ranks // impl.num_kv_heads
+    # One query; few and more rows of packed heads; over pages; whole prompts and later chunks in the dense form. Each
+    # of them but the last is a kernel of its own, once for a single request and once for several.
+    lengths = sorted({1, max(2, 16 // group), max(3, 64 // group), LONG_QUERY - 28})
+    batches = [
+        [dummy_batch(rows, queries, context, page, device, ranks) for context in (0, page)]
+        for queries in lengths
+        for rows in (1, 2)
+    ]
+    batches.append([dummy_batch(2, LONG_QUERY + 2, context, page, device, ranks) for context in (0, page)])
+    calls = [functools.partial(impl.warm_up_cache, page, dtype, device)]
+    calls += [functools.partial(_run_each, impl, kind, page, dtype, device) for kind in batches]
+    if threads > 1:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(_in_thread, calls, [device] * len(calls)))
+    for call in calls:  # once more in this thread: of what two threads note of one kernel at a time, one may be lost
+        call()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    logger.info("ELSA: kernels ready in %.1f s (%d kinds of calls)", time.perf_counter() - start, calls)
-    return calls
+    logger.info("ELSA: kernels ready in %.1f s (%d kinds of calls)", time.perf_counter() - start, len(calls))
+    return len(calls)
 
 
-def dummy_batch(rows: int, queries: int, context: int, page: int, device: torch.device) -> ElsaMetadata:
-    """`rows` requests of `queries` tokens after `context` cached ones, all in the first pages."""
+def _run_each(impl: Any, batches: list[ElsaMetadata], page: int, dtype: torch.dtype, device: torch.device) -> None:
+    for batch in batches:
+        impl.warm_up(batch, page, dtype, device)
+
+
+def _in_thread(call: Callable[[], None], device: torch.device) -> None:
+    """A thread begins on the first GPU, and with gradients."""
+    with torch.inference_mode(), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        call()
+
+
+def dummy_batch(rows: int, queries: int, context: int, page: int, device: torch.device, ranks: int = 1) -> ElsaMetadata:
+    """`rows` requests of `queries` tokens after `context` cached ones, all in the first pages; of one of `ranks`."""
     keys = queries + context
     starts = torch.arange(rows + 1, dtype=torch.int32) * queries
     lens = torch.full((rows,), keys, dtype=torch.int32)
     dense = queries >= LONG_QUERY
+    share = None
+    if ranks > 1:
+        before = torch.full((rows,), context, dtype=torch.int32, device=device)
+        share = Share(
+            group=None, seq_lens=lens.to(device), context_lens=before, max_seq_len=keys,
+            seqlens=((queries, context),) * rows,
+        )  # fmt: skip
     return ElsaMetadata(
         num_tokens=rows * queries,
         real_tokens=rows * queries,
-        max_query_len=queries,
+        max_query_len=2048 if share is not None and dense else queries,  # a bound at which packed prompts run apart
         max_seq_len=keys,
         query_start_loc=starts.to(device),
         seq_lens=lens.to(device),
         block_table=torch.arange(-(-keys // page), dtype=torch.int32, device=device).repeat(rows, 1),
         causal=True,
         step=describe(starts, lens, None),
-        seqlens=((queries, keys),) * rows if dense else None,
-        fresh=dense and context == 0,
-        share=None,
+        # Lengths let the launcher leave out the kernels of other kinds.
+        seqlens=((queries, keys),) * rows,
+        fresh=dense and context == 0 and ranks == 1,
+        share=share,
         counters=None,
     )
 

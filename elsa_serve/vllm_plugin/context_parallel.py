@@ -31,6 +31,7 @@ class Share:
     seq_lens: torch.Tensor  # keys that this rank holds, the batch's own tokens included
     context_lens: torch.Tensor  # the same without the batch's own tokens
     max_seq_len: int  # upper bound on seq_lens
+    seqlens: tuple[tuple[int, int], ...] | None  # (queries, keys before them on this rank), where they help
 
 
 def local_lengths(lengths: torch.Tensor, size: int, rank: int, interleave: int) -> torch.Tensor:

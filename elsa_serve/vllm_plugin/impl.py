@@ -106,7 +106,7 @@ class ElsaImpl(AttentionImpl):
         if attn_metadata is None:  # the profiling run
             return output.fill_(0)
         if self._stopwatch is None:
-            self._prepare(query.device)
+            self.prepare(query.device)
         assert self._stopwatch is not None
         started = self._stopwatch.start()
         tokens = attn_metadata.num_tokens
@@ -125,25 +125,36 @@ class ElsaImpl(AttentionImpl):
         return output
 
     def warm_up(self, batch: ElsaMetadata, page: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Attend on zeros as `forward` would, uncounted."""
-        if self._stopwatch is None:
-            self._prepare(device)
-        heads, dim = self.num_kv_heads, self.head_size
-        q = torch.zeros(batch.num_tokens, self.num_heads, dim, dtype=dtype, device=device)
-        k = torch.zeros(batch.num_tokens, heads, dim, dtype=dtype, device=device)
+        """Attend on zeros as `forward` would, uncounted and without a word to other ranks; `prepare` comes first."""
+        heads, dim, T = self.num_kv_heads, self.head_size, batch.num_tokens
+        q = torch.zeros(T, self.num_heads, dim, dtype=dtype, device=device)
+        k = torch.zeros(T, heads, dim, dtype=dtype, device=device)
         out = torch.empty_like(q)
         if batch.fresh and not self._fp8:
             self._fresh(q, k, k, batch, out)
             return
-        pages = batch.block_table.shape[1]
-        cache = torch.zeros(pages, page, heads, 2 * dim, dtype=torch.uint8 if self._fp8 else dtype, device=device)
-        one = torch.ones((), device=device)
-        scales = SimpleNamespace(_k_scale=one, _v_scale=one)
-        nowhere = torch.full((batch.num_tokens,), -1, device=device)
-        self.do_kv_cache_update(scales, k, k, cache.transpose(1, 2), nowhere)
-        self._paged(scales, q, cache.transpose(1, 2), batch, out)
+        scales, cache = self._zero_cache(batch.block_table.shape[1], page, dtype, device)
+        if batch.share is None:
+            self._paged(scales, q, cache, batch, out)
+            return
+        self._context_part(scales, q.repeat(1, self.dcp_world_size, 1), cache, batch)
+        if batch.max_query_len > 1:
+            self._own_part(q, k, k, batch)
 
-    def _prepare(self, device: torch.device) -> None:
+    def warm_up_cache(self, page: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Write a token to nowhere."""
+        scales, cache = self._zero_cache(1, page, dtype, device)
+        k = torch.zeros(1, self.num_kv_heads, self.head_size, dtype=dtype, device=device)
+        self.do_kv_cache_update(scales, k, k, cache, torch.full((1,), -1, device=device))
+
+    def _zero_cache(self, pages: int, page: int, dtype: torch.dtype, device: torch.device) -> tuple[Any, torch.Tensor]:
+        """Scales, and a cache as vLLM lays it out."""
+        shape = (pages, page, self.num_kv_heads, 2 * self.head_size)
+        cache = torch.zeros(shape, dtype=torch.uint8 if self._fp8 else dtype, device=device)
+        one = torch.ones((), device=device)
+        return SimpleNamespace(_k_scale=one, _v_scale=one), cache.transpose(1, 2)
+
+    def prepare(self, device: torch.device) -> None:
         self._stopwatch = metrics.Stopwatch(metrics.recorder(), device)
         if self.alibi_slopes is not None:
             self.alibi_slopes = self.alibi_slopes.to(device)
@@ -230,13 +241,26 @@ class ElsaImpl(AttentionImpl):
         """
         share = step.share
         assert share is not None
-        single = step.max_query_len == 1
+        context, lse = self._context_part(layer, share.group.all_gather(q.contiguous(), dim=1), kv_cache, step)
+        merged, total = context_parallel.merge_ranks(context, lse, share.group)
+        if step.max_query_len == 1:
+            out.copy_(merged)
+            return
+        before = State.from_output(merged.transpose(0, 1), total.transpose(0, 1))
+        out.copy_(before.merge(self._own_part(q, k, v, step)).finalize().transpose(0, 1))
+
+    def _context_part(
+        self, layer: Any, q: torch.Tensor, kv_cache: torch.Tensor, step: ElsaMetadata
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output and logsumexp of the heads of all ranks over this rank's keys."""
+        share = step.share
+        assert share is not None
         k_scale, v_scale = self._scales(layer)
-        context, lse = attention_paged(
-            share.group.all_gather(q.contiguous(), dim=1),
+        return attention_paged(
+            q,
             *self._caches(kv_cache),
             step.query_start_loc,
-            share.seq_lens if single else share.context_lens,
+            share.seq_lens if step.max_query_len == 1 else share.context_lens,
             step.block_table,
             max_seqlen_q=step.max_query_len,
             max_seqlen_k=share.max_seq_len,
@@ -244,18 +268,16 @@ class ElsaImpl(AttentionImpl):
             k_scale=k_scale,
             v_scale=v_scale,
             return_lse=True,
+            seqlens=share.seqlens,
             counters=step.counters,
             scale=self.scale,
             softcap=self.logits_soft_cap,
         )
-        merged, total = context_parallel.merge_ranks(context, lse, share.group)
-        if single:
-            out.copy_(merged)
-            return
+
+    def _own_part(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: ElsaMetadata) -> State:
+        """The batch's own tokens among themselves."""
         starts, longest = step.query_start_loc, step.max_query_len
-        state = attention_varlen(
+        return attention_varlen(
             q, k, v, starts, starts, max_seqlen_q=longest, max_seqlen_k=longest, causal=True, return_state=True,
             scale=self.scale, softcap=self.logits_soft_cap,
         )  # fmt: skip
-        before = State.from_output(merged.transpose(0, 1), total.transpose(0, 1))
-        out.copy_(before.merge(state).finalize().transpose(0, 1))

@@ -37,6 +37,34 @@ def test_lengths_from_the_host_change_nothing() -> None:
     assert torch.equal(attention_paged(**made.arguments, seqlens=MIXED), attention_paged(**made.arguments))
 
 
+@pytest.mark.parametrize(
+    ("lengths", "kinds"),
+    [
+        (None, [1, 16, 64, "prefill"]),
+        (((1, 40), (0, 0), (1, 9)), [1]),
+        (((20, 20), (1, 9)), [1, 64]),
+        (((200, 200), (3, 9)), [16]),  # the long one takes the dense form
+        (((100, 200),), ["prefill"]),
+        (((200, 200),), []),
+    ],
+)
+def test_known_lengths_launch_the_kernels_that_they_need(lengths, kinds, monkeypatch) -> None:
+    from elsa_kernels.paged import launch
+
+    launched: list[Any] = []
+    monkeypatch.setattr(launch, "_shared_arguments", lambda *_: {})
+    monkeypatch.setattr(launch.gather, "attend_sequence", lambda *_: None)
+    monkeypatch.setattr(launch, "_launch_decode", lambda p, o, cut, *_: launched.append(cut.rows_max))
+    monkeypatch.setattr(launch, "_launch_prefill", lambda *_: launched.append("prefill"))
+    problem = paged.PagedProblem(
+        T=300, B=1, H=4, Hkv=4, D=64, page=16, dtype=torch.float32, kv_dtype=torch.float32,
+        device=torch.device("cpu"), precision="fp32", causal=True, scale=0.1, window=None, softcap=None,
+        max_seqlen_q=300, max_seqlen_k=300, lengths=lengths,
+    )  # fmt: skip
+    launch.run(problem, None)  # type: ignore[arg-type]
+    assert launched == kinds
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_sequence_alone_has_the_bits_it_has_in_a_batch(dtype: torch.dtype) -> None:
     made = make(BY_NAME["mixed"], "cpu", dtype)

@@ -4,6 +4,7 @@ import importlib.util
 import pickle
 import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -296,8 +297,9 @@ def test_the_profiling_run_and_fused_quantisation():
         impl.forward(layer.scales, layer.q, layer.q, layer.q, layer.cache, None, out, output_scale=torch.ones(1))
 
 
+@pytest.mark.parametrize("known", [False, True], ids=["bounds", "lengths"])
 @pytest.mark.parametrize("batch", ["decode", "prefill", "chunked", "mixed"])
-def test_two_ranks_that_share_the_keys_give_each_its_heads(batch):
+def test_two_ranks_that_share_the_keys_give_each_its_heads(batch, known):
     """Decode context parallelism: even tokens on one rank, odd ones on the other, two heads on each."""
     ranks = 2
     layer = Layer(BATCHES[batch], H=4, Hkv=1, ranks=ranks)
@@ -310,9 +312,11 @@ def test_two_ranks_that_share_the_keys_give_each_its_heads(batch):
         cache = layer.cache.clone()
         layer.write(impl, cache, rank)
         before = torch.tensor([max(n, 0) for n, _ in layer.batch], dtype=torch.int32)
+        own = local_lengths(before, ranks, rank, 1)
+        queries = (layer.starts[1:] - layer.starts[:-1]).tolist()
         share = Share(
-            group, local_lengths(layer.lengths, ranks, rank, 1), local_lengths(before, ranks, rank, 1),
-            int(layer.lengths.max()),
+            group, local_lengths(layer.lengths, ranks, rank, 1), own, int(layer.lengths.max()),
+            tuple(zip(queries, own.tolist())) if known and max(queries) > 1 else None,
         )  # fmt: skip
         q = layer.q.chunk(ranks, dim=1)[rank].contiguous()
         out = torch.full_like(q, torch.nan)
@@ -379,6 +383,18 @@ def test_lengths_go_to_the_kernels_where_they_help_and_are_exact():
     assert drafting.build(0, common(((0, 200),))).seqlens == ((200, 200),)
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_know_how_many_keys_they_hold_before_a_long_prompt(rank):
+    impl = make_impl(Hkv=1)
+    impl.context_group = lambda: SimpleNamespace(world_size=2, rank_in_group=rank)
+    builder = builder_for(impl)
+    share = builder.build(0, common(((65, 200), (0, 130)))).share
+    assert share.seqlens == ((200, 33 - rank), (130, 0))
+    assert share.context_lens.tolist() == [33 - rank, 0]
+    assert share.seq_lens.tolist() == [133 - rank, 65]
+    assert builder.build(0, common(((9, 1), (5, 1)))).share.seqlens is None
+
+
 def test_batch_invariance_withholds_lengths_that_depend_on_the_batch(monkeypatch):
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
     builder = builder_for(make_impl())
@@ -388,30 +404,57 @@ def test_batch_invariance_withholds_lengths_that_depend_on_the_batch(monkeypatch
     assert builder._recorder.value("elsa_vllm_fallbacks", cause="batch_invariant") - before == builder._counts()
 
 
+@pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("options", [{}, {"kv_cache_dtype": "fp8"}, {"sliding_window": 8}, {"logits_soft_cap": 4.0}])
-def test_every_kind_of_call_is_made_once_before_requests_come(options, monkeypatch):
+def test_every_kind_of_call_is_made_before_requests_come(options, threads, monkeypatch):
+    from elsa_serve.vllm_plugin import impl as module
+    from elsa_serve.vllm_plugin.backend import warm_up
+
+    seen, written, main = [], [], threading.get_ident()
+
+    def paged(q, *args, **kwargs):
+        ((queries, keys), *_) = kwargs["seqlens"]
+        seen.append((threading.get_ident() == main, len(args[3]), queries, keys > queries))
+        return attention_paged(q, *args, **kwargs)
+
+    monkeypatch.setattr(module, "attention_paged", paged)
+    monkeypatch.setattr(module, "reshape_and_cache", lambda k, *others: written.append(len(k)))
+    impl = make_impl(**options)
+    counted = impl_calls()
+    calls = warm_up(impl, 16, torch.float32, torch.device("cpu"), threads)
+    here = {call for call in seen if call[0]}
+    assert {(queries, after) for _, _, queries, after in here} >= {(1, False), (1, True), (100, True), (130, True)}
+    # A whole prompt does without pages, unless the cache is FP8.
+    assert ((True, 2, 130, False) in here) == ("kv_cache_dtype" in options)
+    assert {call[1:] for call in seen if not call[0]} == ({call[1:] for call in here} if threads > 1 else set())
+    assert (len(written), calls) == (1 if threads == 1 else 2, 10)
+    assert impl_calls() == counted
+    assert warm_up(make_impl(attn_type="encoder_only"), 16, torch.float32, torch.device("cpu"), threads) == 0
+
+
+def test_ranks_warm_up_alone(monkeypatch):
+    """Both parts of what decode context parallelism computes, over all ranks' heads, without any rank's answer."""
     from elsa_serve.vllm_plugin import impl as module
     from elsa_serve.vllm_plugin.backend import warm_up
 
     seen = []
 
-    def paged(q, *args, **kwargs):
-        seen.append((len(q), kwargs["max_seqlen_q"], kwargs["seqlens"] is not None))
-        return attention_paged(q, *args, **kwargs)
+    def noting(name):
+        known = getattr(module, name)
 
-    written = []
-    monkeypatch.setattr(module, "attention_paged", paged)
-    monkeypatch.setattr(module, "reshape_and_cache", lambda k, *others: written.append(len(k)))
-    impl = make_impl(**options)
-    counted = impl_calls()
-    calls = warm_up(impl, 16, torch.float32, torch.device("cpu"))
-    # Whole prompts of 128 and 130 tokens, one and two of them, do without pages, unless the cache is FP8.
-    assert len(seen) == calls - (0 if "kv_cache_dtype" in options else 4)
-    assert {1, 100, 128} <= {queries for _, queries, _ in seen}
-    assert all(dense == (queries >= 128) for _, queries, dense in seen)
-    assert written == [tokens for tokens, _, _ in seen]
-    assert impl_calls() == counted
-    assert warm_up(make_impl(attn_type="encoder_only"), 16, torch.float32, torch.device("cpu")) == 0
+        def call(q, *args, **kwargs):
+            seen.append((name, q.shape[1], kwargs["max_seqlen_q"] > 1024))
+            return known(q, *args, **kwargs)
+
+        return call
+
+    for name in ("attention_paged", "attention_varlen", "attention"):
+        monkeypatch.setattr(module, name, noting(name))
+    impl = make_impl(Hkv=1)
+    impl.dcp_world_size = 2
+    warm_up(impl, 16, torch.float32, torch.device("cpu"), 1)
+    assert set(seen) == {(name, heads, long) for name, heads in (("attention_paged", 8), ("attention_varlen", 4))
+                         for long in (False, True)}  # fmt: skip
 
 
 def impl_calls():

@@ -47,20 +47,27 @@ def run(problem: PagedProblem, operands: PagedOperands) -> None:
 
 
 def _run(problem: PagedProblem, operands: PagedOperands, arch: str) -> None:
-    dense: frozenset[int] = frozenset()
-    longest = problem.max_seqlen_q
+    longest, known = problem.max_seqlen_q, None
     if problem.lengths is not None:
         dense = _run_dense(problem, operands)
-        longest = max((n for s, (n, _) in enumerate(problem.lengths) if s not in dense), default=0)
+        known = {n * problem.group for s, (n, _) in enumerate(problem.lengths) if n and s not in dense}
+        longest = max(known, default=0) // problem.group
     if longest == 0:
         return
     arguments = _shared_arguments(problem, operands, arch)
     mode = tuning.choose_mode(problem.dtype, problem.precision, arch)
+
+    def wanted(above: int, most: int) -> bool:
+        """Whether a sequence may have so many packed rows: any up to the longest, where lengths are not known."""
+        return longest * problem.group > above if known is None else any(above < rows <= most for rows in known)
+
     above = 0
     if cuda_decode.refusal(problem) is None and not cuda_decode.misaligned(operands):
-        above = cuda_decode.run(problem, operands, functools.partial(_counters, problem, operands))
+        above = cuda_decode.form_of(problem).rows
+        if wanted(0, above):
+            cuda_decode.run(problem, operands, functools.partial(_counters, problem, operands))
     for cut in decode_launches(problem, mode, arch, above):
-        if longest * problem.group > cut.above:
+        if wanted(cut.above, cut.rows_max):
             _launch_decode(problem, operands, cut, mode, arguments)
     if longest * problem.group > DECODE_ROWS[-1]:
         _launch_prefill(problem, mode, arch, arguments, longest)
