@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import mmap
+import multiprocessing
 import os
 import shutil
 import struct
@@ -46,6 +47,7 @@ SLOTS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
 LAYERS = ("elsa_vllm_attention_layers", "Attention layers whose implementation is ELSA, over all engine processes.")
 INDEX = {slot: at for at, slot in enumerate(SLOTS)}
 SIZE = 8 * (len(SLOTS) + 1)
+PREFIX = "elsa-vllm-"  # of folders made here; the process that made one follows
 
 
 class Recorder:
@@ -178,13 +180,22 @@ def expose() -> None:
         return
     _exposed = True
     directory = envs.vllm_metrics_dir()
-    if directory is None:
-        directory = Path(tempfile.mkdtemp(prefix="elsa-vllm-"))
+    if directory is None or _of_a_program_above(directory):
+        directory = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-"))
         envs.set_vllm_metrics_dir(directory)  # inherited by the engine processes
         atexit.register(_remove, directory, os.getpid())
     from prometheus_client import REGISTRY
 
     REGISTRY.register(Collector(directory))  # type: ignore[arg-type]
+
+
+def _of_a_program_above(directory: Path) -> bool:
+    """Whether a program that runs an engine started this one, a server say, and passed on its environment.
+
+    vLLM's own processes come from multiprocessing, and share the folder. One that was set by hand is kept.
+    """
+    made = directory.name.startswith(PREFIX) and not directory.name.startswith(f"{PREFIX}{os.getpid()}-")
+    return made and multiprocessing.parent_process() is None
 
 
 def _remove(directory: Path, owner: int) -> None:

@@ -39,9 +39,7 @@ class Server:
             self.port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
-        # Engines in the test's own process have left the folder of their counters, which are not the server's.
-        own = ("VLLM_ENABLE_V1_MULTIPROCESSING", "ELSA_VLLM_METRICS_DIR")
-        environment = {key: value for key, value in os.environ.items() if key not in own}
+        environment = {key: value for key, value in os.environ.items() if key != "VLLM_ENABLE_V1_MULTIPROCESSING"}
         environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "INFO"}
         with log.open("w") as file:
             self.process = subprocess.Popen(

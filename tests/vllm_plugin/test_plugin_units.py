@@ -236,3 +236,35 @@ def test_outputs_over_shares_of_the_keys_merge_to_the_output_over_all():
     assert [out.shape for out in outs] == [(T, H // ranks, D)] * ranks  # each rank keeps its own heads
     torch.testing.assert_close(torch.cat(outs, 1).double(), expected.finalize().transpose(0, 1), rtol=0, atol=2e-6)
     torch.testing.assert_close(torch.cat(totals, 1).double(), expected.logsumexp().transpose(0, 1), rtol=0, atol=2e-6)
+
+
+EXPOSE = """
+import multiprocessing, os, subprocess, sys
+from elsa_serve.vllm_plugin import metrics
+
+def main():
+    metrics.expose()
+    print(os.environ["ELSA_VLLM_METRICS_DIR"], flush=True)
+
+if __name__ == "__main__":
+    main()
+    if sys.argv[1:]:  # as vLLM starts its engine, and as a program starts a server
+        engine = multiprocessing.get_context("spawn").Process(target=main)
+        engine.start()
+        engine.join()
+        subprocess.run([sys.executable, __file__], check=True)
+"""
+
+
+def test_a_server_started_by_a_program_with_an_engine_counts_for_itself(tmp_path):
+    pytest.importorskip("prometheus_client")
+    script = tmp_path / "program.py"
+    script.write_text(EXPOSE)
+    environment = {key: value for key, value in os.environ.items() if key != "ELSA_VLLM_METRICS_DIR"}
+    done = subprocess.run(
+        [sys.executable, str(script), "both"], env=environment, capture_output=True, text=True, check=True
+    )
+    program, engine, server = done.stdout.split()
+    assert program == engine
+    assert server != program
+    assert not metrics._of_a_program_above(tmp_path)  # set by hand
