@@ -35,12 +35,7 @@ def register() -> None:
     refusal = compat.refusal(compat.vllm_version())
     if refusal is not None:
         logger.warning("elsa-serve %s: %s", __version__, refusal)
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
-
-    if NAME not in AttentionBackendEnum.__members__:
-        register_backend(NAME, BACKEND)
-        # A spawned worker unpickles the configuration, this member in it, before it loads plugins.
-        AttentionBackendEnum[NAME].__reduce_ex__ = lambda protocol: (_registered, ())
+    _member()
     if refusal is None:
         from elsa_serve.vllm_plugin import fp32_linear  # registers --quantization elsa_fp32
 
@@ -54,11 +49,16 @@ def register() -> None:
         )
 
 
-def _registered() -> Any:
-    """The enumeration's member, after registering it: what it is pickled as."""
-    register()
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+def _member() -> Any:
+    """The backend's name in vLLM's enumeration, added to it if need be; what it is pickled as.
 
+    A spawned worker unpickles the configuration, this member in it, before it is ready to load plugins.
+    """
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    if NAME not in AttentionBackendEnum.__members__:
+        register_backend(NAME, BACKEND)
+        AttentionBackendEnum[NAME].__reduce_ex__ = lambda protocol: (_member, ())
     return AttentionBackendEnum[NAME]
 
 
