@@ -66,7 +66,7 @@ VARIANTS: dict[str, Callable[[int], Row]] = {
 # What tells one row from another; the rest was measured.
 CONFIGURATION = (
     "model", "layers", "dtype", "kv_cache_dtype", "attention", "variant", "context", "batch", "chunk_tokens", "check",
-    "key_heads",
+    "key_heads", "tensor_parallel",
 )  # fmt: skip
 
 
