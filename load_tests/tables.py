@@ -79,7 +79,52 @@ def gain_table() -> str:
     return table.markdown(header, lines)
 
 
-TABLES = table.TABLES | {"offload": offload_table, "gain": gain_table}
+def _vllm_rows(column: str) -> list[dict[str, Any]]:
+    """Rows of the engine that hold a measurement of this name; what was run in other ways than plainly says so."""
+    rows = results_file.read(RESULTS / "vllm-h200.json")["rows"]
+    return [row | {"way": row.get("variant") or "plain"} for row in rows if row.get(column) is not None]
+
+
+def vllm_table() -> str:
+    """One line a dtype, attention and variant: a prompt's seconds in vLLM, and a token's milliseconds."""
+    lines = [
+        [
+            f"{row['dtype']}, {row['layers']} layers, {row['context']} tokens",
+            row["attention"] + ("" if row["way"] == "plain" else f" with {row['way']}"),
+            f"{row['prefill_s']:.2f}",
+            f"{1e3 * row['decode_s_per_token']:.1f}",
+        ]
+        for row in sorted(_vllm_rows("prefill_s"), key=lambda row: (row["dtype"], -row["layers"], not row["ours"]))
+    ]
+    return table.markdown(["configuration", "attention", "prefill s", "decode ms/token"], lines)
+
+
+def vllm_accuracy_table() -> str:
+    """One line a configuration: how far logits are from float64's, and what float32 linear layers alone make of it."""
+    lines = []
+    for row in _vllm_rows("relerr_prefill"):
+        cache = "" if row["kv_cache_dtype"] == "auto" else f", {row['kv_cache_dtype']} KV"
+        pieces = "" if row["chunk_tokens"] == row["context"] else f" in chunks of {row['chunk_tokens']}"
+        alone = row.get("relerr_float32_linear_alone")
+        lines.append(
+            [
+                f"{row['dtype']}{cache}, {row['layers']} layers, {row['context']} tokens{pieces}",
+                row["attention"] + ("" if row["way"] == "plain" else f" with {row['way']}"),
+                f"{row['relerr_prefill']:.1e}",
+                f"{row['relerr_decode']:.1e}",
+                "–" if alone is None else f"{alone:.1e}",
+            ]
+        )
+    header = ["configuration", "attention", "prefill", "decode", "float32 linear layers alone"]
+    return table.markdown(header, lines)
+
+
+TABLES = table.TABLES | {
+    "offload": offload_table,
+    "gain": gain_table,
+    "vllm": vllm_table,
+    "vllm-accuracy": vllm_accuracy_table,
+}
 
 if __name__ == "__main__":
     table.main(tables=TABLES, command="python -m load_tests.tables", about=__doc__)
