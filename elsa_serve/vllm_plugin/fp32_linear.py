@@ -19,6 +19,8 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from elsa_serve.fp32_linear import write_planes
 
 NAME = "elsa_fp32"
+# `linear` has forms for few rows, some, and many; Triton compiles apart what is a multiple of 16.
+ROWS_OF_FORMS = (1, 31, 32, 255, 256)
 
 
 class SplitLinearMethod(UnquantizedLinearMethod):
@@ -35,8 +37,14 @@ class SplitLinearMethod(UnquantizedLinearMethod):
             name = getattr(layer, "prefix", "") or type(layer).__name__
             raise ValueError(f"{name}: {error}; serve this model without --quantization {NAME}") from None
         planes = weight.data.view(torch.float16).view(2, *weight.shape)  # in the weight's own memory
+        known: Any = getattr(layer, "elsa_exponent", None)
+        if known is not None and known.device == exponent.device:
+            exponent = known.copy_(exponent)  # weights loaded anew: CUDA graphs hold the address
         layer.register_buffer("elsa_planes", planes, persistent=False)
         layer.register_buffer("elsa_exponent", exponent, persistent=False)
+        if weight.is_cuda:
+            for rows in ROWS_OF_FORMS:  # compiled now rather than while a request waits
+                self.apply(layer, weight.new_zeros(rows, weight.shape[1]))
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         planes: Any = layer.elsa_planes

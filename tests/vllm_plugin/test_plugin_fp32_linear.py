@@ -48,6 +48,19 @@ def test_a_weight_is_split_in_place_and_answers_in_fp32(fp32_linear, layer):
     assert error < 3e-7
 
 
+def test_weights_that_are_loaded_again_take_the_place_of_the_old(fp32_linear, layer):
+    """A captured graph goes on reading where the first ones lay."""
+    method = object.__new__(fp32_linear.SplitLinearMethod)
+    method.process_weights_after_loading(layer)
+    planes, exponent = layer.elsa_planes.data_ptr(), layer.elsa_exponent.data_ptr()
+    weight = torch.randn(24, 40) * 1e3
+    layer.weight.copy_(weight)
+    method.process_weights_after_loading(layer)
+    assert (layer.elsa_planes.data_ptr(), layer.elsa_exponent.data_ptr()) == (planes, exponent)
+    x = torch.randn(5, 40)
+    torch.testing.assert_close(method.apply(layer, x).double(), x.double() @ weight.double().T, rtol=0, atol=4e-2)
+
+
 def test_a_weight_with_nan_is_refused_with_the_remedy(fp32_linear, layer):
     layer.weight.data[3, 7] = torch.nan
     layer.prefix = "model.layers.0.mlp.down_proj"
