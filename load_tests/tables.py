@@ -80,17 +80,25 @@ def gain_table() -> str:
 
 
 def _vllm_rows(column: str) -> list[dict[str, Any]]:
-    """Rows of the engine that hold a measurement of this name; what was run in other ways than plainly says so."""
+    """Rows of the engine that hold a measurement of this name."""
     rows = results_file.read(RESULTS / "vllm-h200.json")["rows"]
-    return [row | {"way": row.get("variant") or "plain"} for row in rows if row.get(column) is not None]
+    return [row for row in rows if row.get(column) is not None]
+
+
+def _attention_of(row: dict[str, Any]) -> str:
+    return str(row["attention"]) + ("" if row["variant"] == "plain" else f" with {row['variant']}")
+
+
+def _pieces(row: dict[str, Any]) -> str:
+    return "" if row["chunk_tokens"] == row["context"] else f" in chunks of {row['chunk_tokens']}"
 
 
 def vllm_table() -> str:
     """One line a dtype, attention and variant: a prompt's seconds in vLLM, and a token's milliseconds."""
     lines = [
         [
-            f"{row['dtype']}, {row['layers']} layers, {row['context']} tokens",
-            row["attention"] + ("" if row["way"] == "plain" else f" with {row['way']}"),
+            f"{row['dtype']}, {row['layers']} layers, {row['context']} tokens{_pieces(row)}",
+            _attention_of(row),
             f"{row['prefill_s']:.2f}",
             f"{1e3 * row['decode_s_per_token']:.1f}",
         ]
@@ -102,14 +110,14 @@ def vllm_table() -> str:
 def vllm_accuracy_table() -> str:
     """One line a configuration: how far logits are from float64's, and what float32 linear layers alone make of it."""
     lines = []
-    for row in _vllm_rows("relerr_prefill"):
+    for row in sorted(_vllm_rows("relerr_prefill"), key=lambda row: (row["dtype"], -row["layers"], not row["ours"])):
         cache = "" if row["kv_cache_dtype"] == "auto" else f", {row['kv_cache_dtype']} KV"
-        pieces = "" if row["chunk_tokens"] == row["context"] else f" in chunks of {row['chunk_tokens']}"
+        cache += "" if row["key_heads"] == 40 else f", {row['key_heads']} key heads"
         alone = row.get("relerr_float32_linear_alone")
         lines.append(
             [
-                f"{row['dtype']}{cache}, {row['layers']} layers, {row['context']} tokens{pieces}",
-                row["attention"] + ("" if row["way"] == "plain" else f" with {row['way']}"),
+                f"{row['dtype']}{cache}, {row['layers']} layers, {row['context']} tokens{_pieces(row)}",
+                _attention_of(row),
                 f"{row['relerr_prefill']:.1e}",
                 f"{row['relerr_decode']:.1e}",
                 "–" if alone is None else f"{alone:.1e}",
