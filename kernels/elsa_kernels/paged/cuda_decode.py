@@ -201,8 +201,8 @@ def parameters(
     return Params(*pointers, *strides, *map(int, integers), problem.scale * math.log2(math.e))
 
 
-def run(problem: PagedProblem, operands: PagedOperands, counters_of: Callable[[int], torch.Tensor]) -> int:
-    """Sequences of up to so many packed rows as are returned. counters_of(n): n zeros, int32, left as zeros."""
+def run(problem: PagedProblem, operands: PagedOperands, counters_of: Callable[[int], torch.Tensor]) -> None:
+    """Sequences of up to `form_of(problem).rows` packed rows. counters_of(n): n zeros, int32, left as zeros."""
     if problem.B > MAX_SEQUENCES:
         raise ValueError(f"{problem.B} sequences in a call; split it, {MAX_SEQUENCES} are possible")
     form, blocks, slots = plan(problem)
@@ -211,4 +211,3 @@ def run(problem: PagedProblem, operands: PagedOperands, counters_of: Callable[[i
     W = torch.empty((*shape, HEAD_DIM), dtype=torch.float32, device=problem.device)
     params = parameters(problem, operands, slots, (m, l, W), counters_of(slots.counters(problem)))
     driver.launch(kernel(operands.q.get_device(), problem), blocks, 32 * form.warps, 4 * problem.B, params)
-    return form.rows
