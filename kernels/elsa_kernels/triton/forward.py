@@ -24,6 +24,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 # log2(e) = LOG2E_HI + LOG2E_LO, both float32
 LOG2E_HI = tl.constexpr(1.4426950216293335)
 LOG2E_LO = tl.constexpr(1.925962991126618e-08)
+TINY = tl.constexpr(2.0**-126)  # a factor of logits is no smaller, lest −∞ times it be NaN
 # P is split as P·2^14, so that its low half stays in FP16's range.
 P_UNIT = tl.constexpr(16384.0)
 # Sums over so many keys are merged into those before, which wait in the output: a tree's error, not a long chain's.
@@ -46,13 +47,9 @@ def tanh(x):
 
 
 @triton.jit
-def key_exponents(KS, o_scale, cols, D: tl.constexpr, BD: tl.constexpr, SCALED: tl.constexpr):
-    """Exponents of K's channel scales, [BD] from `cols` on; 0 where K has none."""
-    if SCALED:
-        e = exponent(tl.load(KS + o_scale + cols, mask=cols < D, other=1.0))
-    else:
-        e = tl.zeros([BD], tl.int32)
-    return e
+def key_exponents(KS, o_scale, cols, D: tl.constexpr, BD: tl.constexpr):
+    """Exponents of K's channel scales, [BD] from `cols` on."""
+    return exponent(tl.load(KS + o_scale + cols, mask=cols < D, other=1.0))
 
 
 @triton.jit
@@ -78,12 +75,29 @@ def split_queries(q, k_exponent, largest):
 
 
 @triton.jit
+def larger(a, b):
+    return tl.maximum(tl.abs(a), tl.abs(b))
+
+
+@triton.jit
+def split_rows(q):
+    """q [BM, BD] float32 as (hi, lo) under a power of two per row, and two factors that undo it (see split_queries)."""
+    largest = tl.max(tl.abs(q), 1).to(tl.int32, bitcast=True) >> 23
+    undo = largest - 127 - TARGET
+    a, b = undo >> 1, undo - (undo >> 1)
+    hi, lo = split_pair(q * power_of_two(-a)[:, None] * power_of_two(-b)[:, None])
+    return hi, lo, power_of_two(a), power_of_two(b)
+
+
+@triton.jit
 def split_tile(x):
-    """A tile of float32 as (hi, lo) of x·2^e, and e: its largest finite value becomes 2^14 … 2^15."""
-    bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    largest = tl.max(tl.max(tl.where(bits < 0x7F800000, bits, 0), 1), 0)
+    """A tile of float32 as (hi, lo) of x·2^e, and e: its largest value becomes 2^14 … 2^15.
+
+    Of a tile with an infinity nothing but NaN is left: whatever sees a part of it is computed again, carefully.
+    """
+    largest = tl.abs(tl.reduce(x, None, larger)).to(tl.int32, bitcast=True)
     e = tl.minimum(-((largest >> 23) - 127 - TARGET), MAX_EXPONENT)
-    hi, lo = split_pair(x * power_of_two(e))
+    hi, lo = split_pair(x * tl.where(largest < 0x7F800000, power_of_two(e), float("nan")))
     return hi, lo, e
 
 
@@ -103,8 +117,8 @@ def products(
 ):  # fmt: skip
     """(q·k of a tile [BM, BN] in float32, what to multiply it by). K is read transposed, [HALF or BD, BN].
 
-    The tensor core truncates what it adds, so S errs with the length of its chains: from 128 channels on the large
-    products of the second half (q2 and q3 are hi and lo there) have an accumulator of their own.
+    The tensor core truncates what it adds, so S errs with the length of its chains: from 128 channels on the second
+    half (q2 and q3 are hi and lo there) has an accumulator of its own.
     """
     undo = 1.0
     k0 = load_tile(K0, o_k, inside, MASKED)
@@ -112,15 +126,15 @@ def products(
         k1 = load_tile(K1, o_k, inside, MASKED)
         t = tl.dot(q1, k0, input_precision="ieee")
         t = tl.dot(q0, k1, t, input_precision="ieee")
+        t = tl.dot(q0, k0, t, input_precision="ieee")
         if HALF != BD:
+            # A sum with a product that starts from zero would be folded into one chain again.
             k2 = load_tile(K0 + HALF, o_k, inside_2, MASKED)
             k3 = load_tile(K1 + HALF, o_k, inside_2, MASKED)
-            t = tl.dot(q3, k2, t, input_precision="ieee")
-            t = tl.dot(q2, k3, t, input_precision="ieee")
-            t = tl.dot(q0, k0, t, input_precision="ieee")
-            t += tl.dot(q2, k2, input_precision="ieee")
-        else:
-            t = tl.dot(q0, k0, t, input_precision="ieee")
+            more = tl.dot(q3, k2, input_precision="ieee")
+            more = tl.dot(q2, k3, more, input_precision="ieee")
+            more = tl.dot(q2, k2, more, input_precision="ieee")
+            t += more
     elif MODE == "inline":
         k0, k1, e = split_tile(k0)
         t = tl.dot(q1, k0, input_precision="ieee")
@@ -214,18 +228,18 @@ def walk(
         s, undo = products(
             q0, q1, q2, q3, K0 + o_k, K1 + o_k if MODE == "split" else K0, r_k, in_k, in_k2, PARTIAL, MODE, HALF, BD
         )
-        if MODE == "inline":
-            s *= (factor * undo)[:, None]
-        else:
-            s *= factor[:, None]
-        if SOFTCAP:
-            s = softcap * tanh(s / softcap)
-        if ALIBI:
-            s += slopes[:, None] * (keys[None, :] - positions[:, None]).to(tl.float32)
-        if HAS_BIAS:
-            s += tl.load(BIAS + o_bias[:, None] + keys[None, :] * sbj, mask=exists[None, :], other=0.0).to(tl.float32)
+        turn = tl.maximum(factor * undo, TINY) if MODE == "inline" else factor
         if SOFTCAP or ALIBI or HAS_BIAS:
-            s *= LOG2E
+            s *= turn[:, None]
+            if SOFTCAP:
+                s = softcap * tanh(s / softcap)
+            if ALIBI:
+                s += slopes[:, None] * (keys[None, :] - positions[:, None]).to(tl.float32)
+            if HAS_BIAS:
+                s += tl.load(BIAS + o_bias[:, None] + keys[None, :] * sbj, mask=exists[None, :], other=0.0).to(
+                    tl.float32
+                )
+            turn = tl.zeros_like(m) + LOG2E
         if MASKED:
             seen = tl.broadcast_to(exists[None, :], s.shape)
             if CAUSAL:
@@ -233,10 +247,11 @@ def walk(
             if WINDOW:
                 seen &= (keys[None, :] > positions[:, None] - window) & (keys[None, :] < positions[:, None] + window)
             s = tl.where(seen, s, float("-inf"))
-        m_new = tl.maximum(m, tl.max(s, 1))
+        m_new = tl.maximum(m, tl.max(s, 1) * turn)
         anchor = tl.where(m_new == float("-inf"), 0.0, m_new)
         decay = tl.exp2(m - anchor)
-        p = tl.exp2(s - anchor[:, None])
+        # One rounding, of a small number where p counts: scaled first, a logit of 20 would cost p 20 roundings.
+        p = tl.exp2(tl.fma(s, tl.broadcast_to(turn[:, None], s.shape), tl.broadcast_to(-anchor[:, None], s.shape)))
         l = l * decay + tl.sum(p, 1)
         acc *= decay[:, None]
         if CAREFUL:
@@ -291,29 +306,37 @@ def attend_rows(
     if VARLEN:
         o_q = i_h.to(tl.int64) * sqh + (begin_q + i_q).to(tl.int64) * sqn
     BASE2: tl.constexpr = not (SOFTCAP or ALIBI or HAS_BIAS)
-    unit = scale * LOG2E if BASE2 else scale
+    # The scale's sign, or its being 0, goes into Q: the largest product is then the largest logit, and −∞ stays −∞.
+    sign = tl.where(scale < 0, -1.0, tl.where(scale == 0, 0.0, 1.0))
+    unit = tl.abs(scale) * LOG2E if BASE2 else tl.abs(scale)
     o_scale = (i_b64 * Hkv + i_hk64) * D
     SPLIT: tl.constexpr = MODE == "split" or MODE == "inline"
     HALF: tl.constexpr = BD // 2 if MODE == "split" and BD >= 128 else BD
     channels = tl.arange(0, HALF)
     q = tl.load(Q + o_q[:, None] + channels[None, :], mask=valid[:, None] & (channels[None, :] < D), other=0.0)
-    if SPLIT:
-        e_k = key_exponents(KS, o_scale, channels, D, HALF, MODE == "split")
+    q = (q * sign).to(q.dtype)
+    if MODE == "inline":
+        q0, q1, row_a, row_b = split_rows(q)
+        q2, q3 = q0, q1
+        factor = tl.maximum(unit * row_a * row_b, TINY)
+    elif MODE == "split":
+        e_k = key_exponents(KS, o_scale, channels, D, HALF)
         largest = row_exponents(q, e_k)
         if HALF != BD:
             beyond = channels + HALF
             qb = tl.load(Q + o_q[:, None] + beyond[None, :], mask=valid[:, None] & (beyond[None, :] < D), other=0.0)
-            e_kb = key_exponents(KS, o_scale, beyond, D, HALF, True)
+            qb *= sign
+            e_kb = key_exponents(KS, o_scale, beyond, D, HALF)
             largest = tl.maximum(largest, row_exponents(qb, e_kb))
             q2, q3, _, _ = split_queries(qb, e_kb, largest)
         q0, q1, row_a, row_b = split_queries(q, e_k, largest)
         if HALF == BD:
             q2, q3 = q0, q1
-        factor = unit * row_a * row_b
+        factor = tl.maximum(unit * row_a * row_b, TINY)
     else:
         q0 = q if MODE == "half" else q.to(tl.float32)
         q1, q2, q3 = q0, q0, q0
-        factor = tl.zeros([BM], tl.float32) + unit
+        factor = tl.maximum(tl.zeros([BM], tl.float32) + unit, TINY)
 
     first, end = 0, Nk
     if HAS_RANGES:
