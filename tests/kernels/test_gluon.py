@@ -84,9 +84,7 @@ def on_hopper(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
-@pytest.mark.parametrize(
-    "changes", [{"D": 64, "Nk": 128, "causal": False}, {"packed": True, "Nk": 500}, {"Nq": 1}, {"precision": "ieee"}]
-)
+@pytest.mark.parametrize("changes", [{"D": 64, "Nk": 128, "causal": False}, {"Nq": 1}, {"precision": "ieee"}])
 def test_steps_aside_without_a_word(on_hopper, changes):
     assert not gluon.preferred(problem(**changes))
     assert gluon.preferred(problem())
@@ -189,7 +187,7 @@ def compile_for_hopper(kernel, descriptors: dict[str, str], element: str, consta
             signature[name], constexprs[(i,)] = "constexpr", constants[name]
         elif name in descriptors:
             signature[name] = descriptors[name]
-        elif name in ("kv_range", "todo", "exponents"):
+        elif name in ("kv_range", "todo", "exponents", "starts_q", "starts_k"):
             signature[name] = "*i32"
         elif name in ("scale", "softcap"):
             signature[name] = "fp32"
@@ -210,7 +208,7 @@ def descriptor(element: str, rows: int, D: int) -> str:
     return f"tensordesc<{element}[1, 1, {rows}, {D}],{layout}>"
 
 
-FEATURES = ("WINDOW", "KV_RANGE", "SINKS", "STATE")
+FEATURES = ("WINDOW", "KV_RANGE", "VARLEN", "SINKS", "STATE")
 LOGITS = ("SOFTCAP", "ALIBI")
 
 
@@ -291,6 +289,15 @@ padded = split_tiles(*garbage, 64, 64, ends)
 out = split_tiles(k, v, 64, 64)
 wide = split_tiles(k[..., :40], v[..., :40], 64, 64)
 assert not wide.planes[..., 40:].any() and wide.planes[..., :40].any()
+starts = torch.tensor([0, 30, 97], dtype=torch.int32)
+packed = split_tiles(k[1:, :, :97], v[1:, :, :97], 64, 64, starts=starts, longest=70)
+for first, begin, end in ((0, 0, 30), (1, 30, 97)):
+    alone = split_tiles(k[1:, :, begin:end], v[1:, :, begin:end], 64, 64)
+    tiles, rows = alone.exponents.shape[1], end - begin
+    got = packed.planes[:, :, first * 64 : (first + tiles) * 64]
+    assert torch.equal(got[:, :, :rows].view(torch.int16), alone.planes.view(torch.int16))
+    assert not got[:, :, rows:].any()
+    assert torch.equal(packed.exponents[:, first : first + tiles], alone.exponents)
 assert torch.equal(padded.planes[:, :, :100].view(torch.int16), out.planes.view(torch.int16))
 assert torch.equal(padded.exponents[:, :2], out.exponents) and not padded.planes[:, :, 100:].any()
 planes = out.planes.double().view(4, 2, 3, 100, 64)
@@ -341,7 +348,7 @@ def launches(monkeypatch):
     for name, recorder in recorders.items():
         monkeypatch.setattr(launch, name, recorder)
 
-    def planes(k, v, rows, width, kv_range):
+    def planes(k, v, rows, width, kv_range, starts, longest):
         heads = k.shape[0] * k.shape[1]
         half = torch.zeros((4, heads, k.shape[2], width), dtype=torch.float16)
         return launch.TilePlanes(half, torch.zeros((heads, -(-k.shape[2] // rows), 2), dtype=torch.int32), rows)
@@ -374,6 +381,32 @@ def test_launches_pass_all_that_the_kernels_take(launches, dtype, state):
     assert careful["MARKS"] == 2 * 2 <= careful["BMARKS"]
     assert careful["BM"] == 128 * 2
     assert (main["m_out"] is out) is not state
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("state", [True, False])
+def test_packed_sequences_are_one_launch(launches, dtype, state):
+    from elsa_kernels.gluon import launch
+
+    p = problem(B=3, H=4, Hkv=2, Nq=300, Nk=333, D=64, dtype=dtype, device=torch.device("cpu"), return_state=state,
+                packed=True)  # fmt: skip
+    q, k, v = (
+        torch.zeros(n, heads, 64, dtype=dtype).transpose(0, 1)[None] for n, heads in ((500, 4), (600, 2), (600, 2))
+    )
+    starts = torch.tensor([0, 300, 301, 500], dtype=torch.int32)
+    result = launch.run(p, elsa_kernels.Operands(q, k, v, cu_seqlens_q=starts, cu_seqlens_k=starts + 1))
+    [(_, main)] = launches["split_attention" if dtype == torch.float32 else "half_attention"].launches
+    [(careful_grid, careful)] = launches["careful_kernel"].launches
+    assert (main["VARLEN"], main["total"], main["heads"], main["tiles"]) == (True, 500, 12, 3)
+    assert main["starts_q"] is starts is careful["CUQ"]
+    assert careful_grid == (3 * 2 * 3,)
+    assert careful["total"] == 500
+    if state:
+        assert (result.m.shape, result.W.shape) == ((4, 500), (4, 500, 64))
+        assert (main["out_stride_h"], main["out_stride_n"]) == (500 * 64, 64)
+    else:
+        assert result.shape == (500, 4, 64)
+        assert (main["out_stride_h"], main["out_stride_n"]) == (64, 4 * 64)
 
 
 def test_descriptors_copy_what_tma_cannot_read():
@@ -588,3 +621,38 @@ def test_equal_bits_in_whatever_order_programs_run(dtype):
     else:
         runs = [launch.half_forward(p, operands, section=s) for s in (1, 3, 8)]
     assert all(torch.equal(runs[0], run) for run in runs[1:])
+
+
+@needs_hopper
+@pytest.mark.gpu
+@pytest.mark.hopper
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("lengths_q", "lengths_k", "D", "options"),
+    [
+        ([70, 0, 1, 400], [70, 0, 1, 475], 128, {"causal": True}),
+        ([330, 266, 3], [335, 266, 0], 64, {"causal": True, "window": 120, "softcap": 3.0}),
+        ([300, 64, 129], [500, 1, 64], 128, {}),
+        ([3000] * 20, [3000] * 20, 64, {"causal": True}),
+    ],
+)
+def test_packed_sequences(dtype, lengths_q, lengths_k, D, options):
+    """One launch for all; each sequence as in the reference, whatever its neighbours hold."""
+    torch.manual_seed(0)
+    cu_q, cu_k = (torch.tensor([0, *n], device="cuda").cumsum(0).int() for n in (lengths_q, lengths_k))
+    q = torch.randn(sum(lengths_q), 4, D, device="cuda").to(dtype)
+    k, v = torch.randn(2, sum(lengths_k), 2, D, device="cuda").to(dtype)
+    options = options | {"sinks": torch.tensor([0.5, -1.0, 2.0, 0.0], device="cuda")}
+    call = {"max_seqlen_q": max(lengths_q), "max_seqlen_k": max(lengths_k), "impl": "gluon"} | options
+    out = elsa_kernels.attention_varlen(q, k, v, cu_q, cu_k, **call)
+    state = elsa_kernels.attention_varlen(q, k, v, cu_q, cu_k, **call, return_state=True).finalize()
+    for a, b, c, d in list(zip(cu_q, cu_q[1:], cu_k, cu_k[1:]))[:4]:
+        want = attention_reference(*(x.transpose(0, 1)[None].double() for x in (q[a:b], k[c:d], v[c:d])), **options)
+        for got in (out[a:b].transpose(0, 1), state[:, a:b]):
+            if b > a and d > c:
+                assert relative_error(got[None], want) < LIMIT[dtype]
+            else:
+                assert not got.any()
+    k[: int(cu_k[-2])], v[: int(cu_k[-2])] = math.nan, math.inf  # the last sequence must not notice
+    again = elsa_kernels.attention_varlen(q, k, v, cu_q, cu_k, **call)
+    assert torch.equal(again[int(cu_q[-2]) :], out[int(cu_q[-2]) :])

@@ -20,7 +20,7 @@ NEG_INF = gl.constexpr(float("-inf"))
 ROWS = gl.constexpr(64)  # query rows of one consumer warp group: the M of one wgmma
 LN2 = gl.constexpr(0.6931471805599453)
 # Lengths change from call to call: none of them may become part of a compiled variant.
-LENGTHS = ["H", "Hkv", "heads", "tiles", "section", "Nq", "Nk", "q_start", "window"]
+LENGTHS = ["H", "Hkv", "heads", "tiles", "section", "Nq", "Nk", "total", "q_start", "window"]
 
 
 @aggregate
@@ -29,6 +29,8 @@ class Features:
 
     CAUSAL: gl.constexpr
     WINDOW: gl.constexpr
+    KV_RANGE: gl.constexpr
+    VARLEN: gl.constexpr
     LEFT: gl.constexpr
     SINKS: gl.constexpr
     SOFTCAP: gl.constexpr
@@ -37,10 +39,12 @@ class Features:
     WIDTH: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, CAUSAL, WINDOW, LEFT, SINKS, SOFTCAP, ALIBI, STATE, WIDTH):
+    def __init__(self, CAUSAL, WINDOW, KV_RANGE, VARLEN, SINKS, SOFTCAP, ALIBI, STATE, WIDTH):
         self.CAUSAL = gl.constexpr(CAUSAL)
         self.WINDOW = gl.constexpr(WINDOW)
-        self.LEFT = gl.constexpr(LEFT)
+        self.KV_RANGE = gl.constexpr(KV_RANGE)
+        self.VARLEN = gl.constexpr(VARLEN)
+        self.LEFT = gl.constexpr(WINDOW or KV_RANGE)
         self.SINKS = gl.constexpr(SINKS)
         self.SOFTCAP = gl.constexpr(SOFTCAP)
         self.ALIBI = gl.constexpr(ALIBI)
@@ -49,13 +53,57 @@ class Features:
 
 
 @aggregate
+class Call:
+    """What all programs of a launch are given: see `split_attention`."""
+
+    H: gl.tensor
+    Hkv: gl.tensor
+    heads: gl.tensor
+    tiles: gl.tensor
+    section: gl.tensor
+    Nq: gl.tensor
+    Nk: gl.tensor
+    total: gl.tensor
+    q_start: gl.tensor
+    window: gl.tensor
+    softcap: gl.tensor
+    slopes: gl.tensor
+    kv_range: gl.tensor
+    starts_q: gl.tensor
+    starts_k: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, H, Hkv, heads, tiles, section, Nq, Nk, total, q_start, window, softcap, slopes, kv_range,
+                 starts_q, starts_k):  # fmt: skip
+        self.H = H
+        self.Hkv = Hkv
+        self.heads = heads
+        self.tiles = tiles
+        self.section = section
+        self.Nq = Nq
+        self.Nk = Nk
+        self.total = total
+        self.q_start = q_start
+        self.window = window
+        self.softcap = softcap
+        self.slopes = slopes
+        self.kv_range = kv_range
+        self.starts_q = starts_q
+        self.starts_k = starts_k
+
+
+@aggregate
 class Work:
     """One program's share: rows from row0 on of one head, over the KV tiles [first, end) and the keys [kv0, kv1).
 
-    softcap and slope (ALiBi's, of this head) in units of log2.
+    Rows and keys count from the sequence's own first, which lie at begin_q and begin_k of batch element `batch` in
+    memory. softcap and slope (ALiBi's, of this head) in units of log2.
     """
 
     b: gl.tensor
+    batch: gl.tensor
+    begin_q: gl.tensor
+    begin_k: gl.tensor
     head: gl.tensor
     kv_head: gl.tensor
     row0: gl.tensor
@@ -70,8 +118,12 @@ class Work:
     slope: gl.tensor
 
     @gluon.constexpr_function
-    def __init__(self, b, head, kv_head, row0, first, end, kv0, kv1, q_start, window, Nq, softcap, slope):
+    def __init__(self, b, batch, begin_q, begin_k, head, kv_head, row0, first, end, kv0, kv1, q_start, window, Nq,
+                 softcap, slope):  # fmt: skip
         self.b = b
+        self.batch = batch
+        self.begin_q = begin_q
+        self.begin_k = begin_k
         self.head = head
         self.kv_head = kv_head
         self.row0 = row0
@@ -229,37 +281,54 @@ def tile_range(row0, row1, kv0, kv1, q_start, window, BN: gl.constexpr, CAUSAL: 
 
 
 @gluon.jit
-def plan_work(H, Hkv, heads, tiles, section, Nq, Nk, q_start, window, kv_range, softcap, slopes, BN: gl.constexpr,
-              TILE: gl.constexpr, features, KV_RANGE: gl.constexpr):  # fmt: skip
-    """This program's work (a tile of TILE rows), and where its first mark lies: by the Triton form's order of programs,
-    then by query head of the key head, then by warp group.
+def plan_work(item, call, BN: gl.constexpr, TILE: gl.constexpr, features):
+    """The work of one item (a tile of TILE rows of a head), and where its first mark lies: by the Triton form's order
+    of programs, then by query head of the key head, then by warp group.
     """
-    bh, tile = tile_of_program(gl.program_id(0), heads, tiles, section)
-    b = bh // H
-    head = bh % H
-    kv_head = head // (H // Hkv)
+    bh, tile = tile_of_program(item, call.heads, call.tiles, call.section)
+    b = bh // call.H
+    head = bh % call.H
+    group = call.H // call.Hkv
+    kv_head = head // group
     row0 = tile * TILE
+    batch = b
+    begin_q = gl.to_tensor(0)
+    begin_k = gl.to_tensor(0)
+    Nq = call.Nq
+    Nk = call.Nk
+    q_start = call.q_start
+    if features.VARLEN:
+        batch = begin_q
+        begin_q = gl.load(call.starts_q + b)
+        begin_k = gl.load(call.starts_k + b)
+        Nq = gl.minimum(gl.load(call.starts_q + b + 1) - begin_q, Nq)
+        Nk = gl.minimum(gl.load(call.starts_k + b + 1) - begin_k, Nk)
+        q_start = Nk - Nq
     kv0 = gl.to_tensor(0)
     kv1 = Nk
-    if KV_RANGE:
-        kv0 = gl.maximum(gl.load(kv_range + 2 * b), 0)
-        kv1 = gl.minimum(gl.load(kv_range + 2 * b + 1), Nk)
+    if features.KV_RANGE:
+        kv0 = gl.maximum(gl.load(call.kv_range + 2 * b), 0)
+        kv1 = gl.minimum(gl.load(call.kv_range + 2 * b + 1), Nk)
     row1 = gl.minimum(row0 + TILE, Nq)
-    first, end, _, _ = tile_range(row0, row1, kv0, kv1, q_start, window, BN, features.CAUSAL, features.WINDOW)
-    block = (b * Hkv + kv_head) * tiles + (tiles - 1 - tile if features.CAUSAL else tile)
-    mark = (block * (H // Hkv) + head % (H // Hkv)) * (TILE // ROWS)
-    slope = softcap
+    first, end, _, _ = tile_range(row0, row1, kv0, kv1, q_start, call.window, BN, features.CAUSAL, features.WINDOW)
+    if features.VARLEN:  # a tile past the end of its sequence has nothing to do
+        first = gl.where(row0 < Nq, first, 0)
+        end = gl.where(row0 < Nq, end, 0)
+    block = (b * call.Hkv + kv_head) * call.tiles + (call.tiles - 1 - tile if features.CAUSAL else tile)
+    mark = (block * group + head % group) * (TILE // ROWS)
+    slope = call.softcap
     if features.ALIBI:
-        slope = gl.load(slopes + head) * LOG2E
-    return Work(
-        b, head, kv_head, row0, first, end, kv0, kv1, q_start, window, Nq, softcap * LOG2E, slope
-    ), mark  # fmt: skip
+        slope = gl.load(call.slopes + head) * LOG2E
+    work = Work(b, batch, begin_q, begin_k, head, kv_head, row0, first, end, kv0, kv1, q_start, call.window, Nq,
+                call.softcap * LOG2E, slope)  # fmt: skip
+    return work, mark
 
 
 @gluon.jit
-def at_head(work, H, out, stride_b, stride_h, stride_n, m_out, s_out, todo, sinks):
-    out += work.b.to(gl.int64) * stride_b + work.head.to(gl.int64) * stride_h
-    row = (work.b * H + work.head).to(gl.int64) * work.Nq
+def at_head(work, call, out, stride_b, stride_h, stride_n, m_out, s_out, todo, sinks):
+    out += work.batch.to(gl.int64) * stride_b + work.head.to(gl.int64) * stride_h
+    out += work.begin_q.to(gl.int64) * stride_n
+    row = (work.batch * call.H + work.head).to(gl.int64) * call.total + work.begin_q
     return Output(out, m_out + row, s_out + row, todo, stride_n.to(gl.int64), sinks)
 
 

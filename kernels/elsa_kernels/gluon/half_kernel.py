@@ -19,6 +19,7 @@ from elsa_kernels.gluon.common import (
     LENGTHS,
     LOG2E,
     ROWS,
+    Call,
     Features,
     at_head,
     fill,
@@ -41,11 +42,15 @@ def _produce(q_desc, k_desc, v_desc, q_all, q_full, keys, values, work, GROUPS: 
     for g in gl.static_range(GROUPS):
         mbarrier.expect(q_full.index(0), q_desc.block_type.nbytes)
         tma.async_copy_global_to_shared(
-            q_desc, [work.b, work.head, work.row0 + g * ROWS, 0], q_full.index(0), q_all.index(g)
+            q_desc,
+            [work.batch, work.head, work.begin_q + work.row0 + g * ROWS, 0],
+            q_full.index(0),
+            q_all.index(g),
         )
     for t in range(work.first, work.end):
-        fill(keys, t - work.first, k_desc, work.b, work.b, work.kv_head, t * BN, 1)
-        fill(values, t - work.first, v_desc, work.b, work.b, work.kv_head, t * BN, 1)
+        key = work.begin_k + t * BN
+        fill(keys, t - work.first, k_desc, work.batch, work.batch, work.kv_head, key, 1)
+        fill(values, t - work.first, v_desc, work.batch, work.batch, work.kv_head, key, 1)
 
 
 @gluon.jit
@@ -132,40 +137,24 @@ def _consume(scale, q_all, q_full, keys, values, turn, work, output, features, G
 
 
 @gluon.jit(do_not_specialize=LENGTHS)
-def half_attention(q_desc, k_desc, v_desc, sinks, slopes, kv_range, out, m_out, s_out, todo,
-                   H, Hkv, heads, tiles, section, Nq, Nk, q_start, window, scale, softcap,
+def half_attention(q_desc, k_desc, v_desc, sinks, slopes, kv_range, starts_q, starts_k, out, m_out, s_out, todo,
+                   H, Hkv, heads, tiles, section, Nq, Nk, total, q_start, window, scale, softcap,
                    out_stride_b, out_stride_h, out_stride_n,
                    D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, REGS: gl.constexpr,
                    TURNS: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, KV_RANGE: gl.constexpr,
-                   SINKS: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, STATE: gl.constexpr,
-                   WIDTH: gl.constexpr):  # fmt: skip
+                   VARLEN: gl.constexpr, SINKS: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
+                   STATE: gl.constexpr, WIDTH: gl.constexpr):  # fmt: skip
     """One program: GROUPS·64 query rows of one head. Grid: heads·tiles, heads = B·H, tiles = ⌈Nq / (64·GROUPS)⌉.
 
     Heads have WIDTH ≤ D channels; TMA reads zeros beyond. q_desc [B, H, Nq, WIDTH], k_desc and v_desc [B, Hkv, Nk,
-    WIDTH]: TMA descriptors, FP16 or BF16; out in the same type, or float32 for a state, by strides; sinks and slopes
-    float32 [H]; kv_range int32 [B, 2]; m_out, s_out float32 [B, H, Nq]; todo int32 [B, Hkv, tiles, H / Hkv, GROUPS]: 1
-    where sums are not finite.
+    WIDTH]: TMA descriptors, FP16 or BF16; out in the same type, or float32 for a state, by strides; the rest as for
+    `split_attention`.
     """
-    features = Features(CAUSAL, WINDOW, WINDOW or KV_RANGE, SINKS, SOFTCAP, ALIBI, STATE, WIDTH)
-    work, mark = plan_work(
-        H,
-        Hkv,
-        heads,
-        tiles,
-        section,
-        Nq,
-        Nk,
-        q_start,
-        window,
-        kv_range,
-        softcap,
-        slopes,
-        BN,
-        ROWS * GROUPS,
-        features,
-        KV_RANGE,
-    )
-    output = at_head(work, H, out, out_stride_b, out_stride_h, out_stride_n, m_out, s_out, todo + mark, sinks)
+    features = Features(CAUSAL, WINDOW, KV_RANGE, VARLEN, SINKS, SOFTCAP, ALIBI, STATE, WIDTH)
+    call = Call(H, Hkv, heads, tiles, section, Nq, Nk, total, q_start, window, softcap, slopes, kv_range, starts_q,
+                starts_k)  # fmt: skip
+    work, mark = plan_work(gl.program_id(0), call, BN, ROWS * GROUPS, features)
+    output = at_head(work, call, out, out_stride_b, out_stride_h, out_stride_n, m_out, s_out, todo + mark, sinks)
     q_all = gl.allocate_shared_memory(q_desc.dtype, [GROUPS, 1, 1, ROWS, D], q_desc.layout)
     q_full = new_barriers(1, GROUPS)
     keys = new_ring(k_desc, STAGES, GROUPS, 1)

@@ -49,12 +49,13 @@ def split_forward(
     tile = tile or SPLIT_TILES[width(problem)]
     if planes.rows != tile.BN:
         raise ValueError(f"planes are split by tiles of {planes.rows} keys; this kernel takes {tile.BN}")
-    out, m, s, todo = _outputs(problem, tile)
+    out, m, s, todo = _outputs(problem, operands, tile)
     q = operands.q
     split_attention[_grid(problem, tile)](
         q=q,
         planes=_descriptor(planes.planes, tile.BN, width(problem)),
         exponents=planes.exponents,
+        slots=planes.exponents.shape[1],
         q_stride_b=q.stride(0),
         q_stride_h=q.stride(1),
         q_stride_n=q.stride(2),
@@ -70,7 +71,7 @@ def half_forward(
 ) -> torch.Tensor | State:
     """FP16 or BF16 attention."""
     tile = tile or HALF_TILES[width(problem)]
-    out, m, s, todo = _outputs(problem, tile)
+    out, m, s, todo = _outputs(problem, operands, tile)
     half_attention[_grid(problem, tile)](
         q_desc=_descriptor(operands.q, ROWS, width(problem)),
         k_desc=_descriptor(operands.k, tile.BN, width(problem)),
@@ -85,7 +86,10 @@ def half_forward(
 
 def run(problem: Problem, operands: Operands) -> torch.Tensor | State:
     if problem.dtype == torch.float32:
-        planes = split_tiles(operands.k, operands.v, SPLIT_TILES[width(problem)].BN, width(problem), operands.kv_range)
+        planes = split_tiles(
+            operands.k, operands.v, SPLIT_TILES[width(problem)].BN, width(problem), operands.kv_range,
+            operands.cu_seqlens_k, problem.Nk if problem.packed else None,
+        )  # fmt: skip
         return split_forward(problem, operands, planes)
     return half_forward(problem, operands)
 
@@ -103,10 +107,16 @@ def _grid(problem: Problem, tile: Tile) -> tuple[int]:
     return (problem.B * problem.H * _tiles(problem, tile),)
 
 
-def _outputs(problem: Problem, tile: Tile) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def _outputs(
+    problem: Problem, operands: Operands, tile: Tile
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """out [B, H, Nq, D]; m and S [B, H, Nq] of a state (without one, out stands in); marks [B, Hkv, tiles, ·]: of
-    each query head of a key head and each of its warp groups."""
+    each query head of a key head and each of its warp groups. Of packed sequences: out [tokens, H, D], or m and S
+    [H, tokens] and W [H, tokens, D]."""
     shape, device = (problem.B, problem.H, problem.Nq), problem.device
+    if problem.packed:
+        tokens = operands.q.shape[2]
+        shape = (problem.H, tokens) if problem.return_state else (tokens, problem.H)
     marks = (problem.H // problem.Hkv) * tile.groups
     todo = torch.empty((problem.B, problem.Hkv, _tiles(problem, tile), marks), dtype=torch.int32, device=device)
     if not problem.return_state:
@@ -136,15 +146,16 @@ def _careful_pass(
     q = operands.q
     marks = todo.shape[3]
     careful_kernel[(todo.numel() // marks,)](
-        q, k, v, out, m, s, todo, None, operands.alibi_slopes, operands.sinks, operands.kv_range, None, None,
+        q, k, v, out, m, s, todo, None, operands.alibi_slopes, operands.sinks, operands.kv_range,
+        operands.cu_seqlens_q, operands.cu_seqlens_k,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], 0, 0, 0, 0,
-        B=problem.B, Hkv=problem.Hkv, Nq=problem.Nq, Nk=problem.Nk, total=problem.Nq, q_start=problem.q_start,
+        B=problem.B, Hkv=problem.Hkv, Nq=problem.Nq, Nk=problem.Nk, total=q.shape[2], q_start=problem.q_start,
         window=problem.window or 0, scale=problem.scale, softcap=problem.softcap or 0.0,
         n_blocks=todo.shape[2], first_chunk=0, GROUP=group, D=problem.D, BD=max(16, next_power_of_2(problem.D)),
         BM=ROWS * tile.groups * group, PART=CAREFUL_TILE.BM,
         BN=CAREFUL_TILE.BN, CHUNK=0, STATE=problem.return_state, CAUSAL=problem.causal,
         WINDOW=problem.window is not None, SOFTCAP=problem.softcap is not None, ALIBI=problem.has_alibi, HAS_BIAS=False,
-        HAS_SINKS=problem.has_sinks, HAS_RANGES=problem.has_kv_range, VARLEN=False,
+        HAS_SINKS=problem.has_sinks, HAS_RANGES=problem.has_kv_range, VARLEN=problem.packed,
         MARKS=marks, BMARKS=next_power_of_2(marks),
         num_warps=CAREFUL_TILE.num_warps, num_stages=CAREFUL_TILE.num_stages,
     )  # fmt: skip
@@ -165,6 +176,10 @@ def _common(
     if section is None:
         enough = max(SECTION_HEADS, -(-SECTION_PROGRAMS // _tiles(problem, tile)))
         section = min(heads, enough) if problem.causal else 1
+    # Heads by rows of the output; packed sequences are one batch element whose tokens come before heads.
+    stride_b, stride_h, stride_n = (0, *out.stride()[:2]) if problem.packed else out.stride()[:3]
+    if problem.packed and not problem.return_state:
+        stride_h, stride_n = stride_n, stride_h
     sinks = None if operands.sinks is None else operands.sinks.float().contiguous()
     slopes = None if operands.alibi_slopes is None else operands.alibi_slopes.float().contiguous()
     reach = problem.Nk + problem.Nq + abs(problem.q_start)
@@ -172,6 +187,8 @@ def _common(
         "sinks": out if sinks is None else sinks,
         "slopes": out if slopes is None else slopes,
         "kv_range": out if operands.kv_range is None else operands.kv_range.contiguous(),
+        "starts_q": out if operands.cu_seqlens_q is None else operands.cu_seqlens_q,
+        "starts_k": out if operands.cu_seqlens_k is None else operands.cu_seqlens_k,
         "out": out,
         "m_out": m,
         "s_out": s,
@@ -183,13 +200,14 @@ def _common(
         "section": section,
         "Nq": problem.Nq,
         "Nk": problem.Nk,
+        "total": operands.q.shape[2],
         "q_start": problem.q_start,
         "window": reach if problem.window is None else min(problem.window, reach),
         "scale": problem.scale,
         "softcap": problem.softcap or 0.0,
-        "out_stride_b": out.stride(0),
-        "out_stride_h": out.stride(1),
-        "out_stride_n": out.stride(2),
+        "out_stride_b": stride_b,
+        "out_stride_h": stride_h,
+        "out_stride_n": stride_n,
         "D": width(problem),
         "WIDTH": problem.D,
         "BN": tile.BN,
@@ -198,6 +216,7 @@ def _common(
         "CAUSAL": problem.causal,
         "WINDOW": problem.window is not None,
         "KV_RANGE": problem.has_kv_range,
+        "VARLEN": problem.packed,
         "SINKS": problem.has_sinks,
         "SOFTCAP": problem.softcap is not None,
         "ALIBI": problem.has_alibi,

@@ -24,6 +24,7 @@ from elsa_kernels.gluon.common import (
     LOG2E,
     NEG_INF,
     ROWS,
+    Call,
     Features,
     at_head,
     fill,
@@ -50,11 +51,11 @@ CHAIN = gl.constexpr(64)  # channels that one chain of large products adds up
 
 
 @gluon.jit
-def _produce(planes, keys, values, work, kv, BN: gl.constexpr):
-    """Stream the tiles of K and V into their rings."""
+def _produce(planes, keys, values, work, kv, slot, BN: gl.constexpr):
+    """Stream the tiles of K and V into their rings; the first lies at the planes' tile `slot`."""
     for t in range(work.first, work.end):
-        fill(keys, t - work.first, planes, 0, 1, kv, t * BN, 2)
-        fill(values, t - work.first, planes, 2, 3, kv, t * BN, 2)
+        fill(keys, t - work.first, planes, 0, 1, kv, (slot + t) * BN, 2)
+        fill(values, t - work.first, planes, 2, 3, kv, (slot + t) * BN, 2)
 
 
 @gluon.jit
@@ -85,17 +86,34 @@ def _split_query(q, q_stride, qh, ql, row0, Nq, features, D: gl.constexpr, R: gl
 
 
 @gluon.jit
-def _products(qh, ql, k_hi, k_lo, D: gl.constexpr, BN: gl.constexpr):
+def _held(plane, D: gl.constexpr, BN: gl.constexpr):
+    """A plane of Q as operands in registers: its first CHAIN channels, and the others.
+
+    With 64 columns a product reads as many bytes of Q as of K; from shared memory that would be all it can deliver.
+    """
+    S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
+    A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=S, k_width=2)
+    if D <= CHAIN:
+        first = plane.load(A)
+        rest = first
+    else:
+        first = plane.slice(0, CHAIN, 1).load(A)
+        rest = plane.slice(CHAIN, CHAIN, 1).load(A)
+    return first, rest
+
+
+@gluon.jit
+def _products(q_0, q_1, ql, k_hi, k_lo, D: gl.constexpr, BN: gl.constexpr):
     """S of one tile. The large products of all but the first CHAIN channels have an accumulator of their own."""
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
     s = warpgroup_mma(ql, k_hi.permute((1, 0)), gl.zeros([ROWS, BN], gl.float32, S), use_acc=False, is_async=True)
-    s = warpgroup_mma(qh, k_lo.permute((1, 0)), s, is_async=True)
     if D <= CHAIN:
-        s = warpgroup_mma(qh, k_hi.permute((1, 0)), s, is_async=True)
+        s = warpgroup_mma(q_0, k_lo.permute((1, 0)), s, is_async=True)
+        s = warpgroup_mma(q_0, k_hi.permute((1, 0)), s, is_async=True)
         s = warpgroup_mma_wait(0, deps=[s])
     else:
-        q_0 = qh.slice(0, CHAIN, 1)
-        q_1 = qh.slice(CHAIN, CHAIN, 1)
+        s = warpgroup_mma(q_0, k_lo.slice(0, CHAIN, 1).permute((1, 0)), s, is_async=True)
+        s = warpgroup_mma(q_1, k_lo.slice(CHAIN, CHAIN, 1).permute((1, 0)), s, is_async=True)
         k_0 = k_hi.slice(0, CHAIN, 1).permute((1, 0))
         k_1 = k_hi.slice(CHAIN, CHAIN, 1).permute((1, 0))
         s = warpgroup_mma(q_0, k_0, s, is_async=True)
@@ -106,7 +124,7 @@ def _products(qh, ql, k_hi, k_lo, D: gl.constexpr, BN: gl.constexpr):
 
 
 @gluon.jit
-def _step(t, m, l, acc, unit, k_e, v_e, exponents, qh, ql, keys, values, work, factor, lo, hi, positions,
+def _step(t, m, l, acc, unit, k_e, v_e, exponents, q_0, q_1, ql, keys, values, work, factor, lo, hi, positions,
           features, D: gl.constexpr, BN: gl.constexpr, MASK: gl.constexpr):  # fmt: skip
     """Merge the KV tile t into (m, l, acc). m is in units of log2; acc carries P's 2^14 and 2^unit.
 
@@ -125,7 +143,7 @@ def _step(t, m, l, acc, unit, k_e, v_e, exponents, qh, ql, keys, values, work, f
     here = factor * power_of_two(-(k_e >> 1)) * power_of_two(-(k_e - (k_e >> 1)))
 
     wait_full(keys, i)
-    s = _products(qh, ql, keys.hi.index(slot).reshape([BN, D]), keys.lo.index(slot).reshape([BN, D]), D, BN)
+    s = _products(q_0, q_1, ql, keys.hi.index(slot).reshape([BN, D]), keys.lo.index(slot).reshape([BN, D]), D, BN)
     release(keys, i)
 
     m, l, p, decay = fold(s, m, l, here, t, lo, hi, positions, work, BN, MASK, features)
@@ -172,8 +190,8 @@ def _absorb(m, l, acc, unit, m_before, l_before, unit_before, mine, work, output
 
 
 @gluon.jit
-def _walk(begin, end, a, m, l, acc, unit, k_e, v_e, m_before, l_before, unit_before, mine, exponents, qh, ql, keys,
-          values, work, output, factor, lo, hi, positions, features, D: gl.constexpr, BN: gl.constexpr,
+def _walk(begin, end, a, m, l, acc, unit, k_e, v_e, m_before, l_before, unit_before, mine, exponents, q_0, q_1, ql,
+          keys, values, work, output, factor, lo, hi, positions, features, D: gl.constexpr, BN: gl.constexpr,
           MASK: gl.constexpr):  # fmt: skip
     """The tiles [begin, end) of a walk that began at tile a. Where a span begins, the sums before it are put aside."""
     O: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
@@ -191,7 +209,7 @@ def _walk(begin, end, a, m, l, acc, unit, k_e, v_e, m_before, l_before, unit_bef
             l = l * 0.0
             acc = acc * 0.0
         for t in range(start, gl.minimum(span * TILES + TILES, end)):
-            m, l, acc, unit, k_e, v_e = _step(t, m, l, acc, unit, k_e, v_e, exponents, qh, ql, keys, values, work,
+            m, l, acc, unit, k_e, v_e = _step(t, m, l, acc, unit, k_e, v_e, exponents, q_0, q_1, ql, keys, values, work,
                                               factor, lo, hi, positions, features, D, BN, MASK)  # fmt: skip
     return m, l, acc, unit, k_e, v_e, m_before, l_before, unit_before
 
@@ -211,6 +229,7 @@ def _consume(q, q_stride, exponents, scale, qh_all, ql_all, keys, values, work, 
     qh = qh_all.index(GROUP)
     ql = ql_all.index(GROUP)
     factor = _split_query(q, q_stride, qh, ql, mine, work.Nq, features, D, R) * (scale * LOG2E)
+    q_0, q_1 = _held(qh, D, BN)
     rows = mine + gl.arange(0, ROWS, layout=R)
     lo, hi = row_bounds(rows, work, features)
     positions = work.q_start + rows
@@ -224,16 +243,16 @@ def _consume(q, q_stride, exponents, scale, qh_all, ql_all, keys, values, work, 
         _skip(t - work.first, keys, values)
     if features.LEFT:
         m, l, acc, unit, k_e, v_e, m_before, l_before, unit_before = _walk(
-            a, fa, a, m, l, acc, unit, k_e, v_e, m_before, l_before, unit_before, mine, exponents, qh, ql, keys, values,
-            work, output, factor, lo, hi, positions, features, D, BN, True)  # fmt: skip
+            a, fa, a, m, l, acc, unit, k_e, v_e, m_before, l_before, unit_before, mine, exponents, q_0, q_1, ql, keys,
+            values, work, output, factor, lo, hi, positions, features, D, BN, True)  # fmt: skip
     else:
         fa = a
     m, l, acc, unit, k_e, v_e, m_before, l_before, unit_before = _walk(
-        fa, fz, a, m, l, acc, unit, k_e, v_e, m_before, l_before, unit_before, mine, exponents, qh, ql, keys, values,
-        work, output, factor, lo, hi, positions, features, D, BN, False)  # fmt: skip
+        fa, fz, a, m, l, acc, unit, k_e, v_e, m_before, l_before, unit_before, mine, exponents, q_0, q_1, ql, keys,
+        values, work, output, factor, lo, hi, positions, features, D, BN, False)  # fmt: skip
     m, l, acc, unit, k_e, v_e, m_before, l_before, unit_before = _walk(
-        fz, z, a, m, l, acc, unit, k_e, v_e, m_before, l_before, unit_before, mine, exponents, qh, ql, keys, values,
-        work, output, factor, lo, hi, positions, features, D, BN, True)  # fmt: skip
+        fz, z, a, m, l, acc, unit, k_e, v_e, m_before, l_before, unit_before, mine, exponents, q_0, q_1, ql, keys,
+        values, work, output, factor, lo, hi, positions, features, D, BN, True)  # fmt: skip
     for t in range(z, work.end):
         _skip(t - work.first, keys, values)
     if unit_before <= FINEST:
@@ -241,43 +260,34 @@ def _consume(q, q_stride, exponents, scale, qh_all, ql_all, keys, values, work, 
     write_rows(output, mine, work.Nq, m, l, acc, P_UNIT, power_of_two(-unit), GROUP, O, features)
 
 
-@gluon.jit(do_not_specialize=LENGTHS)
-def split_attention(q, planes, exponents, sinks, slopes, kv_range, out, m_out, s_out, todo,
-                    H, Hkv, heads, tiles, section, Nq, Nk, q_start, window, scale, softcap,
+@gluon.jit(do_not_specialize=[*LENGTHS, "slots"])
+def split_attention(q, planes, exponents, sinks, slopes, kv_range, starts_q, starts_k, out, m_out, s_out, todo,
+                    slots, H, Hkv, heads, tiles, section, Nq, Nk, total, q_start, window, scale, softcap,
                     q_stride_b, q_stride_h, q_stride_n, out_stride_b, out_stride_h, out_stride_n,
                     D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, REGS: gl.constexpr,
-                    CAUSAL: gl.constexpr, WINDOW: gl.constexpr, KV_RANGE: gl.constexpr, SINKS: gl.constexpr,
-                    SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, STATE: gl.constexpr,
+                    CAUSAL: gl.constexpr, WINDOW: gl.constexpr, KV_RANGE: gl.constexpr, VARLEN: gl.constexpr,
+                    SINKS: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, STATE: gl.constexpr,
                     WIDTH: gl.constexpr):  # fmt: skip
     """One program: GROUPS·64 query rows of one head. Grid: heads·tiles, heads = B·H, tiles = ⌈Nq / (64·GROUPS)⌉.
 
     q [B, H, Nq, WIDTH ≤ D] and out float32 by strides; planes the TMA descriptor of FP16 [4, B·Hkv, Nk, D] and
-    exponents int32 [B·Hkv, ⌈Nk / BN⌉, 2] of a `TilePlanes` of BN rows; sinks and slopes float32 [H]; kv_range int32
-    [B, 2]; m_out, s_out float32 [B, H, Nq]; todo int32 [B, Hkv, tiles, H / Hkv, GROUPS]: 1 where sums are not finite.
+    exponents int32 [B·Hkv, slots, 2] of a `TilePlanes` of BN rows; sinks and slopes float32 [H]; kv_range int32 [B, 2];
+    m_out, s_out float32 [B, H, Nq]; todo int32 [B, Hkv, tiles, H / Hkv, GROUPS]: 1 where sums are not finite.
+    VARLEN: B sequences of at most Nq and Nk tokens lie one after another, `total` queries in all, and begin where
+    starts_q and starts_k int32 [B + 1] say; the tensors' own B is 1 then.
     """
-    features = Features(CAUSAL, WINDOW, WINDOW or KV_RANGE, SINKS, SOFTCAP, ALIBI, STATE, WIDTH)
-    work, mark = plan_work(
-        H,
-        Hkv,
-        heads,
-        tiles,
-        section,
-        Nq,
-        Nk,
-        q_start,
-        window,
-        kv_range,
-        softcap,
-        slopes,
-        BN,
-        ROWS * GROUPS,
-        features,
-        KV_RANGE,
-    )
-    output = at_head(work, H, out, out_stride_b, out_stride_h, out_stride_n, m_out, s_out, todo + mark, sinks)
-    q += work.b.to(gl.int64) * q_stride_b + work.head.to(gl.int64) * q_stride_h
-    kv = work.b * Hkv + work.kv_head
-    exponents += kv.to(gl.int64) * (2 * ((Nk + BN - 1) // BN))
+    features = Features(CAUSAL, WINDOW, KV_RANGE, VARLEN, SINKS, SOFTCAP, ALIBI, STATE, WIDTH)
+    call = Call(H, Hkv, heads, tiles, section, Nq, Nk, total, q_start, window, softcap, slopes, kv_range, starts_q,
+                starts_k)  # fmt: skip
+    work, mark = plan_work(gl.program_id(0), call, BN, ROWS * GROUPS, features)
+    output = at_head(work, call, out, out_stride_b, out_stride_h, out_stride_n, m_out, s_out, todo + mark, sinks)
+    q += work.batch.to(gl.int64) * q_stride_b + work.head.to(gl.int64) * q_stride_h
+    q += work.begin_q.to(gl.int64) * q_stride_n
+    kv = work.batch * Hkv + work.kv_head
+    slot = gl.to_tensor(0)
+    if VARLEN:
+        slot = work.begin_k // BN + work.b
+    exponents += 2 * (kv.to(gl.int64) * slots + slot)
 
     layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     qh = gl.allocate_shared_memory(gl.float16, [GROUPS, ROWS, D], layout)
@@ -288,7 +298,7 @@ def split_attention(q, planes, exponents, sinks, slopes, kv_range, out, m_out, s
     gl.static_assert(GROUPS == 2)
     gl.warp_specialize(
         [
-            (_produce, (planes, keys, values, work, kv, BN)),
+            (_produce, (planes, keys, values, work, kv, slot, BN)),
             (_consume, (q, q_stride_n, exponents, scale, qh, ql, keys, values, work, output, features, 0, D, BN)),
             (_consume, (q, q_stride_n, exponents, scale, qh, ql, keys, values, work, output, features, 1, D, BN)),
         ],
