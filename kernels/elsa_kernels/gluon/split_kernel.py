@@ -86,17 +86,16 @@ def _split_query(q, q_stride, qh, ql, row0, Nq, features, D: gl.constexpr, R: gl
 
 
 @gluon.jit
-def _held(plane, D: gl.constexpr, BN: gl.constexpr):
-    """A plane of Q as operands in registers: its first CHAIN channels, and the others.
-
-    With 64 columns a product reads as many bytes of Q as of K; from shared memory that would be all it can deliver.
+def _operands(plane, D: gl.constexpr, BN: gl.constexpr):
+    """Q's high half as operands: all of it in shared memory, or of 128 channels the first and the last CHAIN in
+    registers. Against 64 keys a product reads as many bytes of Q as of K, all that shared memory can deliver.
     """
-    S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
-    A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=S, k_width=2)
     if D <= CHAIN:
-        first = plane.load(A)
-        rest = first
+        first = plane
+        rest = plane
     else:
+        S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
+        A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=S, k_width=2)
         first = plane.slice(0, CHAIN, 1).load(A)
         rest = plane.slice(CHAIN, CHAIN, 1).load(A)
     return first, rest
@@ -229,7 +228,7 @@ def _consume(q, q_stride, exponents, scale, qh_all, ql_all, keys, values, work, 
     qh = qh_all.index(GROUP)
     ql = ql_all.index(GROUP)
     factor = _split_query(q, q_stride, qh, ql, mine, work.Nq, features, D, R) * (scale * LOG2E)
-    q_0, q_1 = _held(qh, D, BN)
+    q_0, q_1 = _operands(qh, D, BN)
     rows = mine + gl.arange(0, ROWS, layout=R)
     lo, hi = row_bounds(rows, work, features)
     positions = work.q_start + rows
