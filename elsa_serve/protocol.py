@@ -171,8 +171,13 @@ class Engine(Protocol):
         ...
 
 
-def stream(engine: Engine, request: GenerationRequest) -> Iterator[TokenEvent]:
-    """Submit and iterate the token events, to the one with a finish_reason. Closing the iterator early aborts."""
+def stream(
+    engine: Engine, request: GenerationRequest, on_progress: Callable[[PrefillProgress], None] = lambda _: None
+) -> Iterator[TokenEvent]:
+    """Submit and iterate the token events, to the one with a finish_reason. Closing the iterator early aborts.
+
+    `on_progress` takes the events of the prompt, on the caller's thread.
+    """
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
     engine.submit(request, events.put)
     finished = False
@@ -182,6 +187,8 @@ def stream(engine: Engine, request: GenerationRequest) -> Iterator[TokenEvent]:
             if isinstance(event, TokenEvent):
                 finished = event.finish_reason is not None
                 yield event
+            else:
+                on_progress(event)
     finally:
         if not finished:
             engine.abort(request.request_id)

@@ -11,7 +11,7 @@ from typing import Any
 
 from elsa_serve.arguments import add_engine_arguments, add_memory_arguments, add_model_arguments, engine_options
 from elsa_serve.errors import EngineFailed, UsageError
-from elsa_serve.protocol import Engine, GenerationRequest, SamplingParams, TokenEvent, stream
+from elsa_serve.protocol import Engine, GenerationRequest, PrefillProgress, SamplingParams, TokenEvent, stream
 
 HELP = "answer one prompt on the terminal"
 EPILOG = (
@@ -101,8 +101,11 @@ def answer(engine: Engine, tokens: list[int], sampling: SamplingParams) -> None:
     first = last = start
     count = 0
     end: TokenEvent | None = None
-    for event in stream(engine, request):
+    watched = sys.stderr.isatty()
+    for event in stream(engine, request, show_progress if watched else lambda _: None):
         last = time.perf_counter()
+        if watched and end is None:
+            _rewrite("")
         first = last if count == 0 else first
         count += event.token_id is not None
         print(event.text, end="", flush=True)
@@ -116,3 +119,12 @@ def answer(engine: Engine, tokens: list[int], sampling: SamplingParams) -> None:
         f"then {rate:.1f} tokens/s",
         file=sys.stderr,
     )
+
+
+def show_progress(event: PrefillProgress) -> None:
+    """A long prompt takes minutes: one line on the terminal, written over as it comes along."""
+    _rewrite(f"prompt: {event.processed_tokens} of {event.total_tokens} tokens")
+
+
+def _rewrite(line: str) -> None:
+    print(f"\r{line}\x1b[K", end="", file=sys.stderr, flush=True)

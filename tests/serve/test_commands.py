@@ -203,6 +203,30 @@ def test_generate_answers_from_a_file(run, tmp_path):
     assert "tokens/s" in err
 
 
+def test_a_terminal_shows_how_far_the_prompt_has_come(run, monkeypatch):
+    monkeypatch.setattr("elsa_serve.offload.engine.PROGRESS_S", 0.0)
+    flags = (
+        "--prompt",
+        "def f():\n" * 30,
+        "--max-tokens",
+        1,
+        "--device",
+        "cpu",
+        "--context",
+        256,
+        "--chunk-tokens",
+        64,
+    )
+    _, _, plain = run("generate", DEMO, *flags)
+    assert "prompt: " not in plain
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    _, out, err = run("generate", DEMO, *flags)
+    shown = [line for line in err.split("\r") if line.startswith("prompt: ")]
+    assert len(shown) > 5
+    assert "prompt: " not in out
+    assert err.split("\r")[-1].startswith("\x1b[K")  # wiped before the answer
+
+
 @pytest.mark.parametrize(
     ("argv", "named"),
     [
