@@ -13,12 +13,6 @@ INTERPRETED = [torch.float32, torch.float16]
 ON_GPU = [*INTERPRETED, torch.bfloat16]
 
 
-@pytest.fixture
-def interpreter():
-    if not triton.knobs.runtime.interpret:
-        pytest.skip("needs TRITON_INTERPRET=1 from the start of the process")
-
-
 def test_in_the_interpreter():
     if triton.knobs.runtime.interpret:
         pytest.skip("is the interpreter's process itself")

@@ -13,13 +13,6 @@ SHAPES = [(1, 33, 64), (17, 40, 200), (40, 70, 136)]
 BOUND = 3e-7  # relative error against FP64; torch's own FP32 reaches 1e-7 … 4e-7 on these
 
 
-@pytest.fixture
-def interpreter():
-    """Skips where Triton would compile: `test_in_the_interpreter` runs these tests in a process that interprets."""
-    if not triton.knobs.runtime.interpret:
-        pytest.skip("needs TRITON_INTERPRET=1 from the start of the process")
-
-
 def test_in_the_interpreter():
     if triton.knobs.runtime.interpret:
         pytest.skip("is the interpreter's process itself")
