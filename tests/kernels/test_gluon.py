@@ -251,6 +251,9 @@ def test_split_kernel_keeps_its_loop_in_registers(D, causal, features):
     for loop in loops[:2]:
         # With every feature at once a scalar may have to wait in memory; an accumulator would show in the dozens.
         assert aot.count(loop, "LDL") + aot.count(loop, "STL") <= 4 * features
+        # Of S's three products two read Q from registers; P's three always do. 4 instructions: 64 channels or keys.
+        from_registers = len(re.findall(r"HGMMA\S* R\d+, R\d+, gdesc", loop))
+        assert from_registers == (4 * 2 * 2 + 4 * 3 if D == 128 else 8 * 3)
     assert aot.count(sass, "HMMA") == 0
     assert aot.count(sass, "UTMALDG") >= 4  # both planes of K and of V arrive by TMA
     assert compiled.metadata.shared <= SHARED_LIMIT

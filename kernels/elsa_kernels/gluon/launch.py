@@ -113,7 +113,8 @@ def _outputs(
     """out [B, H, Nq, D]; m and S [B, H, Nq] of a state (without one, out stands in); marks [B, Hkv, tiles, ·]: of
     each query head of a key head and each of its warp groups. Of packed sequences: out [tokens, H, D], or m and S
     [H, tokens] and W [H, tokens, D]."""
-    shape, device = (problem.B, problem.H, problem.Nq), problem.device
+    shape: tuple[int, ...] = (problem.B, problem.H, problem.Nq)
+    device = problem.device
     if problem.packed:
         tokens = operands.q.shape[2]
         shape = (problem.H, tokens) if problem.return_state else (tokens, problem.H)
