@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from elsa_serve.errors import NoSuchModel
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -29,6 +31,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="dummy: random weights of any config.json, to try speed and memory without a checkpoint (default: auto)",
     )
+
+
+def check_model(args: argparse.Namespace) -> None:
+    """Before torch and transformers are imported, which takes seconds. Raises NoSuchModel."""
+    if not args.model.exists():
+        raise NoSuchModel(args.model)
 
 
 def add_memory_arguments(parser: argparse.ArgumentParser) -> None:

@@ -3,6 +3,7 @@
 ElsaError
 ├── UsageError            bad input from a person: exit status 2, HTTP 400
 │   ├── CheckpointError   a missing, truncated or unsuitable checkpoint
+│   │   └── NoSuchModel   its directory is not there
 │   ├── BudgetError       a plan that cannot fit its memory budgets
 │   └── ContextTooLong    prompt and output exceed the model's context
 ├── Overloaded            try again later: HTTP 503 or 429 with Retry-After
@@ -24,6 +25,13 @@ class UsageError(ElsaError, ValueError):
 
 class CheckpointError(UsageError):
     pass
+
+
+class NoSuchModel(CheckpointError):
+    def __init__(self, path: object) -> None:
+        super().__init__(
+            f"no such model directory: {path}; download it first (hf download ORG/NAME --local-dir DIR) and pass DIR"
+        )
 
 
 class BudgetError(UsageError):

@@ -9,7 +9,13 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from elsa_serve.arguments import add_engine_arguments, add_memory_arguments, add_model_arguments, engine_options
+from elsa_serve.arguments import (
+    add_engine_arguments,
+    add_memory_arguments,
+    add_model_arguments,
+    check_model,
+    engine_options,
+)
 from elsa_serve.errors import EngineFailed, UsageError
 from elsa_serve.protocol import Engine, GenerationRequest, PrefillProgress, SamplingParams, TokenEvent, stream
 
@@ -40,6 +46,7 @@ def add_command(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    check_model(args)
     text = read_prompt(args)
     sampling = SamplingParams(
         max_tokens=args.max_tokens,

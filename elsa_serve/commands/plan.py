@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from elsa_serve.arguments import add_kernel_arguments, add_memory_arguments, add_model_arguments
+from elsa_serve.arguments import add_kernel_arguments, add_memory_arguments, add_model_arguments, check_model
 
 HELP = "show what fits where at which context, and why, without loading anything"
 EPILOG = (
@@ -23,6 +23,7 @@ def add_command(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    check_model(args)
     from elsa_serve.offload.loading import EngineOptions, plan_only
     from elsa_serve.offload.plan_text import render
 

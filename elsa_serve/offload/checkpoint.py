@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import torch
 from safetensors import SafetensorError, safe_open
 
-from elsa_serve.errors import CheckpointError
+from elsa_serve.errors import CheckpointError, NoSuchModel
 from elsa_serve.offload.units import format_size
 
 INDEX = "model.safetensors.index.json"
@@ -29,9 +29,7 @@ def load_config(source: Path | str) -> Any:
 
     path = Path(source)
     if not path.exists():
-        raise CheckpointError(
-            f"no such model directory: {path}; download it first (hf download ORG/NAME --local-dir DIR) and pass DIR"
-        )
+        raise NoSuchModel(path)
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise CheckpointError(f"{path} has no config.json; pass the directory of a Hugging Face checkpoint")

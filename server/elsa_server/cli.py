@@ -12,7 +12,13 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from elsa_serve.arguments import add_engine_arguments, add_memory_arguments, add_model_arguments, engine_options
+from elsa_serve.arguments import (
+    add_engine_arguments,
+    add_memory_arguments,
+    add_model_arguments,
+    check_model,
+    engine_options,
+)
 from elsa_serve.envs import api_keys
 from elsa_serve.errors import UsageError
 from elsa_serve.metrics import LogSink, Metrics, Tee
@@ -123,6 +129,7 @@ def run(args: argparse.Namespace) -> int:
     """Serve until a signal ends it. Raises UsageError for flags, checkpoints and budgets that cannot work."""
     if args.engine != "elsa":  # the command line alone is looked at for it, before any flag is parsed
         raise UsageError(f"engine: {args.engine} in a --config file comes too late: give --engine on the command line")
+    check_model(args)
     settings = settings_from(args)
     logging.basicConfig(level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     if not settings.api_keys and args.host not in LOCAL_HOSTS:

@@ -47,9 +47,10 @@ except CheckpointError as error:
 """
 
 
-def launch(*flags: str, **environment: str) -> subprocess.Popen[str]:
+def launch(model: Path, **environment: str) -> subprocess.Popen[str]:
+    model.mkdir()
     program = PROGRAM.format(tests=str(Path(__file__).parent))
-    command = [sys.executable, "-c", program, "serve", *flags, "--port", "0"]
+    command = [sys.executable, "-c", program, "serve", str(model), "--port", "0"]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | environment
     )
@@ -71,9 +72,9 @@ def wait_ready(url: str) -> None:
     raise AssertionError("the server did not become ready")
 
 
-def test_serve_drain_exit() -> None:
+def test_serve_drain_exit(tmp_path: Path) -> None:
     """SIGTERM during an answer: the answer is finished, the exit status is 0."""
-    with launch("some/model", ELSA_API_KEY="k1,k2") as process:
+    with launch(tmp_path / "model", ELSA_API_KEY="k1,k2") as process:
         assert process.stdout is not None
         line = process.stdout.readline()
         assert line.startswith("Listening on http://127.0.0.1:")
@@ -90,16 +91,16 @@ def test_serve_drain_exit() -> None:
         assert "Traceback" not in metrics[1]
 
 
-def test_a_broken_checkpoint_ends_the_process_with_its_reason() -> None:
-    with launch("some/broken") as process:
+def test_a_broken_checkpoint_ends_the_process_with_its_reason(tmp_path: Path) -> None:
+    with launch(tmp_path / "broken") as process:
         _, errors = process.communicate(timeout=30)
         assert process.returncode == 2
-        assert errors.strip().splitlines()[-1] == "some/broken: no config.json"
+        assert errors.strip().splitlines()[-1] == f"{tmp_path}/broken: no config.json"
         assert "Traceback" not in errors
 
 
-def test_a_signal_ends_a_server_that_still_loads() -> None:
-    with launch("some/slow") as process:
+def test_a_signal_ends_a_server_that_still_loads(tmp_path: Path) -> None:
+    with launch(tmp_path / "slow") as process:
         assert process.stdout is not None
         url = process.stdout.readline().split()[-1]
         assert httpx.get(url + "/readyz", timeout=60).json()["error"]["code"] == "loading"
@@ -151,12 +152,14 @@ def test_an_engine_named_too_late_is_refused() -> None:
         run(parse("m", "--engine", "vllm"))
 
 
-def test_a_port_in_use_is_a_usage_error(running: Any) -> None:
+def test_a_port_in_use_is_a_usage_error(running: Any, tmp_path: Path) -> None:
     from elsa_server.cli import run
 
     port = running.url.rsplit(":", 1)[1]
     with pytest.raises(UsageError, match=f"cannot listen on 127.0.0.1 port {port}"):
-        run(parse("m", "--port", port))
+        run(parse(str(tmp_path), "--port", port))
+    with pytest.raises(UsageError, match="no such model directory"):
+        run(parse(str(tmp_path / "nothing"), "--port", port))  # at once: before the port is taken, and anything loaded
 
 
 def test_flags_are_not_abbreviated(capsys: pytest.CaptureFixture[str]) -> None:
