@@ -28,7 +28,7 @@ from tests.kernels.test_paged import alone_arguments
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 needs_nvrtc = pytest.mark.skipif(nvrtc.unavailable() is not None, reason=f"{nvrtc.unavailable()}")
 needs_gpp = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")
-FORMS = {"16": Form(4, 1024, 3), "32x4": Form(4, 1024, 3, rows=4), "32x8": Form(4, 1024, 2)}
+FORMS = {"16": Form(8, 2048, 1), "32x4": Form(8, 2048, 1, rows=4), "32x8": Form(4, 1024, 2)}
 SMALL = {torch.float32: Form(warps=2, chunk=32, blocks_per_sm=1, rows=4), torch.float16: Form(2, 32, 1)}
 WIDE = [dataclasses.replace(batch, D=128, page=max(16, batch.page // 16 * 16)) for batch in BATCHES if batch.D == 32]
 BY_NAME = {batch.name: batch for batch in WIDE}
@@ -163,7 +163,7 @@ def test_memory_for_states_is_bounded() -> None:
     assert (slots.chunks + slots.nodes) * form.state_bytes() < 80 << 20
     few = cuda_decode.Slots.of(dataclasses.replace(described, B=8), form, 264)
     assert not few.whole_nodes
-    assert (few.chunks, few.nodes) == (8 * 8 * 128, (8 * 128 // 32 + 8) * 8)
+    assert (few.chunks, few.nodes) == (8 * 8 * 64, (8 * 64 // 32 + 8) * 8)
 
 
 @pytest.fixture
