@@ -29,7 +29,7 @@ def offload_table() -> str:
                 "refused" if refused else f"{row['prefill_s']:.2f}",
                 "–" if copied is None else f"{copied[0]:.2f} / {copied[1]:.2f}",
                 _seconds(row.get("decode_s_per_token")),
-                _seconds(row.get("floor_s")),
+                _seconds(row.get("floor_s") or None),  # 0 where nothing lies in host memory
                 {True: "yes", False: "NO", None: "–"}[row.get("tokens_equal")],
             ]
         )
@@ -50,7 +50,8 @@ def _how(row: dict[str, Any]) -> str:
     if row["system"] == "elsa-offload" and not row.get("error"):
         resident = "all" if row["resident_layers"] == row["layers"] else str(row["resident_layers"])
         parts = [f"{resident} resident", *parts, "SDPA" if row["attention"] == "sdpa" else ""]
-        parts.append("serial" if row["serial"] else "")
+        chunk = row.get("asked", {}).get("chunk_tokens")
+        parts += ["serial" if row["serial"] else "", f"chunks of {chunk}" if chunk else ""]
     return "".join(f", {part}" for part in parts if part)
 
 
