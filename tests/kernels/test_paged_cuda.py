@@ -16,7 +16,7 @@ import pytest
 import torch
 from elsa_kernels import attention_paged
 from elsa_kernels.cuda import nvrtc
-from elsa_kernels.paged import cuda_decode, decode_counters, gather, registry
+from elsa_kernels.paged import cuda_decode, decode_counters, gather, launch, registry
 from elsa_kernels.paged.cuda_decode import Form
 from elsa_kernels.paged.problem import PagedOperands, PagedProblem
 
@@ -164,6 +164,23 @@ def test_memory_for_states_is_bounded() -> None:
     few = cuda_decode.Slots.of(dataclasses.replace(described, B=8), form, 264)
     assert not few.whole_nodes
     assert (few.chunks, few.nodes) == (8 * 8 * 64, (8 * 64 // 32 + 8) * 8)
+
+
+def test_what_a_decode_batch_takes() -> None:
+    """As the vLLM plugin asks: keys of a split, and bytes, bounded in both forms."""
+    described = dataclasses.replace(a_problem(torch.float16, 4, 128), B=256, max_seqlen_k=131072, max_seqlen_q=1)
+    with (
+        mock.patch.object(cuda_decode, "_refuse_device", return_value=None),
+        mock.patch.object(cuda_decode, "multiprocessors", return_value=132),
+        mock.patch("torch.cuda.current_device", return_value=0),
+    ):
+        keys, size = launch.decode_memory(described, "sm_90")
+        assert keys == cuda_decode.forms()["16"].chunk
+        assert size < 80 << 20
+        with mock.patch.object(cuda_decode, "forms", return_value={}):
+            keys, size = launch.decode_memory(described, "sm_90")
+    assert keys == 512
+    assert 80 << 20 < size < 640 << 20
 
 
 @pytest.fixture
