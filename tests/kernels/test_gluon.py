@@ -84,7 +84,9 @@ def on_hopper(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
-@pytest.mark.parametrize("changes", [{"D": 64, "Nk": 128, "causal": False}, {"Nq": 1}, {"precision": "ieee"}])
+@pytest.mark.parametrize(
+    "changes", [{"D": 64, "Nq": 197, "Nk": 197, "causal": False}, {"Nq": 1}, {"precision": "ieee"}]
+)
 def test_steps_aside_without_a_word(on_hopper, changes):
     assert not gluon.preferred(problem(**changes))
     assert gluon.preferred(problem())

@@ -19,7 +19,7 @@ MAX_HEAD_DIM = 128  # the accumulators of more would not fit a consumer's regist
 # Under this many query rows most of a program's 128 would be padding, and splitting the keys over the SMs pays more.
 MIN_QUERIES = 64
 GLUON = "3.6."  # Gluon is experimental: its names and signatures change from one Triton to the next
-TINY = 128  # keys
+TINY = 256  # queries and keys
 MAX_POSITION = 2**29  # positions, and sums of a few of them, stay within int32
 
 
@@ -47,7 +47,7 @@ def preferred(problem: Problem) -> bool:
     """The problems this form is for: only there is a refusal a fallback, and announced."""
     if problem.device.type != "cuda" or torch.version.hip or _capability_of(problem.device) != (9, 0):
         return False
-    if problem.dtype == torch.float32 and problem.D <= 64 and problem.Nk <= TINY:
+    if problem.dtype == torch.float32 and problem.D <= 64 and max(problem.Nq, problem.Nk) <= TINY:
         return False  # the Triton form splits K and V within its one launch
     wanted = problem.dtype in (torch.float32, torch.float16, torch.bfloat16) and problem.precision == "fp32"
     return wanted and problem.Nq >= MIN_QUERIES
