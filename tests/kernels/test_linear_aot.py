@@ -39,8 +39,7 @@ def test_hopper_form(bias):
         name: f"tensordesc<fp16[{64 if name[0] == 'x' else tile.BN}, {tile.BK}],{layout}>" for name in HALF
     } | dict.fromkeys(("x_exponent", "w_exponent"), "*i32")
     constants = {
-        "BN": tile.BN, "BK": tile.BK, "STAGES": tile.stages, "GROUP": 8, "BIAS": bias, "OVERLAP": tile.overlap,
-        "REGISTERS": tile.registers,
+        "BN": tile.BN, "BK": tile.BK, "STAGES": tile.stages, "GROUP": 8, "BIAS": bias, "REGISTERS": tile.registers,
     }  # fmt: skip
     compiled = compile_ahead(linear_kernel, GluonASTSource, constants, types, num_warps=4)
     used = aot.resources(compiled)

@@ -65,13 +65,12 @@ def _produce(x_hi, x_lo, w_hi, w_lo, xh, xl, wh, wl, full, free, tiles_m, tiles_
 @gluon.jit
 def _consume(xh, xl, wh, wl, full, free, out, x_exponent, w_exponent, bias, M, N, tiles_m, tiles_n, steps,
              C: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
-             BIAS: gl.constexpr, OVERLAP: gl.constexpr):  # fmt: skip
+             BIAS: gl.constexpr):  # fmt: skip
     ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
     i = 0
     for index in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
         m, n = _tile(index, tiles_m, tiles_n, GROUP)
         acc = gl.zeros([ROWS, BN], gl.float32, ACC)
-        last = gl.zeros([ROWS, BN], gl.float32, ACC)
         for _ in range(steps):
             slot = i % STAGES
             mbarrier.wait(full.index(slot), (i // STAGES) & 1)
@@ -82,16 +81,10 @@ def _consume(xh, xl, wh, wl, full, free, out, x_exponent, w_exponent, bias, M, N
             part = warpgroup_mma(x1, w0, gl.zeros([ROWS, BN], gl.float32, ACC), use_acc=False, is_async=True)
             part = warpgroup_mma(x0, w1, part, is_async=True)
             part = warpgroup_mma(x0, w0, part, is_async=True)
-            if OVERLAP:
-                acc += last  # the step before, while the tensor core works on this one
             part = warpgroup_mma_wait(0, deps=[part])
             mbarrier.arrive(free.index(slot), count=1)
-            if OVERLAP:
-                last = part
-            else:
-                acc += part
+            acc += part
             i += 1
-        acc += last
         rows = (m * CONSUMERS + C) * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, ACC))
         cols = n * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, ACC))
         # The exponents' sum, applied in two exact halves: neither half overflows where the result does not.
@@ -109,7 +102,7 @@ def _consume(xh, xl, wh, wl, full, free, out, x_exponent, w_exponent, bias, M, N
 @gluon.jit
 def linear_kernel(x_hi, x_lo, w_hi, w_lo, out, x_exponent, w_exponent, bias, M, N, K,
                   BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, BIAS: gl.constexpr,
-                  OVERLAP: gl.constexpr, REGISTERS: gl.constexpr):  # fmt: skip
+                  REGISTERS: gl.constexpr):  # fmt: skip
     """out [M, N] = (x_hi + x_lo) [M, K] · (w_hi + w_lo) [N, K]ᵀ · 2^(x_exponent [M] + w_exponent [N]) (+ bias [N])."""
     tiles_m = gl.cdiv(M, CONSUMERS * ROWS)
     tiles_n = gl.cdiv(N, BN)
@@ -129,8 +122,8 @@ def linear_kernel(x_hi, x_lo, w_hi, w_lo, out, x_exponent, w_exponent, bias, M, 
         (_produce, (x_hi, x_lo, w_hi, w_lo, xh, xl, wh, wl, full, free, tiles_m, tiles_n, steps,
                     BN, BK, STAGES, GROUP)),
         (_consume, (xh, xl, wh, wl, full, free, out, x_exponent, w_exponent, bias, M, N, tiles_m, tiles_n, steps,
-                    0, BN, STAGES, GROUP, BIAS, OVERLAP)),
+                    0, BN, STAGES, GROUP, BIAS)),
         (_consume, (xh, xl, wh, wl, full, free, out, x_exponent, w_exponent, bias, M, N, tiles_m, tiles_n, steps,
-                    1, BN, STAGES, GROUP, BIAS, OVERLAP)),
+                    1, BN, STAGES, GROUP, BIAS)),
     ], [4, 4], [REGISTERS, REGISTERS])
     # fmt: on
