@@ -1,5 +1,7 @@
 """FP32-accurate linear layers against FP64: the Triton form in the interpreter, and all forms on a GPU."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -218,3 +220,31 @@ def test_few_rows_are_one_form_whatever_their_number():
         assert torch.equal(elsa.linear(x[rows], split, bias), whole[rows])
     strided = torch.randn(16, 5122, device="cuda")[:, 1:5121]
     assert torch.equal(elsa.linear(strided, split, bias), elsa.linear(strided.contiguous(), split, bias))
+
+
+@pytest.mark.gpu
+def test_a_chain_of_few_rows_waits_for_its_inputs():
+    x = torch.randn(16, 5120, device="cuda")
+    if elsa._refusal("cuda", x, 5120):
+        pytest.skip(elsa._refusal("cuda", x, 5120))
+    # Long layers between short ones: a kernel that started early would read what is not written yet.
+    sizes = [5120, 20480, 64, 20480, 5120, 5120]
+    layers = [elsa.split_weight(torch.randn(n, k, device="cuda") / k**0.5) for k, n in itertools.pairwise(sizes)]
+
+    def chain(pause):
+        out = x
+        for layer in layers:
+            out = elsa.linear(out, layer, impl="cuda")
+            if pause:
+                torch.cuda.synchronize()
+        return out
+
+    expected = chain(pause=True)
+    assert torch.equal(chain(pause=False), expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = chain(pause=False)
+    for _ in range(3):
+        out.zero_()
+        graph.replay()
+        assert torch.equal(out, expected)

@@ -12,36 +12,41 @@ from tests.kernels import aot
 needs_nvrtc = pytest.mark.skipif(nvrtc.unavailable() is not None, reason=f"{nvrtc.unavailable()}")
 
 
+TILES = [linear_few.NARROW, linear_few.WIDE]
+
+
 @needs_nvrtc
-@pytest.mark.parametrize(("arch", "M"), [(80, 1), (90, 1), (90, 16)])
-def test_weights_go_into_registers_without_spills(arch, M):
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("arch", [80, 90])
+def test_weights_go_into_registers_without_spills(arch, tile):
     if arch not in nvrtc.architectures():
         pytest.skip(f"NVRTC {nvrtc.version()} does not compile for sm_{arch}")
-    tile, tiles = linear_few.TILE, linear_few.tiles_of(M)
-    used = aot.cubin_resources(nvrtc.compile_cubin(linear_few.source(), arch, tile.defines(tiles)))
+    used = aot.cubin_resources(nvrtc.compile_cubin(linear_few.source(), arch, tile.defines()))
     assert used["stack"] == 0
     assert used["registers"] * 32 * linear_few.SLICES * tile.blocks_per_sm <= 65536
 
 
 @needs_nvrtc
 def test_parameters_have_the_size_of_the_kernels():
-    defines, size = linear_few.TILE.defines(1), ctypes.sizeof(linear_few.Params)
+    defines, size = linear_few.WIDE.defines(), ctypes.sizeof(linear_few.Params)
     arch = max(a for a in nvrtc.architectures() if a <= 90)
     nvrtc.compile_cubin(linear_few.source() + f"static_assert(sizeof(Params) == {size});", arch, defines)
     with pytest.raises(nvrtc.CompilationFailed, match="static assertion"):
         nvrtc.compile_cubin(linear_few.source() + f"static_assert(sizeof(Params) == {size + 8});", arch, defines)
 
 
-def test_rows_are_rounded_to_what_is_compiled():
-    assert [linear_few.tiles_of(M) for M in (1, 8, 9, 16)] == [1, 1, 2, 2]
+def test_the_narrow_tile_is_for_what_it_takes_at_once():
+    assert [linear_few.tile_of(N, 132) for N in (8, 5120, 5280, 5281, 15360)] == [linear_few.NARROW] * 3 + [
+        linear_few.WIDE
+    ] * 2
 
 
-@pytest.mark.parametrize("tile", [linear_few.TILE, linear_few.FewTile(1, 3)])
+@pytest.mark.parametrize("tile", [*TILES, linear_few.FewTile(2, 1, 3)])
 @pytest.mark.parametrize("N", [1, 7, 33, 72, 1000, 5120, 13824, 15360, 250_000])
 def test_rows_are_shared_evenly_and_fit(tile, N):
     blocks = tile.blocks(N, 132)
     shares = [(i + 1) * N // blocks - i * N // blocks for i in range(blocks)]
     assert sum(shares) == N
-    assert 1 <= min(shares) <= max(shares) <= min(min(shares) + 1, 16 * tile.MT)
+    assert 1 <= min(shares) <= max(shares) <= min(min(shares) + 1, 8 * tile.NT)
     if N >= 5120:
         assert blocks % (132 * tile.blocks_per_sm) == 0

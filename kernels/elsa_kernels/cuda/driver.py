@@ -11,6 +11,7 @@ import torch
 
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _DEFAULT_SHARED = 48 * 1024  # beyond it a kernel has to opt in
+_PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_…
 
 
 class DriverError(RuntimeError):
@@ -27,6 +28,14 @@ def _check(status: int, what: str) -> None:
         name = ctypes.c_char_p()
         _library().cuGetErrorName(status, ctypes.byref(name))
         raise DriverError(f"{what}: {(name.value or b'?').decode()} ({status})")
+
+
+@functools.cache
+def version() -> int:
+    """Of CUDA, as the driver knows it: 1000·major + 10·minor."""
+    number = ctypes.c_int()
+    _check(_library().cuDriverGetVersion(ctypes.byref(number)), "asking for the driver's version")
+    return number.value
 
 
 class Module:
@@ -46,11 +55,41 @@ class Module:
         return function
 
 
-def launch(function: ctypes.c_void_p, blocks: int, threads: int, shared_bytes: int, params: ctypes.Structure) -> None:
-    """Launch a kernel that takes one structure by value, on torch's current stream."""
-    stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+class _Attribute(ctypes.Structure):
+    """`CUlaunchAttribute`: of its value, a union of 64 bytes, the int that ours is."""
+
+    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_int * 15)]
+
+
+class _Config(ctypes.Structure):
+    """`CUlaunchConfig`."""
+
+    _fields_ = [
+        ("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p), ("attributes", ctypes.POINTER(_Attribute)), ("count", ctypes.c_uint),
+    ]  # fmt: skip
+
+
+def launch(
+    function: ctypes.c_void_p,
+    blocks: int,
+    threads: int,
+    shared_bytes: int,
+    params: ctypes.Structure,
+    early: bool = False,
+) -> None:
+    """Launch a kernel that takes one structure by value, on torch's current stream.
+
+    early: its blocks may start while the kernel before it ends (compute capability 9.0); the kernel itself has to wait
+    (`griddepcontrol.wait`) before it reads what others write, or writes.
+    """
+    attribute = _Attribute(id=_PROGRAMMATIC_STREAM_SERIALIZATION, value=1)
+    config = _Config(
+        (blocks, 1, 1), (threads, 1, 1), shared_bytes, torch.cuda.current_stream().cuda_stream,
+        ctypes.pointer(attribute), int(early),
+    )  # fmt: skip
     arguments = (ctypes.c_void_p * 1)(ctypes.addressof(params))
-    status = _library().cuLaunchKernel(function, blocks, 1, 1, threads, 1, 1, shared_bytes, stream, arguments, None)
+    status = _library().cuLaunchKernelEx(ctypes.byref(config), function, arguments, None)
     _check(status, "launching a kernel")
 
 

@@ -1,23 +1,27 @@
 // Y = X·Wᵀ (+ b) in FP32 accuracy for up to 16 rows of X: one pass over W's two FP16 planes, one launch. sm_80 and newer,
 // compiled by NVRTC.
 //
-// A block has an equal share of W's rows, up to 16·MT, and its SLICES warps share K: a warp takes every SLICES-th 32 of
+// A block has an equal share of W's rows, up to 8·NT, and its SLICES warps share K: a warp takes every SLICES-th 32 of
 // it. Shares, not tiles, so that every multiprocessor has as much to read. W goes from global memory straight into the
-// registers that mma.m16n8k16 wants: a thread's 16 bytes are eight neighbours in K, and since a sum over K may be taken
-// in any order, they serve as the fragments of two products as they lie. X arrives in FP32 and is split here, 32 of K at
-// a time under a power-of-two scale of its own.
+// registers that mma.m16n8k16 wants as its B: a thread's 16 bytes are eight neighbours in K, and since a sum over K may
+// be taken in any order, they serve as the fragments of two products as they lie. X, its A, arrives in FP32 and is split
+// here, 32 of K at a time under a power-of-two scale of its own.
 //
 // Every 16 of K is three products from zero, smallest first (the tensor core truncates inside its accumulator); two of
-// them are added in FP32, FLUSH such sums in a register, those in shared memory, and the slices at the end as a tree:
-// no chain is long. None of this depends on the other rows of X, on their number, or on the GPU. A result that is not
+// them are added in FP32, FLUSH such sums in a register, those in shared memory, and the slices at the end in FP64: no
+// chain is long. None of this depends on the other rows of X, on their number, or on the GPU. A result that is not
 // finite, be it for an Inf or NaN in X or for a sum beyond FP32, is computed anew without splitting.
 //
-// Needs: ELSA_TILES (8 rows of X each), ELSA_MT, ELSA_SLICES (a power of two), ELSA_MIN_BLOCKS.
+// Needs: ELSA_NT (8 rows of W each), ELSA_SETS, ELSA_SLICES, ELSA_MIN_BLOCKS, ELSA_PITCH, and SLICES·16·PITCH floats of
+// shared memory.
 
-constexpr int TILES = ELSA_TILES, MT = ELSA_MT, SLICES = ELSA_SLICES;
-constexpr int THREADS = 32 * SLICES, ROWS = 16 * MT, COLS = 8 * TILES;
+constexpr int SETS = ELSA_SETS;  // of a step's weights in registers, most of them on their way: 1 or 2
+constexpr int NT = ELSA_NT, SLICES = ELSA_SLICES;
+constexpr int THREADS = 32 * SLICES, ROWS = 8 * NT, COLS = 16;
 constexpr int STEP = 32 * SLICES, FLUSH = 8;
-static_assert((SLICES & (SLICES - 1)) == 0, "the slices are added as a tree");
+constexpr int PITCH = ELSA_PITCH;  // of a row of X in shared memory; 8 beyond a multiple of 32, so that banks differ
+static_assert(PITCH >= ROWS && PITCH % 32 == 8, "threads of a warp meet in a bank");
+constexpr int AHEAD = 1024;  // bytes of every row and plane fetched into L2 before the kernel ahead has ended
 
 typedef unsigned int u32;
 typedef long long i64;
@@ -31,16 +35,13 @@ struct Params {
   int M, N, K;
 };
 
-struct Fragment {  // of one plane of W: 16 rows, 32 of K
-  uint4 low, high;  // row g, row g + 8
-};
-
-__device__ __forceinline__ uint4 stream(const unsigned short* p) {
-  uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(p));
-  return v;
+// Replaces v if wanted.
+__device__ __forceinline__ void stream(uint4& v, const unsigned short* p, bool wanted) {
+  asm volatile(
+      "{.reg .pred q; setp.ne.s32 q, %5, 0;"
+      " @q ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];}"
+      : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
+      : "l"(p), "r"((int)wanted));
 }
 
 __device__ __forceinline__ u32 pack(float first, float second) {  // first in the low half
@@ -55,25 +56,16 @@ __device__ __forceinline__ float2 unpack(u32 d) {
   return v;
 }
 
-__device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+__device__ __forceinline__ void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// c0 and c1 are of the first and the second 16 of K.
-__device__ __forceinline__ void product(float (&c0)[4], float (&c1)[4], const Fragment& w, const u32 (&x)[4]) {
-  mma(c0, w.low.x, w.high.x, w.low.y, w.high.y, x[0], x[1]);
-  mma(c1, w.low.z, w.high.z, w.low.w, w.high.w, x[2], x[3]);
-}
-
-__device__ __forceinline__ float power_of_two(int e) {  // below 2^-126 it stays there
-  return __int_as_float((max(e, -126) + 127) << 23);
-}
-
-__device__ __forceinline__ float apply_exponent(float v, int e) {
-  const int half = e >> 1;
-  return v * power_of_two(half) * power_of_two(e - half);
+__device__ __forceinline__ void mma_from_zero(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};"
+      : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.f));
 }
 
 __device__ __forceinline__ bool finite(float v) { return (__float_as_int(v) & 0x7f800000) != 0x7f800000; }
@@ -96,142 +88,170 @@ __device__ __forceinline__ float split(const float4& a, const float4& b, u32 (&h
   return __int_as_float((e - 14) << 23);
 }
 
-struct Planes {
-  Fragment hi[MT], lo[MT];
+struct Weights {  // of one step: 32 of K
+  uint4 hi[NT], lo[NT];
 };
 
-struct Rows {  // this thread's rows of W: g and g + 8 of every 16
-  i64 offset[MT][2];
-  bool mine[MT][2];  // in the block's share; of others nothing is read, and zeros are multiplied
+struct Source {
+  const unsigned short* row;  // of W's plane hi: row g at this thread's first k
+  i64 pitch, to_lo;           // from row g to row g + 8; from plane hi to plane lo
+  int share;                  // rows of W from g on that are the block's; of others zeros are multiplied
+  const float* x[2];          // rows g and g + 8 of X at this thread's first k
+  int rest;                   // of K from this thread's first k on; beyond it X is 0, and W what it was before
+  int rest_of_x[2];           // the same of a row that X has, else 0
 };
 
-__device__ __forceinline__ uint4 stream_or_zero(const unsigned short* from, bool wanted) {
-  const uint4 zero = {0, 0, 0, 0};
-  return wanted ? stream(from) : zero;
+// Row 8n + g of W at k; `row` points there, and then at row 8(n + 1) + g.
+__device__ __forceinline__ void load_w(const Source& from, int n, int k, const unsigned short*& row, Weights& to) {
+  const bool wanted = 8 * n < (k < from.rest ? from.share : 0);
+  stream(to.hi[n], row, wanted);
+  stream(to.lo[n], row + from.to_lo, wanted);
+  row += from.pitch;
+  if (NT >= 8) asm volatile("" : "+l"(row));  // else the compiler keeps pointers to all rows, and has no registers left
 }
 
-__device__ __forceinline__ void load(const Params& p, const Rows& rows, int k, Planes& w) {
-  const bool inside = k < p.K;
+__device__ __forceinline__ void load_x(const Source& from, int k, float4 (&to)[2][2]) {
+  const float4 zero = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
-  for (int i = 0; i < MT; i++) {
-    w.hi[i].low = stream_or_zero(p.w_hi + rows.offset[i][0] + k, inside && rows.mine[i][0]);
-    w.hi[i].high = stream_or_zero(p.w_hi + rows.offset[i][1] + k, inside && rows.mine[i][1]);
-    w.lo[i].low = stream_or_zero(p.w_lo + rows.offset[i][0] + k, inside && rows.mine[i][0]);
-    w.lo[i].high = stream_or_zero(p.w_lo + rows.offset[i][1] + k, inside && rows.mine[i][1]);
-  }
+  for (int j = 0; j < 2; j++)
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+      to[j][h] = k < from.rest_of_x[j] ? __ldg(reinterpret_cast<const float4*>(from.x[j] + k) + h) : zero;
 }
 
-__device__ __forceinline__ void accumulate(int t, const float4 (&x)[TILES][2], const Planes& w,
-                                           float (&acc)[MT][TILES][4]) {
+// One step at k; every register is loaded anew, x at k + STEP, w at k + SETS·STEP, as soon as it has been used.
+__device__ __forceinline__ void accumulate(const Source& from, int k, float4 (&x)[2][2], Weights& w,
+                                           float (&acc)[NT][2][2]) {
+  u32 hi[2][4], lo[2][4];  // rows g and g + 8 of X
+  float down[2];
 #pragma unroll
-  for (int j = 0; j < TILES; j++) {
-    u32 hi[4], lo[4];
-    const float down = split(x[j][0], x[j][1], hi, lo);
-    // This thread's results belong to rows 2t and 2t + 1 of X, whose scales lanes 8t and 8t + 4 hold.
-    const float first = __shfl_sync(~0u, down, 8 * t), second = __shfl_sync(~0u, down, 8 * t + 4);
+  for (int j = 0; j < 2; j++) down[j] = split(x[j][0], x[j][1], hi[j], lo[j]);
+  load_x(from, k + STEP, x);
+  const u32 hi0[4] = {hi[0][0], hi[1][0], hi[0][1], hi[1][1]}, hi1[4] = {hi[0][2], hi[1][2], hi[0][3], hi[1][3]};
+  const u32 lo0[4] = {lo[0][0], lo[1][0], lo[0][1], lo[1][1]}, lo1[4] = {lo[0][2], lo[1][2], lo[0][3], lo[1][3]};
+  const unsigned short* row = from.row + k + SETS * STEP;
 #pragma unroll
-    for (int i = 0; i < MT; i++) {
-      float c0[4] = {0.f, 0.f, 0.f, 0.f}, c1[4] = {0.f, 0.f, 0.f, 0.f};
-      product(c0, c1, w.hi[i], lo);
-      product(c0, c1, w.lo[i], hi);
-      product(c0, c1, w.hi[i], hi);
+  for (int n = 0; n < NT; n++) {
+    float c0[4], c1[4];  // of the first and the second 16 of K
+    mma_from_zero(c0, lo0, w.hi[n].x, w.hi[n].y);
+    mma_from_zero(c1, lo1, w.hi[n].z, w.hi[n].w);
+    mma(c0, hi0, w.lo[n].x, w.lo[n].y);
+    mma(c1, hi1, w.lo[n].z, w.lo[n].w);
+    mma(c0, hi0, w.hi[n].x, w.hi[n].y);
+    mma(c1, hi1, w.hi[n].z, w.hi[n].w);
+    load_w(from, n, k + SETS * STEP, row, w);
 #pragma unroll
-      for (int c = 0; c < 4; c++) acc[i][j][c] = fmaf(c0[c] + c1[c], c % 2 ? second : first, acc[i][j][c]);
-    }
+    for (int j = 0; j < 2; j++)
+#pragma unroll
+      for (int c = 0; c < 2; c++) acc[n][j][c] = fmaf(c0[2 * j + c] + c1[2 * j + c], down[j], acc[n][j][c]);
   }
 }
 
 // Adds what has been summed to this thread's place in shared memory, and starts anew.
-__device__ __forceinline__ void flush(float (*sums)[COLS + 1], int g, int t, float (&acc)[MT][TILES][4]) {
+__device__ __forceinline__ void flush(float (*sums)[PITCH], int g, int t, float (&acc)[NT][2][2]) {
 #pragma unroll
-  for (int i = 0; i < MT; i++)
+  for (int n = 0; n < NT; n++)
 #pragma unroll
-    for (int j = 0; j < TILES; j++)
-#pragma unroll
-      for (int c = 0; c < 4; c++) {
-        sums[16 * i + 8 * (c / 2) + g][8 * j + 2 * t + c % 2] += acc[i][j][c];
-        acc[i][j][c] = 0.f;
-      }
+    for (int j = 0; j < 2; j++) {
+      float2& place = *reinterpret_cast<float2*>(&sums[8 * j + g][8 * n + 2 * t]);
+      const float2 sum = place;
+      place = make_float2(sum.x + acc[n][j][0], sum.y + acc[n][j][1]);
+      acc[n][j][0] = acc[n][j][1] = 0.f;
+    }
+}
+
+// A sum over K with row n's exponent and bias: one rounding.
+__device__ __forceinline__ float result(const Params& p, int n, double sum) {
+  const double y = sum * __hiloint2double((p.w_exponent[n] + 1023) << 20, 0);
+  return (float)(p.bias ? y + p.bias[n] : y);
 }
 
 // One element as FP32 arithmetic has it, Inf and NaN included, by one warp; in FP64, for it is rare.
 __device__ float exact(const Params& p, int m, int n, int lane) {
-  const int e = p.w_exponent[n];
   double sum = 0.;
   for (int k = lane; k < p.K; k += 32) {
     const u32 both = p.w_hi[(i64)n * p.K + k] | (u32)p.w_lo[(i64)n * p.K + k] << 16;
     const float2 w = unpack(both);
-    sum += (double)p.x[m * p.x_stride + k] * apply_exponent(w.x + w.y, e);
+    sum += (double)p.x[m * p.x_stride + k] * (w.x + w.y);
   }
 #pragma unroll
   for (int d = 16; d; d >>= 1) sum += __shfl_xor_sync(~0u, sum, d);
-  return (float)sum;
+  return result(p, n, sum);
 }
 
-// Adds the slices, applies exponents and bias, stores; keeps count of the results that are not finite.
-__device__ __forceinline__ void finish(const Params& p, float (*sums)[ROWS][COLS + 1], int row0, int rows, int* again,
+// Adds the slices and stores; keeps count of the results that are not finite.
+__device__ __forceinline__ void finish(const Params& p, float (*sums)[COLS][PITCH], int row0, int rows, int* again,
                                        int* count) {
   for (int i = threadIdx.x; i < ROWS * COLS; i += THREADS) {
     const int r = i % ROWS, m = i / ROWS, n = row0 + r;
     if (m >= p.M || r >= rows) continue;
-    float v[SLICES];
+    double sum = 0.;
 #pragma unroll
-    for (int s = 0; s < SLICES; s++) v[s] = sums[s][r][m];
-#pragma unroll
-    for (int width = SLICES / 2; width; width /= 2)
-#pragma unroll
-      for (int s = 0; s < width; s++) v[s] += v[s + width];
-    const float y = apply_exponent(v[0], p.w_exponent[n]);
+    for (int s = 0; s < SLICES; s++) sum += sums[s][m][r];
+    const float y = result(p, n, sum);
     if (finite(y))
-      p.out[(i64)m * p.N + n] = p.bias ? y + p.bias[n] : y;
+      p.out[(i64)m * p.N + n] = y;
     else
       again[atomicAdd(count, 1)] = i;
   }
 }
 
+// Before it returns, the kernel ahead may still run: nothing it writes may be read, nor anything written. Until then W's
+// first bytes come into L2, where nobody's later writes are missed. Kernels behind this one may start as soon as all of
+// its blocks have.
+__device__ __forceinline__ void wait_for_kernel_ahead(const Params& p, int row0, int rows) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+  const int bytes = min(AHEAD, 2 * p.K);
+  if (AHEAD && threadIdx.x < 2 * rows) {
+    const unsigned short* plane = threadIdx.x % 2 ? p.w_lo : p.w_hi;
+    const unsigned short* from = plane + (i64)(row0 + threadIdx.x / 2) * p.K;
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes));
+  }
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, ELSA_MIN_BLOCKS) linear_few(const Params p) {
-  __shared__ float sums[SLICES][ROWS][COLS + 1];
+  extern __shared__ float shared[];
+  float(*sums)[COLS][PITCH] = reinterpret_cast<float(*)[COLS][PITCH]>(shared);
   __shared__ int again[ROWS * COLS], count;
   const int lane = threadIdx.x % 32, slice = threadIdx.x / 32;
   const int g = lane / 4, t = lane % 4;  // g: row of W within 8, and row of X within 8; t: which eight of 32 of K
   const int row0 = (i64)blockIdx.x * p.N / gridDim.x;
   const int share = (i64)(blockIdx.x + 1) * p.N / gridDim.x - row0;
-  Rows rows;
+  wait_for_kernel_ahead(p, row0, share);
+  const int first = 32 * slice + 8 * t;
+  Source from;
+  from.row = p.w_hi + (i64)(row0 + g) * p.K + first;
+  from.pitch = 8 * (i64)p.K;
+  from.to_lo = p.w_lo - p.w_hi;
+  from.share = share - g;
 #pragma unroll
-  for (int i = 0; i < MT; i++)
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-      rows.offset[i][h] = (i64)(row0 + 16 * i + 8 * h + g) * p.K;
-      rows.mine[i][h] = 16 * i + 8 * h + g < share;
-    }
-  const float* x_rows[TILES];
-#pragma unroll
-  for (int j = 0; j < TILES; j++) x_rows[j] = p.x + min(8 * j + g, p.M - 1) * p.x_stride;
+  for (int j = 0; j < 2; j++) {
+    from.x[j] = p.x + (8 * j + g) * p.x_stride + first;
+    from.rest_of_x[j] = 8 * j + g < p.M ? p.K - first : 0;
+  }
+  from.rest = p.K - first;
   if (threadIdx.x == 0) count = 0;
-  for (int i = lane; i < ROWS * (COLS + 1); i += 32) sums[slice][0][i] = 0.f;
+  for (int i = lane; i < COLS * PITCH; i += 32) sums[slice][0][i] = 0.f;
   __syncwarp();
 
-  float acc[MT][TILES][4] = {};
-  Planes w;
-  int k = 32 * slice + 8 * t, summed = 0;
-  load(p, rows, k, w);
-  for (int base = 32 * slice; base < p.K; base += STEP, k += STEP) {
-    float4 x[TILES][2];
-    const bool inside = k < p.K;
-    const float4 zero = {0.f, 0.f, 0.f, 0.f};
+  float acc[NT][2][2] = {};
+  Weights w[SETS] = {};
+  float4 x[2][2];
+  load_x(from, 0, x);
 #pragma unroll
-    for (int j = 0; j < TILES; j++) {
-      const float4* from = reinterpret_cast<const float4*>(x_rows[j] + k);
-      x[j][0] = inside ? __ldg(from) : zero;
-      x[j][1] = inside ? __ldg(from + 1) : zero;
-    }
-    const Planes now = w;
-    load(p, rows, k + STEP, w);
-    accumulate(t, x, now, acc);
-    if (++summed == FLUSH) {
-      flush(sums[slice], g, t, acc);
-      summed = 0;
-    }
+  for (int i = 0; i < SETS; i++) {
+    const unsigned short* row = from.row + i * STEP;
+#pragma unroll
+    for (int n = 0; n < NT; n++) load_w(from, n, i * STEP, row, w[i]);
+  }
+  const int steps = (p.K - 32 * slice + STEP - 1) / STEP;  // the warp's: all its lanes take part in the products
+  for (int s = 0; s < steps; s += SETS) {
+#pragma unroll
+    for (int i = 0; i < SETS; i++) accumulate(from, (s + i) * STEP, x, w[i], acc);
+    if ((s + SETS) % FLUSH == 0) flush(sums[slice], g, t, acc);
   }
   flush(sums[slice], g, t, acc);
   __syncthreads();
@@ -240,6 +260,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, ELSA_MIN_BLOCKS) linear_fe
   for (int i = slice; i < count; i += SLICES) {
     const int n = row0 + again[i] % ROWS, m = again[i] / ROWS;
     const float y = exact(p, m, n, lane);
-    if (lane == 0) p.out[(i64)m * p.N + n] = p.bias ? y + p.bias[n] : y;
+    if (lane == 0) p.out[(i64)m * p.N + n] = y;
   }
 }

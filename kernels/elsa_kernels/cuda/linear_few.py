@@ -13,35 +13,56 @@ from elsa_kernels.cuda import driver, nvrtc
 from elsa_kernels.devices import multiprocessors
 
 OLDEST = 80  # mma.m16n8k16 and conversions to FP16 pairs
-
-
+EARLY_LAUNCHES_IN_GRAPHS = 12030  # the CUDA driver from which on a CUDA graph can hold them
 MAX_ROWS = 16
 SLICES = 8  # warps that share K; part of the result's definition, like FLUSH in the kernel
 
 
 @dataclass(frozen=True, slots=True)
 class FewTile:
-    """Up to 16·MT rows of W a block, `blocks_per_sm` of them on a multiprocessor. No result depends on either."""
+    """Up to 8·NT rows of W a block, `blocks_per_sm` of them on a multiprocessor; `sets` steps of K on their way to
+    registers. No result depends on any of them."""
 
-    MT: int
+    NT: int
+    sets: int
     blocks_per_sm: int
 
-    def defines(self, tiles: int) -> dict[str, int]:
+    @property
+    def pitch(self) -> int:
+        """Floats of a row of X's sums in shared memory: 8 beyond a multiple of 32, so that banks differ."""
+        return (8 * self.NT + 23) // 32 * 32 + 8
+
+    @property
+    def shared_bytes(self) -> int:
+        return 4 * SLICES * MAX_ROWS * self.pitch
+
+    def defines(self) -> dict[str, int]:
         return {
-            "ELSA_TILES": tiles,
-            "ELSA_MT": self.MT,
+            "ELSA_NT": self.NT,
+            "ELSA_SETS": self.sets,
             "ELSA_SLICES": SLICES,
             "ELSA_MIN_BLOCKS": self.blocks_per_sm,
+            "ELSA_PITCH": self.pitch,
         }
+
+    def rows(self, multiprocessors: int) -> int:
+        """Rows of W that all multiprocessors have at once."""
+        return 8 * self.NT * self.blocks_per_sm * multiprocessors
 
     def blocks(self, N: int, multiprocessors: int) -> int:
         """Blocks among which N rows are shared evenly: whole waves of the device, of shares no smaller than 8 rows."""
-        fewest = -(-N // (16 * self.MT))
+        fewest = -(-N // (8 * self.NT))
         slots = self.blocks_per_sm * multiprocessors
         return max(fewest, min(-(-fewest // slots) * slots, -(-N // 8)))
 
 
-TILE = FewTile(MT=2, blocks_per_sm=2)
+NARROW = FewTile(NT=5, sets=2, blocks_per_sm=1)
+WIDE = FewTile(NT=4, sets=1, blocks_per_sm=2)
+
+
+def tile_of(rows: int, multiprocessors: int) -> FewTile:
+    at_once = NARROW.rows(multiprocessors)
+    return NARROW if rows <= at_once else WIDE
 
 
 class Params(ctypes.Structure):
@@ -76,16 +97,13 @@ def _refuse_device(device: int) -> str | None:
     return reason
 
 
-def tiles_of(M: int) -> int:
-    """Groups of 8 rows of X."""
-    return 1 if M <= 8 else 2
-
-
 @functools.cache
-def kernel(device: int, tile: FewTile, tiles: int) -> ctypes.c_void_p:
+def kernel(device: int, tile: FewTile) -> tuple[ctypes.c_void_p, bool]:
+    """The kernel, and whether it may be launched early."""
     major, minor = torch.cuda.get_device_capability(device)
-    cubin = nvrtc.cached_cubin(source(), 10 * major + minor, tile.defines(tiles))
-    return driver.Module(cubin).function("linear_few", 0)
+    cubin = nvrtc.cached_cubin(source(), 10 * major + minor, tile.defines())
+    early = major >= 9 and driver.version() >= EARLY_LAUNCHES_IN_GRAPHS
+    return driver.Module(cubin).function("linear_few", tile.shared_bytes), early
 
 
 def run(
@@ -108,8 +126,9 @@ def run(
         x.data_ptr(), bias.data_ptr() if bias is not None else None, out.data_ptr(), hi.data_ptr(), lo.data_ptr(),
         exponent.data_ptr(), x.stride(0), M, N, K,
     )  # fmt: skip
-    tile = tile or TILE
     with torch.cuda.device(x.device):
         device = torch.cuda.current_device()
-        blocks = tile.blocks(N, multiprocessors(device))
-        driver.launch(kernel(device, tile, tiles_of(M)), blocks, 32 * SLICES, 0, params)
+        count = multiprocessors(device)
+        tile = tile or tile_of(N, count)
+        function, early = kernel(device, tile)
+        driver.launch(function, tile.blocks(N, count), 32 * SLICES, tile.shared_bytes, params, early)
