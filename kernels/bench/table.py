@@ -74,8 +74,8 @@ def accuracy_table(rows: list[Row]) -> str:
 def linear_table(rows: list[Row]) -> str:
     """FP32 linear layers on N(0, 1) data, one line a shape: TFLOP/s of many rows, TB/s of few, and the relerr."""
     rows = [row for row in rows if row["family"] == "normal" and row.get("tflops")]
-    many = _linear_lines([row for row in rows if row["M"] > FEW], lambda row: f"{row['tflops']:.0f}")
-    few = _linear_lines([row for row in rows if row["M"] <= FEW], lambda row: f"{row['tbps']:.2f}")
+    many = _linear_lines([row for row in rows if row["M"] > SKINNY], lambda row: f"{row['tflops']:.0f}")
+    few = _linear_lines([row for row in rows if row["M"] in FEW], lambda row: f"{row['tbps']:.2f}")
     return (
         f"TFLOP/s (relative error against float64), rows × outputs × inputs:\n\n{many}\n"
         f"Few rows: TB/s of the weight read:\n\n{few}"
@@ -123,7 +123,8 @@ def _rows(name: str) -> list[Row]:
     return results_file.read(RESULTS / name)["rows"]
 
 
-FEW = 32  # rows of x up to which a linear layer's time is that of reading its weight
+SKINNY = 32  # rows of x up to which a linear layer's time is that of reading its weight
+FEW = (1, 16)  # of them, those that the table shows: the ends of what the CUDA form takes
 LONG = 4096  # query rows of what the headline tables show
 TABLES: dict[str, Callable[[], str]] = {
     "attention": lambda: headline_tables(_rows("attention-h200.json")),
