@@ -32,7 +32,7 @@ from elsa_serve.errors import BudgetError, ElsaError
 from elsa_serve.offload import attention as attentions
 from elsa_serve.offload.device import require_exact_matmul
 from elsa_serve.offload.disk import DirectFile, read_rate
-from elsa_serve.offload.host import HostBuffer
+from elsa_serve.offload.host import FileBuffer, HostBuffer
 from elsa_serve.offload.in_place import worker_threads
 from elsa_serve.offload.machine import Rates, assumed_rates, gpu_facts, host_memory
 from elsa_serve.offload.predict import Share, device_seconds, whole_layers
@@ -40,7 +40,7 @@ from elsa_serve.offload.units import format_size
 from elsa_serve.protocol import GenerationRequest, SamplingParams, stream
 from elsa_serve.stats import Record, StepStats
 
-FORM = 4  # of the measurement: what an earlier form kept is measured again
+FORM = 5  # of the measurement: what an earlier form kept is measured again
 REPEATS = 5
 PAUSE_S = 2e-3  # between two layers' attention on the host
 WARM_UP_S = 0.3
@@ -167,7 +167,8 @@ def describe(rates: Rates) -> list[str]:
         f"matrix products {rates.flops / tera:.4g} TFLOP/s, attention {rates.attention_flops / tera:.4g} TFLOP/s, "
         f"of one query {rates.device_attention / giga:.4g} GB/s of KV, activations {rates.activations / giga:.1f} GB/s",
         f"a layer of a decode pass {rates.layer_s * 1e3:.3f} ms, a pass besides {rates.pass_s * 1e3:.3f} ms",
-        f"disk, past the page cache {rates.disk / giga:.2f} GB/s",
+        f"disk, past the page cache {rates.disk / giga:.2f} GB/s, to new pages of a file {rates.disk_write / giga:.2f} "
+        "GB/s",
     ]
 
 
@@ -188,7 +189,7 @@ def measure_rates(
     found: dict[str, Any] = {"source": f"measured on {_machine_key(device).partition(', torch')[0]}"}
     found |= _memory_rates(device, dtype, sizes)
     found |= _device_rates(device, dtype, attention, linear, sizes)
-    found["disk"] = _disk_rate(sizes.file)
+    found |= {"disk": _disk_rate(sizes.file), "disk_write": _disk_write_rate(sizes.file, device)}
     measured = replace(assumed_rates(dtype), **found)
     share: dict[str, Any] = _engine_rates(device, dtype, attention, linear, sizes, measured)
     return replace(measured, **share)
@@ -360,6 +361,20 @@ def _disk_rate(nbytes: int) -> float:
     except OSError as error:
         logger.warning("the disk of %s cannot be measured (%s): its rate is assumed", folder, error)
         return Rates().disk
+
+
+def _disk_write_rate(nbytes: int, device: torch.device) -> float:
+    """A copy from the device into a new mapped file beside the cache, as KV on disk is written."""
+    folder = envs.cache_dir()
+    try:
+        file = FileBuffer(nbytes, folder)
+    except BudgetError as error:
+        logger.warning("writes to the disk of %s cannot be measured (%s): their rate is assumed", folder, error)
+        return Rates().disk_write
+    source = torch.ones(nbytes, dtype=torch.uint8, device=device)
+    began = time.perf_counter()
+    file.tensor.copy_(source)
+    return nbytes / (time.perf_counter() - began)
 
 
 def seconds(work: Callable[[], object], on_gpu: bool, repeats: int = REPEATS) -> float:

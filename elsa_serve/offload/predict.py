@@ -25,6 +25,7 @@ FEW = 32  # tokens of a share up to which all of them pass every layer: a decode
 ROUNDS = 20  # of the iteration for two pipes that slow each other down; it settles within a few
 
 TO_DEVICE, TO_HOST, DISK = "copies to the device", "copies to the host", "disk"
+TO_DISK = "KV to disk"
 DEVICE, ISSUE = "compute", "issue by the host"
 HOST_ATTENTION, DISK_ATTENTION = "attention on the host", "attention over KV on disk"
 
@@ -62,6 +63,7 @@ class _Work:
 
     to_device: float
     to_host: float
+    to_disk: float  # bytes of KV that the device waits for, since no copy engine writes a file's pages
     from_disk: float  # bytes that are read ahead, beside everything else
     in_place: float  # bytes of KV that the host attends where they lie, in its memory
     mapped: float  # and in a mapped file, which it reads from disk as it attends
@@ -145,7 +147,7 @@ def _work(plan: Plan, shares: Sequence[Share]) -> _Work:
     room = plan.kv_pool_tokens  # tokens of KV on the device, shared in order of arrival
     host_room = geometry.kv_tokens(plan.kv_host_bytes) if plan.kv_disk_bytes else sys.maxsize
     to_device, to_host, from_disk = float(streamed), 0.0, float(plan.disk_bytes)
-    in_place, mapped, in_place_flops = 0.0, 0.0, 0.0
+    in_place, mapped, in_place_flops, to_disk = 0.0, 0.0, 0.0, 0.0
     fused = plan.device_type == "cuda"
     device_s = device_seconds(geometry, rates, [Share(0, share.new) for share in shares], fused)
     hops = 0
@@ -165,6 +167,7 @@ def _work(plan: Plan, shares: Sequence[Share]) -> _Work:
             rates, weights_bytes=streamed, kv_bytes=old * token, flops_per_token=max(1.0, row_flops * old)
         )
         to_host += new * token
+        to_disk += min(share.new, total - on_device - on_host) * token
         device_s -= _attention_seconds(geometry, rates, Share(0, share.new), share.new, fused)
         if total > on_device and share.past and share.new <= limit:
             in_place += max(0, on_host - share.shared) * token
@@ -180,7 +183,7 @@ def _work(plan: Plan, shares: Sequence[Share]) -> _Work:
         from_disk, in_place, mapped = float(plan.disk_bytes), in_place + mapped, 0.0
     chunks = max(1, -(-sum(share.new for share in shares) // plan.chunk_tokens))
     issue = geometry.layers * chunks * rates.layer_s + rates.pass_s
-    return _Work(to_device, to_host, from_disk, in_place, mapped, in_place_flops, device_s, issue, hops)
+    return _Work(to_device, to_host, to_disk, from_disk, in_place, mapped, in_place_flops, device_s, issue, hops)
 
 
 def _time(work: _Work, rates: Rates, one_memory: bool) -> Prediction:
@@ -203,6 +206,7 @@ def _time(work: _Work, rates: Rates, one_memory: bool) -> Prediction:
         DEVICE: own if one_memory else work.device_s,
         ISSUE: work.issue_s,
         TO_HOST: work.to_host / rates.d2h,
+        TO_DISK: work.device_s + work.to_disk / rates.disk_write if work.to_disk else 0.0,
         DISK: (work.from_disk + work.mapped) / rates.disk,
     }
     return Prediction(max(pipes.values()), {name: value for name, value in pipes.items() if value})

@@ -118,6 +118,7 @@ def test_a_cache_that_cannot_be_written_is_announced(
     assert rates(CPU, torch.float32) == measured
     assert "the next start measures again" in caplog.text
     assert measure._disk_rate(1 << 20) == Rates().disk
+    assert measure._disk_write_rate(1 << 20, torch.device("cpu")) == Rates().disk_write
     assert "its rate is assumed" in caplog.text
 
 

@@ -171,6 +171,13 @@ def test_kv_on_disk_is_read_as_it_is_attended() -> None:
     assert "o on disk" in render(made)
 
 
+def test_a_prompt_waits_until_its_kv_is_in_the_file() -> None:
+    made = plan(kv_disk=40 * GIB, host_budget=36 * GIB, resident_layers=0)
+    in_memory = plan(resident_layers=0)
+    assert made.bottleneck["prefill"] == "KV to disk"  # type: ignore[index]
+    assert made.ttft_s == pytest.approx(in_memory.ttft_s + made.kv_disk_tokens * TOKEN / RATES.disk_write, rel=0.01)
+
+
 def test_kv_on_disk_that_free_memory_holds_is_read_from_there() -> None:
     memory: dict[str, Any] = {"resident_layers": 0, "host_budget": 36 * GIB, "kv_disk": 40 * GIB}
     placed = plan(**memory)
