@@ -188,8 +188,8 @@ def measure_rates(
     sizes = sizes or sizes_for(device, dtype)
     found: dict[str, Any] = {"source": f"measured on {_machine_key(device).partition(', torch')[0]}"}
     found |= _memory_rates(device, dtype, sizes)
-    found |= _device_rates(device, dtype, attention, linear, sizes)
     found |= {"disk": _disk_rate(sizes.file), "disk_write": _disk_write_rate(sizes.file, device)}
+    found |= _device_rates(device, dtype, attention, linear, sizes)  # the last: it leaves the device's memory free
     measured = replace(assumed_rates(dtype), **found)
     share: dict[str, Any] = _engine_rates(device, dtype, attention, linear, sizes, measured)
     return replace(measured, **share)
