@@ -41,6 +41,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
 }
+# The oracle of tests with requests in company: each alone on the device, by torch's attention, in half the time.
+PLAIN: dict[str, Any] = {
+    "resident_layers": COMMON["num_hidden_layers"],
+    "chunk_tokens": 512,
+    "prefix_caching": False,
+    "num_speculative_tokens": 0,
+    "attention": "sdpa",
+    "fused": True,
+}
 _ids = itertools.count()
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from engine_models import generate, prompt_of, request_of, tokens_of
+from engine_models import PLAIN, generate, prompt_of, request_of, tokens_of
 
 from elsa_serve.offload.engine import OffloadEngine
 from elsa_serve.offload.kv import KVPool
@@ -44,7 +44,7 @@ class Answer:
 
 
 def alone(make: Any, prompts: list[list[int]], **sampling: Any) -> list[list[int]]:
-    plain = make(prefix_caching=False, num_speculative_tokens=0)
+    plain = make(**PLAIN)
     return [tokens_of(generate(plain, prompt, **sampling)) for prompt in prompts]
 
 

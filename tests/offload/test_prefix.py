@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from engine_models import (
+    PLAIN,
     generate,
     plan_as_for_a_cpu,
     prompt_of,
@@ -220,7 +221,7 @@ def test_follow_up_questions_start_from_the_document(make: Any, placement: str) 
 
 
 def test_a_conversation_goes_on_from_its_answers(make: Any) -> None:
-    engine, plain = make(), make(prefix_caching=False)
+    engine, plain = make(), make(**PLAIN)
     text = prompt_of(50)
     for turn in range(3):
         events = generate(engine, text, max_tokens=40)
@@ -233,7 +234,7 @@ def test_requests_that_arrive_together_share_the_document_once(make: Any) -> Non
     """The first computes it, in rounds; the others wait for that rather than compute it again."""
     sink = Sink()
     engine = make(sink=sink, max_batch=8, prefill_round_tokens=96, max_num_batched_tokens=48)
-    plain = make(prefix_caching=False)
+    plain = make(**PLAIN)
     document = prompt_of(5 * B)
     prompts = [[*document, *prompt_of(7, seed=i)] for i in range(6)]
     results, done = run_together(engine, prompts, max_tokens=12)
@@ -317,7 +318,7 @@ def test_kv_grows_with_the_output(make: Any, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("elsa_serve.offload.scheduler.FIRST_GROWTH", 16)
     sink = Sink()
     engine = make(sink=sink)
-    expected = tokens_of(generate(make(), prompt_of(20), max_tokens=120))
+    expected = tokens_of(generate(make(**PLAIN), prompt_of(20), max_tokens=120))
     assert tokens_of(generate(engine, prompt_of(20), max_tokens=120)) == expected
     used = [sum(one.kv_used_bytes.values()) for one in sink.of(Gauges)]
     growth = sorted(set(used))
@@ -336,7 +337,7 @@ def test_the_youngest_gives_way_and_every_request_ends_with_its_tokens(
     memory = {"gpu_memory": "900KiB", "host_memory": "900KiB"}  # 360 tokens of KV
     engine = make(sink=sink, context=150, max_batch=6, prefix_caching=caching, **memory)
     prompts = [prompt_of(30 + i, seed=i) for i in range(6)]
-    plain = make()
+    plain = make(**PLAIN)
     expected = [tokens_of(generate(plain, prompt, max_tokens=55)) for prompt in prompts]
     results, done = run_together(engine, prompts, max_tokens=55)
     assert all(event.wait(60) for event in done)
@@ -386,7 +387,8 @@ def test_any_mixture_of_requests_gives_the_tokens_of_each_alone(
         max_queue=100,
         device=device,
     )
-    plain = make(prefix_caching=False, context=300, device=device)
+    oracle = PLAIN if device == "cpu" else {"prefix_caching": False}
+    plain = make(**oracle, context=300, device=device)
     documents = [prompt_of(n, seed=n) for n in (70, 130, 200)]
     cases = []
     for i in range(14):
