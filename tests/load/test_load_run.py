@@ -74,8 +74,7 @@ def test_no_request_is_lost_where_the_server_is_stopped_under_load(tmp_path, mon
     assert bench(str(scenario), "--serve", "no-model", "--output", str(tmp_path / "out")) == 0
     data = json.loads((tmp_path / "out" / "run.json").read_text())
     assert data["summary"]["outcomes"]["ok"] == 16
-    assert data["summary"]["retried"] >= 1
-    assert data["watch"]["unreachable"] >= 1
+    assert data["summary"]["retried"] >= 1  # it was away; whether a scrape, one a second, fell into that is chance
     assert data["watch"]["unbalanced_in_a_row"] < 2
     assert (tmp_path / "out" / "server.log").read_text().count("Listening on") == 2
 
