@@ -343,17 +343,15 @@ def _varlen_op(
     precision: str,
     impl: str | None,
 ) -> torch.Tensor:
-    problem, operands = varlen.packed(
+    sequences = varlen.Sequences(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, alibi_slopes, sinks, causal, scale, window,
         softcap, precision, False,
     )  # fmt: skip
+    problem, operands = sequences.together()
     if q.numel() and k.numel() and select(problem, impl).packs:
         return _output(problem, operands, impl)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    for rows, problem, operands in varlen.sequences(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, alibi_slopes, sinks, causal, scale, window,
-        softcap, precision, False,
-    ):  # fmt: skip
+    for rows, problem, operands in sequences.each():
         out[rows] = _output(problem, operands, impl)[0].transpose(0, 1)
     return out
 
@@ -384,20 +382,18 @@ def _varlen_state_op(
     precision: str,
     impl: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    problem, operands = varlen.packed(
+    sequences = varlen.Sequences(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, alibi_slopes, sinks, causal, scale, window,
         softcap, precision, True,
     )  # fmt: skip
+    problem, operands = sequences.together()
     if q.numel() and k.numel() and select(problem, impl).packs:
         state = _state(problem, operands, impl)
         return state.m, state.S, state.W
     T, H, D = q.shape
     dtype = state_dtype(q.dtype)
     m, S, W = q.new_empty((H, T), dtype=dtype), q.new_empty((H, T), dtype=dtype), q.new_empty((H, T, D), dtype=dtype)
-    for rows, problem, operands in varlen.sequences(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, alibi_slopes, sinks, causal, scale, window,
-        softcap, precision, True,
-    ):  # fmt: skip
+    for rows, problem, operands in sequences.each():
         state = _state(problem, operands, impl)
         m[:, rows], S[:, rows], W[:, rows] = state.m[0], state.S[0], state.W[0]
     return m, S, W

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
-from itertools import pairwise
+from dataclasses import dataclass, replace
+from itertools import pairwise, starmap
+from typing import Any
 
 import torch
 
@@ -40,88 +41,54 @@ def check(
         )
 
 
-def packed(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    alibi_slopes: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    causal: bool,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    precision: str,
-    return_state: bool,
-) -> tuple[Problem, Operands]:
-    """All sequences as one problem, for implementations that take it (`packs`). The offsets are not read."""
-    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-    operands = Operands(
-        q,
-        k,
-        v,
-        alibi_slopes,
-        sinks=sinks,
-        cu_seqlens_q=cu_seqlens_q.contiguous(),
-        cu_seqlens_k=cu_seqlens_k.contiguous(),
-    )
-    problem = checks.describe(
-        operands,
-        causal=causal,
-        scale=scale,
-        q_start=0,
-        window=window,
-        softcap=softcap,
-        precision=precision,
-        return_state=return_state,
-    )
-    B = cu_seqlens_q.numel() - 1
-    return dataclasses.replace(problem, B=B, Nq=max_seqlen_q, Nk=max_seqlen_k, packed=True), operands
+@dataclass(frozen=True, slots=True)
+class Sequences:
+    """The sequences of a call of `attention_varlen`, checked: one problem together, or one each."""
 
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    cu_seqlens_q: torch.Tensor
+    cu_seqlens_k: torch.Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+    alibi_slopes: torch.Tensor | None
+    sinks: torch.Tensor | None
+    causal: bool
+    scale: float
+    window: int | None
+    softcap: float | None
+    precision: str
+    return_state: bool
 
-def sequences(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    alibi_slopes: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    causal: bool,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    precision: str,
-    return_state: bool,
-) -> Iterator[tuple[slice, Problem, Operands]]:
-    """Each sequence as its rows in q and one problem with B = 1. Reads the offsets: one synchronisation on a GPU."""
-    q_offsets = _offsets("q", cu_seqlens_q, q.shape[0], max_seqlen_q)
-    k_offsets = _offsets("k", cu_seqlens_k, k.shape[0], max_seqlen_k)
-    for s in range(len(q_offsets) - 1):
-        rows, keys = slice(q_offsets[s], q_offsets[s + 1]), slice(k_offsets[s], k_offsets[s + 1])
-        operands = Operands(
-            q=q[rows].transpose(0, 1).unsqueeze(0),
-            k=k[keys].transpose(0, 1).unsqueeze(0),
-            v=v[keys].transpose(0, 1).unsqueeze(0),
-            alibi_slopes=alibi_slopes,
-            sinks=sinks,
+    def together(self) -> tuple[Problem, Operands]:
+        """All sequences as one problem, for implementations that take it (`packs`). The offsets are not read."""
+        operands = self._operands(
+            slice(None),
+            slice(None),
+            cu_seqlens_q=self.cu_seqlens_q.contiguous(),
+            cu_seqlens_k=self.cu_seqlens_k.contiguous(),
         )
-        problem = checks.build_problem(
-            operands,
-            causal=causal,
-            scale=scale,
-            q_start=None,
-            window=window,
-            softcap=softcap,
-            precision=precision,
-            return_state=return_state,
-        )
-        yield rows, problem, operands
+        problem = checks.describe(operands, q_start=0, **self._options())
+        B = self.cu_seqlens_q.numel() - 1
+        return replace(problem, B=B, Nq=self.max_seqlen_q, Nk=self.max_seqlen_k, packed=True), operands
+
+    def each(self) -> Iterator[tuple[slice, Problem, Operands]]:
+        """Each sequence as its rows in q and one problem with B = 1. Reads the offsets: a GPU is waited for."""
+        q_offsets = _offsets("q", self.cu_seqlens_q, self.q.shape[0], self.max_seqlen_q)
+        k_offsets = _offsets("k", self.cu_seqlens_k, self.k.shape[0], self.max_seqlen_k)
+        for rows, keys in zip(starmap(slice, pairwise(q_offsets)), starmap(slice, pairwise(k_offsets))):
+            operands = self._operands(rows, keys)
+            yield rows, checks.build_problem(operands, q_start=None, **self._options()), operands
+
+    def _operands(self, rows: slice, keys: slice, **offsets: torch.Tensor) -> Operands:
+        """[tokens, heads, D] of some rows and keys as [1, heads, N, D]."""
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (self.q[rows], self.k[keys], self.v[keys]))
+        return Operands(q, k, v, self.alibi_slopes, sinks=self.sinks, **offsets)
+
+    def _options(self) -> dict[str, Any]:
+        names = ("causal", "scale", "window", "softcap", "precision", "return_state")
+        return {name: getattr(self, name) for name in names}
 
 
 def _offsets(of: str, tensor: torch.Tensor, total: int, longest: int) -> list[int]:

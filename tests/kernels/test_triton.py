@@ -138,7 +138,7 @@ def test_packed_sequences(name: str, dtype: torch.dtype, monkeypatch: pytest.Mon
     call = {"max_seqlen_q": max(lengths_q), "max_seqlen_k": max(lengths_k), "impl": "triton"} | options
     from elsa_kernels import varlen
 
-    monkeypatch.setattr(varlen, "sequences", lambda *_: pytest.fail("the sequences were taken one by one"))
+    monkeypatch.setattr(varlen.Sequences, "each", lambda _: pytest.fail("the sequences were taken one by one"))
     with poisoned_memory():
         out = elsa_kernels.attention_varlen(q, k, v, cu_q, cu_k, **call)
         state = elsa_kernels.attention_varlen(q, k, v, cu_q, cu_k, **call, return_state=True)

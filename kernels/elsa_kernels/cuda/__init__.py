@@ -45,12 +45,7 @@ def _refuse_device(index: int, precision: str, head_dim: int) -> str | None:
 def _refuse_compiler(major: int, minor: int) -> str | None:
     from elsa_kernels.cuda import nvrtc
 
-    reason = nvrtc.unavailable()
-    if reason is None and 10 * major + minor not in nvrtc.architectures():
-        release = ".".join(str(n) for n in nvrtc.version())
-        reason = (
-            f"NVRTC {release} does not compile for compute capability {major}.{minor}; use a CUDA release that does"
-        )
+    reason = nvrtc.refusal(major, minor)
     if reason is not None:
         logger.warning("cuda_ieee is not available: %s", reason)
     return reason

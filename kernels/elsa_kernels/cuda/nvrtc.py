@@ -91,6 +91,15 @@ def architectures() -> tuple[int, ...]:
     return tuple(values)
 
 
+def refusal(major: int, minor: int) -> str | None:
+    """Why nothing can be compiled here for devices of compute capability major.minor, or None."""
+    reason = unavailable()
+    if reason is None and 10 * major + minor not in architectures():
+        release = ".".join(str(n) for n in version())
+        return f"NVRTC {release} does not compile for compute capability {major}.{minor}; use a CUDA release that does"
+    return reason
+
+
 def compile_cubin(source: str, arch: int, defines: Mapping[str, int]) -> bytes:
     """Machine code of `source` for compute capability `arch` (10·major + minor), without the cache."""
     lib = library()

@@ -157,10 +157,7 @@ def _refuse_device(device: int) -> str | None:
     major, minor = torch.cuda.get_device_capability(device)
     if 10 * major + minor < OLDEST:
         return f"needs compute capability 8.0, the device has {major}.{minor}"
-    reason = nvrtc.unavailable()
-    if reason is None and 10 * major + minor not in nvrtc.architectures():
-        return f"NVRTC {nvrtc.version()} does not compile for compute capability {major}.{minor}"
-    return reason
+    return nvrtc.refusal(major, minor)
 
 
 def kernel(device: int, problem: PagedProblem) -> ctypes.c_void_p:
