@@ -12,7 +12,7 @@ from tests.kernels import aot
 needs_nvrtc = pytest.mark.skipif(nvrtc.unavailable() is not None, reason=f"{nvrtc.unavailable()}")
 
 
-TILES = [linear_few.NARROW, linear_few.WIDE]
+TILES = [*linear_few.NARROW, *linear_few.WIDE]
 
 
 @needs_nvrtc
@@ -28,7 +28,7 @@ def test_weights_go_into_registers_without_spills(arch, tile):
 
 @needs_nvrtc
 def test_parameters_have_the_size_of_the_kernels():
-    defines, size = linear_few.WIDE.defines(), ctypes.sizeof(linear_few.Params)
+    defines, size = linear_few.WIDE[1].defines(), ctypes.sizeof(linear_few.Params)
     arch = max(a for a in nvrtc.architectures() if a <= 90)
     nvrtc.compile_cubin(linear_few.source() + f"static_assert(sizeof(Params) == {size});", arch, defines)
     with pytest.raises(nvrtc.CompilationFailed, match="static assertion"):
@@ -36,9 +36,11 @@ def test_parameters_have_the_size_of_the_kernels():
 
 
 def test_the_narrow_tile_is_for_what_it_takes_at_once():
-    assert [linear_few.tile_of(N, 132) for N in (8, 5120, 5280, 5281, 15360)] == [linear_few.NARROW] * 3 + [
-        linear_few.WIDE
-    ] * 2
+    for M, of_x in ((1, 0), (8, 0), (9, 1), (16, 1)):
+        narrow, wide = linear_few.NARROW[of_x], linear_few.WIDE[of_x]
+        assert narrow.eights == wide.eights == of_x + 1
+        tiles = [linear_few.tile_of(M, N, 132) for N in (8, 5120, 5280, 5281, 15360)]
+        assert tiles == [narrow] * 3 + [wide] * 2
 
 
 @pytest.mark.parametrize("tile", [*TILES, linear_few.FewTile(2, 1, 3)])

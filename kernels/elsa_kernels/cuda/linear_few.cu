@@ -7,20 +7,25 @@
 // be taken in any order, they serve as the fragments of two products as they lie. X, its A, arrives in FP32 and is split
 // here, 32 of K at a time under a power-of-two scale of its own.
 //
-// Every 16 of K is three products from zero, smallest first (the tensor core truncates inside its accumulator); two of
-// them are added in FP32, FLUSH such sums in a register, those in shared memory, and the slices at the end in FP64: no
-// chain is long. None of this depends on the other rows of X, on their number, or on the GPU. A result that is not
+// Every 16 of K is three products from zero, smallest first. The tensor core truncates what it returns, which for rows
+// of one sign is a bias, and the largest part of the error: hence the largest product is taken twice, at first only to
+// learn its size, and half a unit in its last place, added to the smaller two, makes the truncated sum a rounded one.
+// Two sums are added in FP32, FLUSH such sums in a register, those in shared memory, and the slices at the end in FP64:
+// no chain is long. None of this depends on the other rows of X, on their number, or on the GPU. A result that is not
 // finite, be it for an Inf or NaN in X or for a sum beyond FP32, is computed anew without splitting.
 //
-// Needs: ELSA_NT (8 rows of W each), ELSA_SETS, ELSA_SLICES, ELSA_MIN_BLOCKS, ELSA_PITCH, and SLICES·16·PITCH floats of
-// shared memory.
+// Needs: ELSA_NT (8 rows of W each), ELSA_EIGHTS (8 rows of X each), ELSA_SETS, ELSA_X_SETS, ELSA_SLICES,
+// ELSA_MIN_BLOCKS, ELSA_PITCH, and SLICES·8·EIGHTS·PITCH floats of shared memory.
 
 constexpr int SETS = ELSA_SETS;  // of a step's weights in registers, most of them on their way: 1 or 2
+constexpr int X_SETS = ELSA_X_SETS;  // of a step's part of X: divides SETS
 constexpr int NT = ELSA_NT, SLICES = ELSA_SLICES;
-constexpr int THREADS = 32 * SLICES, ROWS = 8 * NT, COLS = 16;
+constexpr int EIGHTS = ELSA_EIGHTS;  // of rows of X: 1 or 2
+constexpr int THREADS = 32 * SLICES, ROWS = 8 * NT, COLS = 8 * EIGHTS;
 constexpr int STEP = 32 * SLICES, FLUSH = 8;
 constexpr int PITCH = ELSA_PITCH;  // of a row of X in shared memory; 8 beyond a multiple of 32, so that banks differ
 static_assert(PITCH >= ROWS && PITCH % 32 == 8, "threads of a warp meet in a bank");
+static_assert(SETS % X_SETS == 0, "a step's registers are chosen when compiled");
 constexpr int AHEAD = 1024;  // bytes of every row and plane fetched into L2 before the kernel ahead has ended
 
 typedef unsigned int u32;
@@ -42,6 +47,11 @@ __device__ __forceinline__ void stream(uint4& v, const unsigned short* p, bool w
       " @q ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];}"
       : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
       : "l"(p), "r"((int)wanted));
+}
+
+__device__ __forceinline__ void copy4(void* to, const void* from) {  // 4 bytes to shared memory, asynchronously
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from)
+               : "memory");
 }
 
 __device__ __forceinline__ u32 pack(float first, float second) {  // first in the low half
@@ -67,6 +77,9 @@ __device__ __forceinline__ void mma_from_zero(float (&c)[4], const u32 (&a)[4], 
       : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.f));
 }
+
+// Half a unit in the last place of v, with v's sign: a sum to which it was added before it is truncated is a rounded one.
+__device__ __forceinline__ float half_unit(float v) { return __int_as_float(__float_as_int(v) & 0xff800000) * 0x1p-24f; }
 
 __device__ __forceinline__ bool finite(float v) { return (__float_as_int(v) & 0x7f800000) != 0x7f800000; }
 
@@ -96,9 +109,9 @@ struct Source {
   const unsigned short* row;  // of W's plane hi: row g at this thread's first k
   i64 pitch, to_lo;           // from row g to row g + 8; from plane hi to plane lo
   int share;                  // rows of W from g on that are the block's; of others zeros are multiplied
-  const float* x[2];          // rows g and g + 8 of X at this thread's first k
+  const float* x[EIGHTS];     // rows g and g + 8 of X at this thread's first k
   int rest;                   // of K from this thread's first k on; beyond it X is 0, and W what it was before
-  int rest_of_x[2];           // the same of a row that X has, else 0
+  int rest_of_x[EIGHTS];      // the same of a row that X has, else 0
 };
 
 // Row 8n + g of W at k; `row` points there, and then at row 8(n + 1) + g.
@@ -110,49 +123,53 @@ __device__ __forceinline__ void load_w(const Source& from, int n, int k, const u
   if (NT >= 8) asm volatile("" : "+l"(row));  // else the compiler keeps pointers to all rows, and has no registers left
 }
 
-__device__ __forceinline__ void load_x(const Source& from, int k, float4 (&to)[2][2]) {
+__device__ __forceinline__ void load_x(const Source& from, int k, float4 (&to)[EIGHTS][2]) {
   const float4 zero = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
-  for (int j = 0; j < 2; j++)
+  for (int j = 0; j < EIGHTS; j++)
 #pragma unroll
     for (int h = 0; h < 2; h++)
       to[j][h] = k < from.rest_of_x[j] ? __ldg(reinterpret_cast<const float4*>(from.x[j] + k) + h) : zero;
 }
 
-// One step at k; every register is loaded anew, x at k + STEP, w at k + SETS·STEP, as soon as it has been used.
-__device__ __forceinline__ void accumulate(const Source& from, int k, float4 (&x)[2][2], Weights& w,
-                                           float (&acc)[NT][2][2]) {
-  u32 hi[2][4], lo[2][4];  // rows g and g + 8 of X
-  float down[2];
+// One step at k; every register is loaded anew, x at k + X_SETS·STEP, w at k + SETS·STEP, as soon as it has been used.
+__device__ __forceinline__ void accumulate(const Source& from, int k, float4 (&x)[EIGHTS][2], Weights& w,
+                                           float (&acc)[NT][EIGHTS][2]) {
+  u32 hi[2][4] = {}, lo[2][4] = {};  // rows g and g + 8 of X; zeros where there is no such row
+  float down[EIGHTS];
 #pragma unroll
-  for (int j = 0; j < 2; j++) down[j] = split(x[j][0], x[j][1], hi[j], lo[j]);
-  load_x(from, k + STEP, x);
+  for (int j = 0; j < EIGHTS; j++) down[j] = split(x[j][0], x[j][1], hi[j], lo[j]);
+  load_x(from, k + X_SETS * STEP, x);
   const u32 hi0[4] = {hi[0][0], hi[1][0], hi[0][1], hi[1][1]}, hi1[4] = {hi[0][2], hi[1][2], hi[0][3], hi[1][3]};
   const u32 lo0[4] = {lo[0][0], lo[1][0], lo[0][1], lo[1][1]}, lo1[4] = {lo[0][2], lo[1][2], lo[0][3], lo[1][3]};
   const unsigned short* row = from.row + k + SETS * STEP;
 #pragma unroll
   for (int n = 0; n < NT; n++) {
-    float c0[4], c1[4];  // of the first and the second 16 of K
+    float c0[4], c1[4], r0[4], r1[4];  // of the first and the second 16 of K
     mma_from_zero(c0, lo0, w.hi[n].x, w.hi[n].y);
     mma_from_zero(c1, lo1, w.hi[n].z, w.hi[n].w);
     mma(c0, hi0, w.lo[n].x, w.lo[n].y);
     mma(c1, hi1, w.lo[n].z, w.lo[n].w);
+    mma_from_zero(r0, hi0, w.hi[n].x, w.hi[n].y);
+    mma_from_zero(r1, hi1, w.hi[n].z, w.hi[n].w);
+#pragma unroll
+    for (int i = 0; i < 2 * EIGHTS; i++) c0[i] += half_unit(r0[i]), c1[i] += half_unit(r1[i]);
     mma(c0, hi0, w.hi[n].x, w.hi[n].y);
     mma(c1, hi1, w.hi[n].z, w.hi[n].w);
     load_w(from, n, k + SETS * STEP, row, w);
 #pragma unroll
-    for (int j = 0; j < 2; j++)
+    for (int j = 0; j < EIGHTS; j++)
 #pragma unroll
       for (int c = 0; c < 2; c++) acc[n][j][c] = fmaf(c0[2 * j + c] + c1[2 * j + c], down[j], acc[n][j][c]);
   }
 }
 
 // Adds what has been summed to this thread's place in shared memory, and starts anew.
-__device__ __forceinline__ void flush(float (*sums)[PITCH], int g, int t, float (&acc)[NT][2][2]) {
+__device__ __forceinline__ void flush(float (*sums)[PITCH], int g, int t, float (&acc)[NT][EIGHTS][2]) {
 #pragma unroll
   for (int n = 0; n < NT; n++)
 #pragma unroll
-    for (int j = 0; j < 2; j++) {
+    for (int j = 0; j < EIGHTS; j++) {
       float2& place = *reinterpret_cast<float2*>(&sums[8 * j + g][8 * n + 2 * t]);
       const float2 sum = place;
       place = make_float2(sum.x + acc[n][j][0], sum.y + acc[n][j][1]);
@@ -160,10 +177,11 @@ __device__ __forceinline__ void flush(float (*sums)[PITCH], int g, int t, float 
     }
 }
 
-// A sum over K with row n's exponent and bias: one rounding.
-__device__ __forceinline__ float result(const Params& p, int n, double sum) {
-  const double y = sum * __hiloint2double((p.w_exponent[n] + 1023) << 20, 0);
-  return (float)(p.bias ? y + p.bias[n] : y);
+constexpr float NO_BIAS = -0.f;  // what may be added to anything
+
+// A sum over K with its row's exponent and bias: one rounding.
+__device__ __forceinline__ float result(int exponent, float bias, double sum) {
+  return (float)(sum * __hiloint2double((exponent + 1023) << 20, 0) + bias);
 }
 
 // One element as FP32 arithmetic has it, Inf and NaN included, by one warp; in FP64, for it is rare.
@@ -176,21 +194,21 @@ __device__ float exact(const Params& p, int m, int n, int lane) {
   }
 #pragma unroll
   for (int d = 16; d; d >>= 1) sum += __shfl_xor_sync(~0u, sum, d);
-  return result(p, n, sum);
+  return result(p.w_exponent[n], p.bias ? p.bias[n] : NO_BIAS, sum);
 }
 
 // Adds the slices and stores; keeps count of the results that are not finite.
-__device__ __forceinline__ void finish(const Params& p, float (*sums)[COLS][PITCH], int row0, int rows, int* again,
-                                       int* count) {
+__device__ __forceinline__ void finish(const Params& p, float (*sums)[COLS][PITCH], int row0, int rows,
+                                       const int* exponent, const float* bias, int* again, int* count) {
   for (int i = threadIdx.x; i < ROWS * COLS; i += THREADS) {
-    const int r = i % ROWS, m = i / ROWS, n = row0 + r;
+    const int r = i % ROWS, m = i / ROWS;
     if (m >= p.M || r >= rows) continue;
     double sum = 0.;
 #pragma unroll
     for (int s = 0; s < SLICES; s++) sum += sums[s][m][r];
-    const float y = result(p, n, sum);
+    const float y = result(exponent[r], bias[r], sum);
     if (finite(y))
-      p.out[(i64)m * p.N + n] = y;
+      p.out[(i64)m * p.N + row0 + r] = y;
     else
       again[atomicAdd(count, 1)] = i;
   }
@@ -215,7 +233,8 @@ __device__ __forceinline__ void wait_for_kernel_ahead(const Params& p, int row0,
 extern "C" __global__ void __launch_bounds__(THREADS, ELSA_MIN_BLOCKS) linear_few(const Params p) {
   extern __shared__ float shared[];
   float(*sums)[COLS][PITCH] = reinterpret_cast<float(*)[COLS][PITCH]>(shared);
-  __shared__ int again[ROWS * COLS], count;
+  __shared__ int again[ROWS * COLS], count, exponent[ROWS];
+  __shared__ float bias[ROWS];
   const int lane = threadIdx.x % 32, slice = threadIdx.x / 32;
   const int g = lane / 4, t = lane % 4;  // g: row of W within 8, and row of X within 8; t: which eight of 32 of K
   const int row0 = (i64)blockIdx.x * p.N / gridDim.x;
@@ -228,19 +247,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, ELSA_MIN_BLOCKS) linear_fe
   from.to_lo = p.w_lo - p.w_hi;
   from.share = share - g;
 #pragma unroll
-  for (int j = 0; j < 2; j++) {
+  for (int j = 0; j < EIGHTS; j++) {
     from.x[j] = p.x + (8 * j + g) * p.x_stride + first;
     from.rest_of_x[j] = 8 * j + g < p.M ? p.K - first : 0;
   }
   from.rest = p.K - first;
+  if (threadIdx.x < share) {  // for the end, where they would be waited for
+    copy4(exponent + threadIdx.x, p.w_exponent + row0 + threadIdx.x);
+    if (p.bias)
+      copy4(bias + threadIdx.x, p.bias + row0 + threadIdx.x);
+    else
+      bias[threadIdx.x] = NO_BIAS;
+  }
   if (threadIdx.x == 0) count = 0;
   for (int i = lane; i < COLS * PITCH; i += 32) sums[slice][0][i] = 0.f;
   __syncwarp();
 
-  float acc[NT][2][2] = {};
+  float acc[NT][EIGHTS][2] = {};
   Weights w[SETS] = {};
-  float4 x[2][2];
-  load_x(from, 0, x);
+  float4 x[X_SETS][EIGHTS][2];
+#pragma unroll
+  for (int i = 0; i < X_SETS; i++) load_x(from, i * STEP, x[i]);
 #pragma unroll
   for (int i = 0; i < SETS; i++) {
     const unsigned short* row = from.row + i * STEP;
@@ -250,12 +277,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, ELSA_MIN_BLOCKS) linear_fe
   const int steps = (p.K - 32 * slice + STEP - 1) / STEP;  // the warp's: all its lanes take part in the products
   for (int s = 0; s < steps; s += SETS) {
 #pragma unroll
-    for (int i = 0; i < SETS; i++) accumulate(from, (s + i) * STEP, x, w[i], acc);
+    for (int i = 0; i < SETS; i++) accumulate(from, (s + i) * STEP, x[i % X_SETS], w[i], acc);
     if ((s + SETS) % FLUSH == 0) flush(sums[slice], g, t, acc);
   }
   flush(sums[slice], g, t, acc);
+  asm volatile("cp.async.wait_all;" ::: "memory");
   __syncthreads();
-  finish(p, sums, row0, share, again, &count);
+  finish(p, sums, row0, share, exponent, bias, again, &count);
   __syncthreads();
   for (int i = slice; i < count; i += SLICES) {
     const int n = row0 + again[i] % ROWS, m = again[i] / ROWS;

@@ -20,12 +20,14 @@ SLICES = 8  # warps that share K; part of the result's definition, like FLUSH in
 
 @dataclass(frozen=True, slots=True)
 class FewTile:
-    """Up to 8·NT rows of W a block, `blocks_per_sm` of them on a multiprocessor; `sets` steps of K on their way to
-    registers. No result depends on any of them."""
+    """Up to 8·NT rows of W and 8·eights rows of X a block, `blocks_per_sm` of them on a multiprocessor; `sets` steps of
+    W's K on their way to registers, and `x_sets` of X's. No result depends on any of them."""
 
     NT: int
     sets: int
     blocks_per_sm: int
+    eights: int = 1
+    x_sets: int = 1
 
     @property
     def pitch(self) -> int:
@@ -34,12 +36,14 @@ class FewTile:
 
     @property
     def shared_bytes(self) -> int:
-        return 4 * SLICES * MAX_ROWS * self.pitch
+        return 4 * SLICES * 8 * self.eights * self.pitch
 
     def defines(self) -> dict[str, int]:
         return {
             "ELSA_NT": self.NT,
+            "ELSA_EIGHTS": self.eights,
             "ELSA_SETS": self.sets,
+            "ELSA_X_SETS": self.x_sets,
             "ELSA_SLICES": SLICES,
             "ELSA_MIN_BLOCKS": self.blocks_per_sm,
             "ELSA_PITCH": self.pitch,
@@ -56,13 +60,15 @@ class FewTile:
         return max(fewest, min(-(-fewest // slots) * slots, -(-N // 8)))
 
 
-NARROW = FewTile(NT=5, sets=2, blocks_per_sm=1)
-WIDE = FewTile(NT=4, sets=1, blocks_per_sm=2)
+# By the eights of rows of X: one leaves the registers and the instructions of the other to the weights.
+NARROW = (FewTile(NT=5, sets=2, blocks_per_sm=1), FewTile(NT=5, sets=2, blocks_per_sm=1, eights=2, x_sets=2))
+WIDE = (FewTile(NT=4, sets=1, blocks_per_sm=2), FewTile(NT=4, sets=1, blocks_per_sm=2, eights=2))
 
 
-def tile_of(rows: int, multiprocessors: int) -> FewTile:
-    at_once = NARROW.rows(multiprocessors)
-    return NARROW if rows <= at_once else WIDE
+def tile_of(M: int, N: int, multiprocessors: int) -> FewTile:
+    """The tile for M rows of X and N of W: narrow where the device has all of W's rows at once."""
+    of_x = (M - 1) // 8
+    return NARROW[of_x] if NARROW[of_x].rows(multiprocessors) >= N else WIDE[of_x]
 
 
 class Params(ctypes.Structure):
@@ -126,6 +132,6 @@ def run(
     with torch.cuda.device(x.device):
         device = torch.cuda.current_device()
         count = multiprocessors(device)
-        tile = tile or tile_of(N, count)
+        tile = tile or tile_of(M, N, count)
         function, early = kernel(device, tile)
         driver.launch(function, tile.blocks(N, count), 32 * SLICES, tile.shared_bytes, params, early)

@@ -20,13 +20,15 @@ from dataclasses import dataclass
 ROWS_PER_WARP = 16
 HEAD_DIM_STEP = 32
 MAX_HEAD_DIM = 256
+CHAIN = 64  # products summed in one chain where a tile has sums of its own
 MERGE_EVERY = 1024  # keys summed in registers before they are merged into global memory
 MERGE_EVERY_CHAINED = 512  # the same where tiles have no sums of their own
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """One way to cut the work: what a block of `warps` warps keeps where. Unrolling counts steps of four."""
+    """One way to cut the work: what a block of `warps` warps keeps where. Chains are what is summed in one: of D for a
+    logit, of keys for an output. `unroll_k` counts steps of four; `along_rows`: the order of P·V's outer products."""
 
     head_dim: int
     warps: int
@@ -37,9 +39,11 @@ class Tile:
     q_resident: bool
     tile_sums: bool
     super_tiles: int
+    k_chain: int
+    v_chain: int
     blocks_per_sm: int = 1
     unroll_k: int = 2
-    unroll_v: int = 4
+    along_rows: bool = True
 
     @property
     def rows(self) -> int:
@@ -72,7 +76,9 @@ class Tile:
             "ELSA_SUPER": self.super_tiles,
             "ELSA_MIN_BLOCKS": self.blocks_per_sm,
             "ELSA_UNROLL_K": self.unroll_k,
-            "ELSA_UNROLL_V": self.unroll_v,
+            "ELSA_ALONG_ROWS": int(self.along_rows),
+            "ELSA_K_CHAIN": self.k_chain,
+            "ELSA_V_CHAIN": self.v_chain,
             "ELSA_VEC": vector,
             "ELSA_LOGITS": int(logits),
         }
@@ -117,6 +123,7 @@ def _tile(
     blocks_per_sm: int = 1,
 ) -> Tile:
     tile_sums = head_dim <= 128
+    padded = _padded(head_dim)
     return Tile(
         head_dim=head_dim,
         warps=warps,
@@ -127,5 +134,8 @@ def _tile(
         q_resident=q_resident,
         tile_sums=tile_sums,
         super_tiles=(MERGE_EVERY if tile_sums else MERGE_EVERY_CHAINED) // keys,
+        k_chain=CHAIN if tile_sums else padded,
+        v_chain=CHAIN if padded == 128 else keys,
         blocks_per_sm=blocks_per_sm,
+        along_rows=padded > 64,
     )
