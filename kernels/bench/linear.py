@@ -4,7 +4,8 @@ usage: python -m kernels.bench.linear --out kernels/bench/results/linear-h200.js
 
 Rows with `ms` are timed. Up to 32 rows of x, where reading the weight is the work, weights rotate past the L2 cache and
 every implementation runs as replays of a CUDA graph of 16 calls or so, as a decoding step has layers, which leaves the
-host and the graph's start out; beyond, call by call. `tbps` counts the weight's FP32 bytes. Rows without are the proof: every input family at K up to 32768.
+host and the graph's start out; beyond, call by call. `tbps` counts the weight's FP32 bytes. Rows without are the proof:
+every input family at K up to 32768.
 """
 
 from __future__ import annotations

@@ -351,6 +351,14 @@ __device__ __forceinline__ void add_kept(float (&S)[TM][TN], const float* p, int
     }
 }
 
+// Has all of S computed here: what make_logits does to it, begun among the additions, takes registers there are not.
+__device__ __forceinline__ void settle(float (&S)[TM][TN]) {
+#pragma unroll
+  for (int i = 0; i < TM; ++i)
+#pragma unroll
+    for (int j = 0; j < TN; ++j) asm volatile("" : "+f"(S[i][j]));
+}
+
 template <bool GUARD>
 __device__ __forceinline__ void rescale(float (&O)[TM][TO], const float (&alpha)[TM]) {
 #pragma unroll
@@ -566,7 +574,11 @@ __device__ __forceinline__ bool run(const Params& a, const Block& k, float* shar
         clear(S);
       }
     }
-    if (K_CHAIN < K_STEPS) add_kept(S, p, lane), __syncwarp();
+    if (K_CHAIN < K_STEPS) {
+      add_kept(S, p, lane);
+      if (ELSA_LOGITS) settle(S);
+      __syncwarp();
+    }
     int key0 = tile * BN + 4 * lane_col;
     if (ELSA_LOGITS) make_logits(a, k, S, row0, key0);
     if (tile * BN < k.full_lo || (tile + 1) * BN > k.full_hi) mask(a, k, S, row0, key0);
