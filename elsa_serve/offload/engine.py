@@ -211,6 +211,8 @@ class OffloadEngine:
                 raise UsageError("attention cannot change while requests are under way: wait until they have ended")
             attentions.check_model(self._loaded.weights.config, name)
             self._loaded.tiers.use(attentions.ATTEND[name], attentions.ATTEND_STATE.get(name))
+            if self._loaded.runner.graphs is not None:
+                self._loaded.runner.graphs.usable = name in attentions.IN_GRAPHS
             self._options = replace(self._options, attention=name)
             self.info = replace(self.info, attention=name)
             self._scheduler.forget_prefixes(self._identity())

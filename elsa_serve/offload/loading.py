@@ -17,6 +17,7 @@ from elsa_serve.offload import machine, measure
 from elsa_serve.offload.checkpoint import Checkpoint, load_config
 from elsa_serve.offload.disk import checkpoint_rate
 from elsa_serve.offload.fused import Fused, fuse
+from elsa_serve.offload.graphs import slack_bytes
 from elsa_serve.offload.host import FileBuffer, HostBuffer
 from elsa_serve.offload.in_place import InPlace
 from elsa_serve.offload.kv import ALIGNMENT, KVPool, KVShape, RequestKV
@@ -64,6 +65,7 @@ class EngineOptions:
     attention: str = "elsa"
     linear: str = "torch"
     fused: bool | None = None  # layers' elementwise work in fewer kernels; None: on a GPU
+    graphs: bool | None = None  # decode from CUDA graphs, where all layers and KV lie on a GPU; None: there
     prefill_round_tokens: int | None = None
     max_num_batched_tokens: int | None = None
     num_speculative_tokens: int | None = None
@@ -251,7 +253,8 @@ def _assemble(
     streams = make_streams(device, serial=options.serial)
     stream = WeightStream(weights, plan.resident_layers, plan.slots, streams)
     shape = KVShape(geometry.layers, geometry.kv_heads, geometry.head_dim, weights.dtype)
-    gpu_pool = torch.empty(plan.kv_gpu_bytes, dtype=torch.uint8, device=device)
+    slack = slack_bytes(geometry.head_dim, weights.dtype)
+    gpu_pool = torch.empty(plan.kv_gpu_bytes + slack, dtype=torch.uint8, device=device)[: plan.kv_gpu_bytes]
     host_buffer = HostBuffer(_padded(plan.kv_host_bytes), pin=device.type == "cuda")
     disk = (
         FileBuffer(plan.kv_disk_bytes, options.kv_disk_dir or Path(tempfile.gettempdir()))
@@ -268,6 +271,7 @@ def _assemble(
         tiers,
         streams,
         chunk_tokens=plan.chunk_tokens,
+        graphs=_in_graphs(options, plan),
     )
     return LoadedModel(
         plan=plan,
@@ -293,6 +297,15 @@ def _fuse(options: EngineOptions, weights: ModelWeights) -> Fused | None:
     fused = fuse(weights.decoder_layers)
     logger.info("fused: %s", fused)
     return fused
+
+
+def _in_graphs(options: EngineOptions, plan: Plan) -> bool:
+    """Whether decode passes may be replayed from CUDA graphs; says what keeps them from it."""
+    if plan.device_type != "cuda" or plan.streamed_layers or options.serial or options.graphs is False:
+        return False
+    if options.attention not in attentions.IN_GRAPHS:
+        logger.info("decode passes are issued anew each time: attention %s is in no CUDA graph", options.attention)
+    return True
 
 
 def _tiers(options: EngineOptions, plan: Plan, shape: KVShape, streams: Streams) -> Tiers:
