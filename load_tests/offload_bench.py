@@ -37,7 +37,7 @@ from elsa_serve.offload.device import indexed
 from elsa_serve.offload.engine import OffloadEngine
 from elsa_serve.offload.loading import DTYPES
 from elsa_serve.offload.machine import host_memory
-from elsa_serve.offload.measure import rates
+from elsa_serve.offload.measure import Heads, rates
 from elsa_serve.offload.split import CHOICES, split_linears
 from elsa_serve.offload.weights import ModelWeights, load_model
 from elsa_serve.protocol import GenerationRequest, SamplingParams, stream
@@ -47,7 +47,7 @@ from kernels.bench import results_file
 MODEL = Path(__file__).parent / "models" / "llama-13b.json"
 RUN_KEYS = (
     "gpu-memory", "host-memory", "attention", "serial", "resident-layers", "slots", "chunk-tokens",
-    "prefill-round-tokens", "context", "decode-tokens", "fused", "host-threads", "weights",
+    "prefill-round-tokens", "context", "decode-tokens", "fused", "graphs", "host-threads", "weights",
 )  # fmt: skip
 # What tells one configuration from another in the results file; the rest of a row is what it gave.
 CONFIGURATION = (
@@ -55,7 +55,7 @@ CONFIGURATION = (
     "asked", "case",
 )  # fmt: skip
 # Recorded where set by hand.
-PLANNED = ("host_memory", "resident_layers", "slots", "chunk_tokens", "prefill_round_tokens", "host_threads")
+PLANNED = ("graphs", "host_memory", "resident_layers", "slots", "chunk_tokens", "prefill_round_tokens", "host_threads")
 WARM_UP_TOKENS = 3
 READ_LAYERS = 8  # to find the host's bandwidth
 
@@ -79,7 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows: list[dict[str, Any]] = []
     if args.measure:
         device = indexed(torch.device(args.device))
-        rates(device, DTYPES[args.dtype], attention=args.attention, linear=args.linear, refresh=True)
+        heads = heads_of(json.loads(args.model.read_text()))
+        rates(device, DTYPES[args.dtype], attention=args.attention, linear=args.linear, heads=heads, refresh=True)
     with tempfile.TemporaryDirectory() as folder, shared_weights(args, Path(folder)) as (directory, weights, load_s):
         bandwidth = read_bandwidth(weights)
         first_tokens: dict[str, list[int]] = {}
@@ -115,6 +116,7 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--serial", type=int, default=0, help="1: the serial twin")
     parser.add_argument("--fused", type=int, default=1, help="0: transformers' own elementwise work on a GPU")
+    parser.add_argument("--graphs", type=int, help="0: no CUDA graphs of decode passes")
     parser.add_argument("--resident-layers", type=int, help="layers on the device (default: planned)")
     parser.add_argument("--slots", type=int)
     parser.add_argument("--chunk-tokens", type=int)
@@ -137,6 +139,12 @@ def parse_run(args: argparse.Namespace, text: str) -> argparse.Namespace:
             raise SystemExit(f"--run {text}: {item!r} is not KEY=VALUE with KEY one of {', '.join(RUN_KEYS)}")
         flags += [f"--{key}", value]
     return build_parser().parse_args(flags, argparse.Namespace(**vars(args)))
+
+
+def heads_of(config: dict[str, Any]) -> Heads:
+    heads = config["num_attention_heads"]
+    dim = config.get("head_dim") or config["hidden_size"] // heads
+    return Heads(heads, config.get("num_key_value_heads") or heads, dim)
 
 
 @contextmanager
@@ -283,6 +291,7 @@ def make_engine(run: argparse.Namespace, directory: Path, weights: ModelWeights,
         attention=run.attention,
         linear=run.linear,
         fused=None if run.fused else False,
+        graphs=None if run.graphs is None else bool(run.graphs),
         num_speculative_tokens=0,  # a token a pass: what the floor is of
         prefix_caching=False,
         serial=bool(run.serial),

@@ -72,7 +72,7 @@ class DecodeGraphs:
         return self._kept[key].run(numbers)
 
     def _captured(self, spans: Sequence[Sequence[Span]], inputs: torch.Tensor) -> _Captured | None:
-        attend = _Attention(spans, self._device)
+        attend = GraphAttention(spans, self._device)
 
         def issue() -> torch.Tensor:
             attend.place(inputs[1])
@@ -119,7 +119,7 @@ class _Captured:
     replay: Callable[[], None]
     inputs: torch.Tensor
     logits: torch.Tensor
-    attend: _Attention  # whose tensors the graph reads
+    attend: GraphAttention  # whose tensors the graph reads
 
     def run(self, numbers: torch.Tensor) -> torch.Tensor:
         self.inputs.copy_(numbers)
@@ -150,7 +150,7 @@ class _Capturing:
         return graph.replay, result
 
 
-class _Attention:
+class GraphAttention:
     """Attention of one token of each request. The requests' last spans grow: how many of their tokens there are is read
     on the device. The spans before them are full."""
 

@@ -183,10 +183,11 @@ def _plan(options: EngineOptions, device: torch.device, config: Any, dtype: torc
     gpu, host = _size(options.gpu_memory), _size(options.host_memory)
     gpu = machine.default_gpu_budget(device) if gpu is None else gpu
     host = machine.default_host_budget(device, gpu) if host is None else host
+    geometry = Geometry.from_config(config, dtype)
     rates = options.rates
     if rates is None and here:
-        rates = measure.rates(device, dtype, attention=options.attention, linear=options.linear)
-    geometry = Geometry.from_config(config, dtype)
+        heads = measure.Heads(geometry.heads, geometry.kv_heads, geometry.head_dim)
+        rates = measure.rates(device, dtype, attention=options.attention, linear=options.linear, heads=heads)
     disk = options.load_format != "dummy" and options.linear == "torch" and options.weights is None
 
     def plan(rates: Rates | None) -> Plan:

@@ -22,16 +22,19 @@ from elsa_serve.errors import BudgetError, UsageError
 from elsa_serve.offload.disk_layers import BUFFERS
 from elsa_serve.offload.machine import Rates, assumed_rates
 from elsa_serve.offload.predict import Share, pass_time
+from elsa_serve.offload.rounds import rounds_of
 from elsa_serve.offload.units import format_size
 from elsa_serve.offload.weights import ALIGNMENT, build_meta_model, find_decoder_layers, make_layout
 
-MIN_CHUNK, MAX_CHUNK = 64, 4096  # tokens; beyond the larger, matrix products gain nothing
+MIN_CHUNK, SMALL_CHUNK = 64, 4096  # tokens; up to the larger, matrix products gain much
+DECODE_SHARE = 100  # still larger chunks may slow a token down by one part in so many
 ROUND_TOKENS = 32768  # prompt tokens of a pass: all their hidden states lie on the device
 CHUNK_SHARE = 8  # a chunk's activations may take one part in so many of the device budget
 THIRD_SLOT_SHARE = 10  # a third slot evens out the copying where three take no more than one part in so many
 CUDA_CONTEXT = int(0.85 * 2**30)  # the context and kernels' code, outside torch's allocator: 0.81 GiB seen on an H200
 CUBLAS_WORKSPACE = 32 << 20  # what torch gives cuBLAS on Hopper; less elsewhere
 MIB = 1 << 20
+GRAPHS = 128 << 20  # CUDA graphs of decode passes, and cuBLAS's workspace on the stream that captures them
 ALLOCATOR_SLACK = 10  # the caching allocator's fragmentation: one part in so many of the activations
 
 
@@ -286,12 +289,13 @@ def make_plan(
     )
     wanted = context or geometry.max_context
     try:
-        plan = _place(request, wanted)
+        plan = _enlarged(request, _place(request, wanted))
     except BudgetError as error:
         raise BudgetError(f"{error}; {_remedy(request, wanted)}") from None
     if plan.disk_layers and wanted > ROUND_TOKENS:  # every round reads them again: one for all, where that fits
         with suppress(BudgetError):
-            return _place(replace(request, round_tokens=wanted), wanted)
+            larger = replace(request, round_tokens=wanted)
+            return _enlarged(larger, _place(larger, wanted))
     return plan
 
 
@@ -337,6 +341,24 @@ def _place(request: _Request, context: int) -> Plan:
             chunk //= 2
 
 
+def _enlarged(request: _Request, plan: Plan) -> Plan:
+    """The plan in the largest chunks that bring a prompt's first token sooner and decode as fast: each chunk of a
+    layer leaves a part of the device idle at the end of its kernels."""
+    if request.chunk_tokens or request.device_type != "cuda":
+        return plan
+    best, chunk = plan, plan.chunk_tokens
+    while chunk < plan.round_tokens:
+        chunk = min(2 * chunk, plan.round_tokens)
+        try:
+            larger = _place_chunked(request, plan.context, chunk)
+        except BudgetError:
+            break
+        if larger.s_per_token * DECODE_SHARE > plan.s_per_token * (DECODE_SHARE + 1):
+            break
+        best = larger if larger.ttft_s < best.ttft_s else best
+    return best
+
+
 def _place_chunked(request: _Request, context: int, chunk: int) -> Plan:
     """The plan of the number of resident layers that decodes fastest; of equal ones, that which reads least from host
     memory."""
@@ -359,6 +381,8 @@ def _place_with(request: _Request, context: int, chunk: int, resident: int) -> P
     """The plan with so many resident layers, without predictions. Raises BudgetError."""
     geometry = request.geometry
     items = _fixed_items(request, context, chunk)
+    if request.device_type == "cuda" and resident == geometry.layers:
+        items["CUDA graphs"] = GRAPHS
     slots = (request.slots or _choose_slots(geometry, request.gpu_budget)) if resident < geometry.layers else 0
     free = request.gpu_budget - sum(items.values()) - (slots + resident) * geometry.layer_bytes
     kv_gpu = wanted = geometry.kv_bytes(context) * request.batch
@@ -471,7 +495,7 @@ def chunk_bytes(geometry: Geometry, chunk: int, context: int) -> int:
 
 def _choose_chunk(geometry: Geometry, gpu_budget: int) -> int:
     """The largest power of two whose own activations stay a small part of the budget."""
-    chunk = MAX_CHUNK
+    chunk = SMALL_CHUNK
     while chunk > MIN_CHUNK and chunk_bytes(geometry, chunk, 0) > gpu_budget // CHUNK_SHARE:
         chunk //= 2
     return chunk
@@ -518,12 +542,15 @@ def _aligned(nbytes: int) -> int:
 
 def _predict(plan: Plan) -> Plan:
     """With the times of one request of full length: its prompt, and a token at its end."""
-    prefill = pass_time(plan, [Share(0, plan.context)])
     decode = pass_time(plan, [Share(max(0, plan.context - 1), 1)])
+    rounds = [pass_time(plan, [share]) for share in rounds_of(plan, plan.context)]
+    names = {name: None for one in rounds for name in one.pipes}  # in their order
+    prefill = {name: sum(one.pipes.get(name, 0.0) for one in rounds) for name in names}
+    slowest = {name: sum(one.seconds for one in rounds if one.bottleneck == name) for name in names}
     return replace(
         plan,
-        ttft_s=prefill.seconds,
+        ttft_s=sum(one.seconds for one in rounds),
         s_per_token=decode.seconds,
-        bottleneck={"prefill": prefill.bottleneck, "decode": decode.bottleneck},
-        pipes={"prefill": prefill.pipes, "decode": decode.pipes},
+        bottleneck={"prefill": max(slowest, key=slowest.__getitem__), "decode": decode.bottleneck},
+        pipes={"prefill": prefill, "decode": decode.pipes},
     )

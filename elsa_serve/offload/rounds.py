@@ -9,10 +9,14 @@ it.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from elsa_serve.errors import UsageError
-from elsa_serve.offload.plan import Plan
 from elsa_serve.offload.predict import Share, device_seconds
 from elsa_serve.offload.scheduler import PassTokens
+
+if TYPE_CHECKING:
+    from elsa_serve.offload.plan import Plan
 
 HIDDEN = 2.0  # a round computes for this many times its copies' duration
 ROUND_S = 4.0  # and for so long: rounds are few, and what a cancelled prompt loses is little
@@ -28,15 +32,25 @@ def pass_tokens(plan: Plan, alone: int | None = None, beside_decode: int | None 
         if value is not None and value < 1:
             raise UsageError(f"{flag} is {value}: at least 1 is needed")
     if alone is None:
-        alone = (
-            plan.round_tokens
-            if plan.device_type == "cpu"
-            else max(plan.chunk_tokens, _computed_in(plan, max(ROUND_S, _copies(plan))))
-        )
+        alone = round_tokens(plan)
     if beside_decode is None:
         beside_decode = CPU_BESIDE if plan.device_type == "cpu" else _computed_in(plan, plan.s_per_token)
     alone = min(alone, plan.round_tokens)
     return PassTokens(alone, min(alone, beside_decode))
+
+
+def round_tokens(plan: Plan) -> int:
+    """Prompt tokens of a pass without decodes."""
+    if plan.device_type == "cpu":
+        return plan.round_tokens
+    return min(plan.round_tokens, max(plan.chunk_tokens, _computed_in(plan, max(ROUND_S, _copies(plan)))))
+
+
+def rounds_of(plan: Plan, tokens: int) -> list[Share]:
+    """The passes of a prompt alone."""
+    count = -(-tokens // round_tokens(plan))
+    size = -(-tokens // count)
+    return [Share(done, min(size, tokens - done)) for done in range(0, tokens, size)]
 
 
 def _copies(plan: Plan) -> float:

@@ -27,6 +27,7 @@ from elsa_serve.offload.tiers import Piece, Tiers
 # Chunks that the host may issue ahead of the device: enough to keep it busy, few enough that a cancelled request stops
 # soon and that reported progress is real.
 RUN_AHEAD = 4
+TILE = 256  # chunks are of multiples of so many tokens, where they may be
 SHORT_TOKENS = 32  # parts up to this long share a chunk: the tokens of a decode pass, drafted ones included
 
 
@@ -105,8 +106,11 @@ class StepPlan:
         shared: list[Segment] = []
         for part in ordered:
             total = len(part.tokens)
-            for start in range(0, total, chunk_tokens):
-                size = min(chunk_tokens, total - start)
+            # Chunks of about one size: where the last is long, KV for the next layer comes while it is computed.
+            even = -(-total // -(-total // chunk_tokens))
+            most = min(chunk_tokens, -(-even // TILE) * TILE)
+            for start in range(0, total, most):
+                size = min(most, total - start)
                 if shared and (total > SHORT_TOKENS or row + size - low > chunk_tokens):
                     chunks.append(Chunk(low, row, tuple(shared)))
                     low, shared = row, []
