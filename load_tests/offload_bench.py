@@ -38,6 +38,7 @@ from elsa_serve.offload.engine import OffloadEngine
 from elsa_serve.offload.loading import DTYPES
 from elsa_serve.offload.machine import host_memory
 from elsa_serve.offload.measure import Heads, rates
+from elsa_serve.offload.plan import HOST_PROCESS
 from elsa_serve.offload.split import CHOICES, split_linears
 from elsa_serve.offload.weights import ModelWeights, load_model
 from elsa_serve.protocol import GenerationRequest, SamplingParams, stream
@@ -246,7 +247,8 @@ def measure(
     streamed = weights.store.nbytes * plan.streamed_layers // plan.geometry.layers
     kv_on_host = max(0, run.context - plan.kv_gpu_tokens) * plan.geometry.layers * plan.geometry.kv_token_bytes()
     rates, used = plan.rates, host_peak()
-    asked = weights.store.host_nbytes + plan.kv_host_bytes  # the shared weights lie there whole
+    # The shared weights lie in host memory whole, whatever the placement.
+    asked = HOST_PROCESS + weights.store.host_nbytes + plan.kv_host_bytes
     return row | {
         "resident_layers": len(plan.resident_layers),
         "slots": plan.slots,

@@ -32,6 +32,7 @@ ROUND_TOKENS = 32768  # prompt tokens of a pass: all their hidden states lie on 
 CHUNK_SHARE = 8  # a chunk's activations may take one part in so many of the device budget
 THIRD_SLOT_SHARE = 10  # a third slot evens out the copying where three take no more than one part in so many
 CUDA_CONTEXT = int(0.85 * 2**30)  # the context and kernels' code, outside torch's allocator: 0.81 GiB seen on an H200
+HOST_PROCESS = int(1.6 * 2**30)  # of host memory, beside a GPU: libraries, CUDA's own, kernels: 1.5 GiB seen
 CUBLAS_WORKSPACE = 32 << 20  # what torch gives cuBLAS on Hopper; less elsewhere
 MIB = 1 << 20
 GRAPHS = 128 << 20  # CUDA graphs of decode passes, and cuBLAS's workspace on the stream that captures them
@@ -397,7 +398,8 @@ def _place_with(request: _Request, context: int, chunk: int, resident: int) -> P
     least = geometry.kv_bytes(-(-max(0, least - request.kv_disk) // (geometry.layers * geometry.kv_token_bytes())))
     in_memory, staging = _host_layers(request, resident, least)
     weights = geometry.streamed_bytes(geometry.layers - in_memory)
-    room = (request.host_budget - weights - staging) // ALIGNMENT * ALIGNMENT
+    process = _process_bytes(request)
+    room = (request.host_budget - process - weights - staging) // ALIGNMENT * ALIGNMENT
     kv_host = max(least, min(wanted - kv_gpu, room))
     if request.kv_disk:  # whole tokens, so that the rest of a request is what the disk has room for
         kv_host = geometry.kv_bytes(geometry.kv_tokens(kv_host))
@@ -410,6 +412,7 @@ def _place_with(request: _Request, context: int, chunk: int, resident: int) -> P
         "resident layers": resident * geometry.layer_bytes,
     }
     host_bytes = {"weights of streamed layers": weights, "staging for layers on disk": staging, "KV": kv_host}
+    host_bytes["this process"] = process if any(host_bytes.values()) else 0  # no budget is refused for it alone
     taken = sum(host_bytes.values()) + (0 if request.device_type == "cuda" else sum(gpu_bytes.values()))
     residents = spread(range(geometry.layers), resident)
     streamed = [index for index in range(geometry.layers) if index not in set(residents)]
@@ -444,13 +447,20 @@ def _host_layers(request: _Request, resident: int, kv: int) -> tuple[int, int]:
     """
     geometry = request.geometry
     streamed = geometry.layers - resident
-    if geometry.streamed_bytes(resident) + kv <= request.host_budget:
+    budget = max(0, request.host_budget - _process_bytes(request))  # 0 is enough where all lies on the device
+    if geometry.streamed_bytes(resident) + kv <= budget:
         return streamed, 0
     staging = BUFFERS * geometry.layer_bytes
-    left = request.host_budget - kv - staging
+    left = budget - kv - staging
     if not request.disk or left < 0:
         raise BudgetError(_host_message(request, resident, kv))
     return min(streamed - 1, left // geometry.layer_bytes), staging
+
+
+def _process_bytes(request: _Request) -> int:
+    """Host memory of this process beside weights and KV; without a GPU it is small, and the budget is what is given to
+    them alone."""
+    return HOST_PROCESS if request.device_type == "cuda" else 0
 
 
 def _fixed_items(request: _Request, context: int, chunk: int) -> dict[str, int]:
@@ -522,12 +532,13 @@ def _device_message(request: _Request, items: dict[str, int], ring: int, residen
 
 def _host_message(request: _Request, resident: int, kv: int) -> str:
     geometry = request.geometry
-    weights, what = geometry.streamed_bytes(resident), "weights"
+    weights, what, process = geometry.streamed_bytes(resident), "weights", _process_bytes(request)
     if request.disk:
         weights, what = BUFFERS * geometry.layer_bytes, "staging for layers on disk"
     return (
         f"a budget of {format_size(request.host_budget)} in host memory (--host-memory, or the container's limit) is "
-        f"too small: {format_size(weights + kv)} are needed ({what} {format_size(weights)}, KV {format_size(kv)})"
+        f"too small: {format_size(process + weights + kv)} are needed ({what} {format_size(weights)}, KV "
+        f"{format_size(kv)}{f', this process {format_size(process)}' if process else ''})"
     )
 
 
