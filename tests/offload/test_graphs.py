@@ -156,3 +156,34 @@ def test_graphs_are_few(engines: tuple[OffloadEngine, OffloadEngine], monkeypatc
 
 def test_without_a_gpu_no_graph_is_made(engines: tuple[OffloadEngine, OffloadEngine]) -> None:
     assert engines[0]._loaded.runner.graphs is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_graphs_on_a_gpu(family: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captured for good, where the serial twin issues every pass: one request, three in company, KV in spans."""
+    from elsa_serve.offload import scheduler
+
+    for name in ("FIRST_GROWTH", "LAST_GROWTH"):
+        monkeypatch.setattr(scheduler, name, 24)
+    directory = save_checkpoint(family, tmp_path)
+    options = {
+        "device": "cuda", "gpu_memory": "3GiB", "dtype": dtype, "num_speculative_tokens": 0, "prefix_caching": False,
+    }  # fmt: skip
+    prompts = [prompt_of(20 + 9 * i, seed=i) for i in range(3)]
+
+    def run(**more: Any) -> list[list[int]]:
+        engine = make_engine(directory, **options, **more)
+        try:
+            alone = tokens_of(generate(engine, prompts[0], max_tokens=TOKENS))
+            made = engine._loaded.runner.graphs
+            assert (made is None) == bool(more)
+            if made is not None:
+                assert made.usable
+                assert made._kept
+            return [alone, *together(engine, prompts, max_tokens=TOKENS)]
+        finally:
+            engine.shutdown()
+
+    assert run() == run(serial=True)
