@@ -11,10 +11,10 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from elsa_kernels import attention, attention_paged, reshape_and_cache
+from elsa_kernels import State, attention, attention_paged, reshape_and_cache
 from elsa_kernels.paged import decode_counters
 
 from elsa_serve.offload.attention import AttentionOptions, ChunkAttention
@@ -133,7 +133,7 @@ class _Capturing:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream: torch.cuda.Stream | None = None  # of all captures: cuBLAS takes memory for each stream
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None
 
     def __call__(self, issue: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
         """(replay, what the function returned). Raises RuntimeError for what cannot be captured."""
@@ -200,15 +200,15 @@ class GraphAttention:
         """q [1, H, D] over several spans: a state of each."""
         if options.window is not None or options.sinks is not None:
             raise NotImplementedError("sliding windows and sinks are in no CUDA graph where KV lies in several spans")
-        blocks = [(span.extent.layers[layer][:, :, : span.tokens], None) for span in self._full[i]]
-        blocks.append((self._growing[i].layers[layer], self._ranges[i : i + 1]))
-        states = [
-            attention(
+
+        def state(block: torch.Tensor, tokens: torch.Tensor | None = None) -> State:
+            return attention(
                 q[:, :, None], block[None, 0], block[None, 1], scale=options.scale, softcap=options.softcap,
                 kv_range=tokens, return_state=True,
             )  # fmt: skip
-            for block, tokens in blocks
-        ]
+
+        states = [state(span.extent.layers[layer][:, :, : span.tokens]) for span in self._full[i]]
+        states.append(state(self._growing[i].layers[layer], self._ranges[i : i + 1]))
         return merged(states, q.dtype)[:, :, 0]
 
 

@@ -195,8 +195,8 @@ def describe(rates: Rates) -> list[str]:
         f"matrix products {rates.flops / tera:.4g} TFLOP/s, attention {rates.attention_flops / tera:.4g} TFLOP/s, "
         f"of one query {rates.device_attention / giga:.4g} GB/s of KV, in a graph {rates.graph_attention / giga:.4g}, "
         f"activations {rates.activations / giga:.1f} GB/s",
-        f"a layer of a decode pass {rates.layer_s * 1e3:.3f} ms, a pass besides {rates.pass_s * 1e3:.3f} ms; from a graph "
-        f"{rates.graph_layer_s * 1e3:.3f} and {rates.graph_pass_s * 1e3:.3f} ms; a prompt's chunk costs a layer "
+        f"a layer of a decode pass {rates.layer_s * 1e3:.3f} ms, a pass besides {rates.pass_s * 1e3:.3f} ms; from a "
+        f"graph {rates.graph_layer_s * 1e3:.3f} and {rates.graph_pass_s * 1e3:.3f} ms; a prompt's chunk costs a layer "
         f"{rates.chunk_s * 1e3:.3f} ms",
         f"disk, past the page cache {rates.disk / giga:.2f} GB/s, to new pages of a file {rates.disk_write / giga:.2f} "
         "GB/s",

@@ -1,4 +1,4 @@
-"""Decode passes as CUDA graphs hold them: the same tokens, from the same calls on other numbers; what no graph holds."""
+"""Decode passes as CUDA graphs hold them: the same calls on other numbers give the same tokens. What no graph holds."""
 
 from __future__ import annotations
 
