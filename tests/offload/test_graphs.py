@@ -170,7 +170,8 @@ def test_graphs_on_a_gpu(family: str, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(scheduler.Scheduler, "_plenty", lambda *_: False)
     directory = save_checkpoint(family, tmp_path)
     options = {
-        "device": "cuda", "gpu_memory": "3GiB", "dtype": "float32", "num_speculative_tokens": 0, "prefix_caching": False,
+        "device": "cuda", "gpu_memory": "3GiB", "dtype": "float32", "num_speculative_tokens": 0,
+        "prefix_caching": False,
     }  # fmt: skip
     prompts = [prompt_of(20 + 9 * i, seed=i) for i in range(3)]
 
