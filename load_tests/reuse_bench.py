@@ -113,7 +113,7 @@ def base_row(args: argparse.Namespace, engine: OffloadEngine, bandwidth: float) 
         "attention": "elsa", "linear": args.linear, "context": args.context, "gpu_cap": args.gpu_memory,
         "gpu_cap_bytes": plan.gpu_budget, "resident_layers": len(plan.resident_layers),
         "kv_host_bytes": on_host, "weights_host_bytes": streamed, "host_read_bytes_per_s": bandwidth,
-        "floor_s": floor_seconds(streamed, on_host, bandwidth, plan.rates.h2d),
+        "floor_s": floor_seconds(streamed, on_host, bandwidth, plan.rates),
     }  # fmt: skip
 
 

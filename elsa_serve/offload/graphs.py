@@ -11,7 +11,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from elsa_kernels import State, attention, attention_paged, reshape_and_cache
@@ -26,6 +26,7 @@ KEPT = 8  # graphs, the latest used
 
 # ids and positions [1, B] int64 and the attention of the pass -> logits [B, V], all on the device
 Forward = Callable[[torch.Tensor, torch.Tensor, ChunkAttention], torch.Tensor]
+Result = TypeVar("Result")
 Key = tuple[tuple[tuple[int, ...], ...], ...]  # request by request, span by span
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ class DecodeGraphs:
         self._in_spans = True  # also where KV lies in several spans
         self._kept: OrderedDict[Key, _Captured] = OrderedDict()
         self._last: Key | None = None
-        self._capturing = _Capturing(device)
+        self._capturing = Capturing(device)
 
     def logits(self, parts: Sequence[Rows]) -> torch.Tensor | None:
         """Logits [parts, V] of a pass of one token each, on the device, until the next call; None where the pass is not
@@ -127,15 +128,15 @@ class _Captured:
         return self.logits
 
 
-class _Capturing:
-    """Turns what a function issues into a graph. All graphs share one pool of memory: they run one after the other."""
+class Capturing:
+    """Turns what a function issues into a graph. All its graphs share one pool of memory: they run one after the other."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream: torch.cuda.Stream | None = None  # of all captures: cuBLAS takes memory for each stream
         self._pool: Any = None
 
-    def __call__(self, issue: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
+    def __call__(self, issue: Callable[[], Result]) -> tuple[Callable[[], None], Result]:
         """(replay, what the function returned). Raises RuntimeError for what cannot be captured."""
         if self._stream is None:
             self._stream, self._pool = torch.cuda.Stream(self._device), torch.cuda.graph_pool_handle()

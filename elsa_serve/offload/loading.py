@@ -205,6 +205,7 @@ def _plan(options: EngineOptions, device: torch.device, config: Any, dtype: torc
             disk=disk,
             kv_disk=_size(options.kv_disk) or 0,
             free_host=machine.host_memory().available if here else 0,
+            graphs=_may_be_graphs(options),
         )
 
     chosen = plan(rates)
@@ -272,7 +273,7 @@ def _assemble(
         tiers,
         streams,
         chunk_tokens=plan.chunk_tokens,
-        graphs=_in_graphs(options, plan),
+        graphs=plan.graphs,
     )
     return LoadedModel(
         plan=plan,
@@ -300,13 +301,9 @@ def _fuse(options: EngineOptions, weights: ModelWeights) -> Fused | None:
     return fused
 
 
-def _in_graphs(options: EngineOptions, plan: Plan) -> bool:
-    """Whether decode passes may be replayed from CUDA graphs; says what keeps them from it."""
-    if plan.device_type != "cuda" or plan.streamed_layers or options.serial or options.graphs is False:
-        return False
-    if options.attention not in attentions.IN_GRAPHS:
-        logger.info("decode passes are issued anew each time: attention %s is in no CUDA graph", options.attention)
-    return True
+def _may_be_graphs(options: EngineOptions) -> bool:
+    """Whether CUDA graphs may hold decode passes, where all layers are resident."""
+    return not options.serial and options.graphs is not False and options.attention in attentions.IN_GRAPHS
 
 
 def _tiers(options: EngineOptions, plan: Plan, shape: KVShape, streams: Streams) -> Tiers:

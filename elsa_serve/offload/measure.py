@@ -7,6 +7,7 @@ running small random models through the engine.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -32,7 +33,7 @@ from elsa_serve.errors import BudgetError, ElsaError
 from elsa_serve.offload import attention as attentions
 from elsa_serve.offload.device import require_exact_matmul
 from elsa_serve.offload.disk import DirectFile, read_rate
-from elsa_serve.offload.graphs import PAGE, GraphAttention
+from elsa_serve.offload.graphs import PAGE, Capturing, GraphAttention
 from elsa_serve.offload.host import FileBuffer, HostBuffer
 from elsa_serve.offload.in_place import worker_threads
 from elsa_serve.offload.kv import Extent, Span
@@ -42,7 +43,7 @@ from elsa_serve.offload.units import format_size
 from elsa_serve.protocol import GenerationRequest, SamplingParams, stream
 from elsa_serve.stats import Record, StepStats
 
-FORM = 6  # of the measurement: what an earlier form kept is measured again
+FORM = 7  # of the measurement: what an earlier form kept is measured again
 REPEATS = 5
 PAUSE_S = 2e-3  # between two layers' attention on the host
 WARM_UP_S = 0.3
@@ -126,7 +127,11 @@ def rates(
     known = _read_cache(file)
     if not refresh and key in known:
         return Rates(**known[key])
-    logger.warning("measuring this machine's rates for %s once, which takes some seconds", _name(dtype))
+    logger.warning(
+        "measuring this machine's rates for %s once, which takes some seconds, and more where kernels that the engine "
+        "needs are not built yet",
+        _name(dtype),
+    )
     load, cores = os.getloadavg()[0], os.cpu_count() or 1  # both of the whole machine, containers or not
     if load > cores:
         logger.warning(
@@ -340,6 +345,7 @@ def _device_rates(
     """The device's products and its attention, on random numbers: constants draw less power. As fast as they are for a
     moment, and what differs where they last."""
     on_gpu = device.type == "cuda"
+    issued = functools.partial(_as_a_graph, device) if on_gpu else (lambda work: work)
     options: dict[str, Any] = {"dtype": dtype, "device": device}
     tokens, keys = sizes.attention, sizes.copy // heads.token_bytes(dtype)
     weights = sizes.product[1] * sizes.product[2] * dtype.itemsize
@@ -351,9 +357,9 @@ def _device_rates(
             2.0 * heads.queries * heads.dim * tokens**2,
             _attention(attention, tokens, tokens, heads, options),
         ),
-        "device_memory": (1.0 * ROWS * weights, _products_of_one_row(linear, sizes.product, options)),
-        "device_attention": (1.0 * QUERIES * keys * heads.token_bytes(dtype), _repeated(one, QUERIES)),
-        "graph_attention": (1.0 * QUERIES * keys * heads.token_bytes(dtype), _repeated(in_graph, QUERIES)),
+        "device_memory": (1.0 * ROWS * weights, issued(_products_of_one_row(linear, sizes.product, options))),
+        "device_attention": (1.0 * QUERIES * keys * heads.token_bytes(dtype), issued(_repeated(one, QUERIES))),
+        "graph_attention": (1.0 * QUERIES * keys * heads.token_bytes(dtype), issued(_repeated(in_graph, QUERIES))),
     }
     brief = {name: amount / seconds(call, on_gpu) for name, (amount, call) in work.items()}
     lasting = {name: work[name][0] / sustained(work[name][1]) for name in ("flops", "attention_flops") if on_gpu}
@@ -403,6 +409,15 @@ def _paged_attention(keys: int, heads: Heads, options: dict[str, Any]) -> Callab
 
 def _repeated(work: Callable[[], object], times: int) -> Callable[[], object]:
     return lambda: [work() for _ in range(times)]
+
+
+def _as_a_graph(device: torch.device, work: Callable[[], object]) -> Callable[[], object]:
+    """The same from a CUDA graph, where it can be captured: a query's attention is over before Python has issued it."""
+    try:
+        return Capturing(device)(work)[0]
+    except RuntimeError as error:
+        logger.info("no CUDA graph holds what is to be timed, which includes its issue then: %s", error)
+        return work
 
 
 def _disk_rate(nbytes: int) -> float:

@@ -165,6 +165,7 @@ class Plan:
     gpu_bytes: dict[str, int]  # by item, in the order of placing
     host_bytes: dict[str, int]
     rates: Rates
+    graphs: bool = False  # decode passes whose KV lies on the device are replayed from CUDA graphs
     page_cache: int = 0  # bytes of host memory that this plan leaves to the system, which keeps pages of files there
     ttft_s: float = 0.0
     s_per_token: float = 0.0
@@ -236,6 +237,7 @@ class _Request:
     disk: bool
     kv_disk: int
     free_host: int
+    graphs: bool
     round_tokens: int = ROUND_TOKENS
 
 
@@ -254,11 +256,12 @@ def make_plan(
     disk: bool = False,
     kv_disk: int = 0,
     free_host: int = 0,
+    graphs: bool = True,
 ) -> Plan:
     """Place a model. Budgets in bytes; context in tokens, prompt and output together (None: the model's maximum).
     `disk`: layers may stay in the checkpoint's files where host memory does not hold them. `kv_disk`: bytes of KV that
     may lie on disk. `free_host`: of host memory that are free now, budget or not; what the plan leaves of them keeps
-    pages of files.
+    pages of files. `graphs`: CUDA graphs may hold decode passes, where all layers are resident.
 
     Raises BudgetError with numbers for what cannot fit, naming the largest context that would.
     """
@@ -287,6 +290,7 @@ def make_plan(
         disk,
         kv_disk,
         free_host,
+        graphs,
     )
     wanted = context or geometry.max_context
     try:
@@ -382,7 +386,8 @@ def _place_with(request: _Request, context: int, chunk: int, resident: int) -> P
     """The plan with so many resident layers, without predictions. Raises BudgetError."""
     geometry = request.geometry
     items = _fixed_items(request, context, chunk)
-    if request.device_type == "cuda" and resident == geometry.layers:
+    graphs = request.graphs and request.device_type == "cuda" and resident == geometry.layers
+    if graphs:
         items["CUDA graphs"] = GRAPHS
     slots = (request.slots or _choose_slots(geometry, request.gpu_budget)) if resident < geometry.layers else 0
     free = request.gpu_budget - sum(items.values()) - (slots + resident) * geometry.layer_bytes
@@ -436,6 +441,7 @@ def _place_with(request: _Request, context: int, chunk: int, resident: int) -> P
         gpu_bytes=gpu_bytes,
         host_bytes=host_bytes,
         rates=request.rates,
+        graphs=graphs,
         page_cache=max(0, request.free_host - taken),
     )
 

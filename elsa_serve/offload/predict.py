@@ -119,11 +119,10 @@ def whole_layers(geometry: Geometry, new: int, fused: bool) -> int:
 
 
 def in_graph(plan: Plan, shares: Sequence[Share]) -> bool:
-    """Whether a pass is replayed from a CUDA graph: of one token each, with all layers and all KV on the device."""
+    """Whether a pass is replayed from a CUDA graph: of one token each, with all KV on the device, as all layers are."""
     room = plan.kv_pool_tokens if all(share.on_device is None for share in shares) else sys.maxsize
     here = all(share.on_device in (None, share.past + share.new) and share.new == 1 for share in shares)
-    whole = plan.device_type == "cuda" and not plan.streamed_layers
-    return whole and here and sum(share.past + share.new for share in shares) <= room
+    return plan.graphs and here and sum(share.past + share.new for share in shares) <= room
 
 
 def device_seconds(geometry: Geometry, rates: Rates, shares: Sequence[Share], fused: bool = False) -> float:
@@ -221,7 +220,8 @@ def _time(work: _Work, rates: Rates, one_memory: bool) -> Prediction:
     """`one_memory`: the device is the host's own processor, whose copies and computing take turns at its memory."""
     flops_s = work.in_place_flops / rates.cpu_attention_flops
     copying, attending = work.to_device / rates.h2d, math.hypot(work.in_place / rates.cpu_attention, flops_s)
-    own = max(work.device_s + (copying if one_memory else 0.0), work.issue_s) + work.hops * HOP_S
+    # A GPU is issued the next layers while the host attends: only without one the issue is part of the chain.
+    own = (max(work.device_s + copying, work.issue_s) if one_memory else work.device_s) + work.hops * HOP_S
     for _ in range(ROUNDS if copying and attending else 0):
         # The part of either during which the other reads host memory, too.
         whole = max(copying, own + attending)

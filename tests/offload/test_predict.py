@@ -72,10 +72,14 @@ def test_pipes_that_share_the_hosts_memory_slow_each_other_down() -> None:
     assert resident.kv_host_tokens > 0
     assert resident.pipes is not None  # nothing is copied, so the host attends at its full rate
     host = resident.pipes["decode"]["attention on the host"]
-    own = max(device_seconds(GEOMETRY, RATES, [Share(0, 1)]), GEOMETRY.layers * RATES.layer_s + RATES.pass_s)
+    own = device_seconds(GEOMETRY, RATES, [Share(0, 1)])
     attended = resident.kv_gpu_tokens * TOKEN / RATES.device_attention
     expected = resident.kv_host_tokens * TOKEN / 100e9 + own + 40 * HOP_S
     assert expected - attended < host < expected + 2 * attended
+    # The next layers are issued while the host attends: a slow issue is a pipe of its own, and moves nothing.
+    slow = plan(gpu_budget=36 * GIB, resident_layers=40, rates=replace(RATES, layer_s=5e-4))
+    assert slow.s_per_token == resident.s_per_token
+    assert slow.pipes["decode"]["issue by the host"] == pytest.approx(0.021)  # type: ignore[index]
 
 
 def test_everything_on_the_device_is_bound_by_its_memory_or_by_the_host_that_issues() -> None:
@@ -89,6 +93,9 @@ def test_everything_on_the_device_is_bound_by_its_memory_or_by_the_host_that_iss
     attended = 32768 * TOKEN * (1 / 2e12 - 1 / 4e12)
     assert graph.s_per_token == pytest.approx(read - attended + 40 * 5e-5 + 1e-3, rel=0.01)
     assert graph.bottleneck == {"prefill": "compute", "decode": "compute"}
+    issued = plan(gpu_budget=100 * GIB, rates=rates, graphs=False)
+    assert issued.s_per_token == pytest.approx(0.041)
+    assert "CUDA graphs" in graph.gpu_bytes.keys() - issued.gpu_bytes.keys()
     for shares in ([Share(100, 2)], [Share(30000, 1)] * 2):  # two tokens, or more than the device's KV
         assert pass_time(graph, shares).pipes["issue by the host"] == pytest.approx(0.041)
     streamed = plan(gpu_budget=100 * GIB, rates=rates, resident_layers=38)
