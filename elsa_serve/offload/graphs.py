@@ -129,7 +129,7 @@ class _Captured:
 
 
 class Capturing:
-    """Turns what a function issues into a graph. All its graphs share one pool of memory: they run one after the other."""
+    """Turns what a function issues into a graph. Its graphs share one pool of memory: they run one after the other."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

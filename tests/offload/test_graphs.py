@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_models import FAMILIES, generate, make_engine, prompt_of, request_of, save_checkpoint, tokens_of
+from engine_models import FAMILIES, PLAIN, generate, make_engine, prompt_of, request_of, save_checkpoint, tokens_of
 
 from elsa_serve.offload import graphs
 from elsa_serve.offload.engine import OffloadEngine
@@ -160,32 +160,36 @@ def test_without_a_gpu_no_graph_is_made(engines: tuple[OffloadEngine, OffloadEng
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_graphs_on_a_gpu(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Captured for good, where the serial twin issues every pass: one request, three in company, KV in spans."""
+    """Captured for good, beside torch's attention without graphs: one request and three in company, whose KV grows by
+    spans where no window forbids their graph.
+
+    Lengths are multiples of 16: Triton builds kernels anew for others, which is most of the time that this test takes.
+    """
     from elsa_serve.offload import scheduler
 
-    for name in ("FIRST_GROWTH", "LAST_GROWTH"):
-        monkeypatch.setattr(scheduler, name, 24)
-    monkeypatch.setattr(scheduler.Scheduler, "_plenty", lambda *_: False)
+    if family == "llama":
+        for name in ("FIRST_GROWTH", "LAST_GROWTH"):
+            monkeypatch.setattr(scheduler, name, 16)
+        monkeypatch.setattr(scheduler.Scheduler, "_plenty", lambda *_: False)
     directory = save_checkpoint(family, tmp_path)
-    options = {
-        "device": "cuda", "gpu_memory": "3GiB", "dtype": "float32", "num_speculative_tokens": 0,
-        "prefix_caching": False,
-    }  # fmt: skip
-    prompts = [prompt_of(20 + 9 * i, seed=i) for i in range(3)]
+    options = {"device": "cuda", "gpu_memory": "3GiB", "dtype": "float32"}
+    prompts = [prompt_of(32 + 16 * i, seed=i) for i in range(3)]
 
-    def run(**more: Any) -> list[list[int]]:
-        engine = make_engine(directory, **options, **more)
+    def run(**more: Any) -> tuple[list[list[int]], DecodeGraphs | None]:
+        engine = make_engine(directory, **PLAIN | options | more)
         try:
-            alone = tokens_of(generate(engine, prompts[0], max_tokens=TOKENS))
+            tokens = [tokens_of(generate(engine, prompts[0], max_tokens=TOKENS))]
+            tokens += together(engine, prompts, max_tokens=TOKENS)
             made = engine._loaded.runner.graphs
-            assert (made is None) == bool(more)
-            if made is not None:
-                assert made.usable
-                assert made._kept
-            return [alone, *together(engine, prompts, max_tokens=TOKENS)]
+            assert made is None or (made.usable and made._in_spans and len(made._kept) > 1)
+            return tokens, made
         finally:
             engine.shutdown()
 
-    assert run() == run(serial=True)
+    replayed, graphs_made = run(attention="elsa")
+    expected, none = run()
+    assert replayed == expected
+    assert graphs_made is not None
+    assert none is None
