@@ -383,16 +383,19 @@ def test_lengths_go_to_the_kernels_where_they_help_and_are_exact():
     assert drafting.build(0, common(((0, 200),))).seqlens == ((200, 200),)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_ranks_know_how_many_keys_they_hold_before_a_long_prompt(rank):
-    impl = make_impl(Hkv=1)
-    impl.context_group = lambda: SimpleNamespace(world_size=2, rank_in_group=rank)
-    builder = builder_for(impl)
-    share = builder.build(0, common(((65, 200), (0, 130)))).share
-    assert share.seqlens == ((200, 33 - rank), (130, 0))
-    assert share.context_lens.tolist() == [33 - rank, 0]
-    assert share.seq_lens.tolist() == [133 - rank, 65]
-    assert builder.build(0, common(((9, 1), (5, 1)))).share.seqlens is None
+def test_ranks_know_how_many_keys_they_hold_before_a_long_prompt():
+    group = ThreadGroup(2)
+
+    def rank_part(rank):
+        impl = make_impl(Hkv=1)
+        impl.context_group = lambda: group
+        builder = builder_for(impl)
+        share = builder.build(0, common(((65, 200), (0, 130)))).share
+        known = share.seqlens, share.context_lens.tolist(), share.seq_lens.tolist()
+        return *known, builder.build(0, common(((9, 1), (5, 1)))).share.seqlens
+
+    for rank, found in enumerate(group.run(rank_part)):
+        assert found == (((200, 33 - rank), (130, 0)), [33 - rank, 0], [133 - rank, 65], None)
 
 
 def test_batch_invariance_withholds_lengths_that_depend_on_the_batch(monkeypatch):
