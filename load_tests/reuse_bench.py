@@ -8,8 +8,8 @@ One engine with random weights (load_tests.offload_bench) runs, over one documen
   where lookup would have gone wrong in writing TRACE again with the changes of EDITS: the cost of verifying is real,
   the hits are those of that text.
 - `shared document`: `--requests` questions at once, whose KV of the document is one and the same; tokens a second while
-  they decode. Its `floor_s` is offload_bench's: the streamed weights over PCIe, or the document's KV in host memory,
-  read once.
+  they decode. Its `floor_s` is offload_bench's: the streamed weights over PCIe, the document's KV in host memory, read
+  once, or both out of that memory.
 """
 
 from __future__ import annotations

@@ -151,3 +151,22 @@ def test_the_gpu_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     found = measure.measure_rates(torch.device("cuda"), torch.float16, sizes=small)
     assert min(value for value in asdict(found).values() if not isinstance(value, str)) > 0
     assert torch.cuda.get_device_name() in found.source
+    assert found.graph_attention > 1e12  # beyond what Python's issue of each call would leave of it
+
+
+def test_what_no_graph_holds_is_timed_with_its_issue(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refusing:
+        def __init__(self, device: torch.device) -> None:
+            pass
+
+        def __call__(self, work: Any) -> Any:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    def work() -> None:
+        pass
+
+    monkeypatch.setattr(measure, "Capturing", Refusing)
+    assert measure._as_a_graph(CPU, work) is work
+    replay = object()
+    monkeypatch.setattr(measure, "Capturing", lambda _: lambda issued: (replay, None))
+    assert measure._as_a_graph(CPU, work) is replay
