@@ -151,7 +151,7 @@ def test_the_gpu_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     found = measure.measure_rates(torch.device("cuda"), torch.float16, sizes=small)
     assert min(value for value in asdict(found).values() if not isinstance(value, str)) > 0
     assert torch.cuda.get_device_name() in found.source
-    assert found.graph_attention > 1e12  # beyond what Python's issue of each call would leave of it
+    assert found.graph_attention > 0.5 * found.device_memory  # far beyond what the issue of each call leaves of it
 
 
 def test_what_no_graph_holds_is_timed_with_its_issue(monkeypatch: pytest.MonkeyPatch) -> None:
