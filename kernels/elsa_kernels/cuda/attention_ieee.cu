@@ -10,27 +10,26 @@
 // not along the inner dimension, where all would share a bank; it is worth an eighth of the speed (see add_outer).
 // K and V stream through a ring of STAGES slots, a chunk of DC of K's D, then a chunk of NC of V's keys at a time.
 //
-// Sums are a tree, so that the error does not grow like a chain's. S: K_CHAIN of D at a time; the sums wait in shared
-// memory. O: V_CHAIN keys from zero (T), those into O for SUPER tiles, and O into the output tensor in global memory,
-// which serves as the accumulator of the last level. Where T does not fit the registers (TILE_SUMS 0), tiles chain in O
-// and SUPER is small. Boundaries lie at absolute key positions and a fully masked tile is an exact identity: a row's
-// bits depend on nothing else.
+// Sums are a tree in three levels, so that the error does not grow like a chain's: within a tile of BN keys, or with
+// CHAINS within a chunk of NC, from zero (T), those into O for SUPER tiles, and O into the output tensor in global
+// memory, which serves as the accumulator of the last level. Where T does not fit the registers (TILE_SUMS 0), tiles
+// chain in O and SUPER is small. With CHAINS a chunk of DC is summed from zero too, before it is added to S; O gives its
+// registers to S meanwhile and waits in the shared memory of P. Boundaries lie at absolute key positions and a fully
+// masked tile is an exact identity: a row's bits depend on nothing else.
 //
 // A key with logit −∞ must contribute nothing even where its value is ∞ or NaN, but 0·∞ is NaN. Blocks whose result
 // is finite are right as they are; the others run once more, in a second launch, with every product guarded.
 //
 // Needs: ELSA_HEAD (head dimension), ELSA_WARPS, ELSA_BN, ELSA_DC, ELSA_NC, ELSA_STAGES, ELSA_Q_RESIDENT, ELSA_VEC (4:
 // rows of V are 16-byte aligned, or 1), ELSA_SUPER, ELSA_TILE_SUMS, ELSA_MIN_BLOCKS, ELSA_UNROLL_K, ELSA_ALONG_ROWS,
-// ELSA_K_CHAIN, ELSA_V_CHAIN (of D and of keys: what is summed in one chain), ELSA_LOGITS (1: softcap, ALiBi, bias or a
-// scale that is not positive). tiles.py chooses them.
+// ELSA_CHAINS, ELSA_LOGITS (1: softcap, ALiBi, bias or a scale that is not positive). tiles.py chooses them.
 
 constexpr int HEAD = ELSA_HEAD, D = (HEAD + 31) / 32 * 32;  // columns behind HEAD are zeros
 constexpr int WARPS = ELSA_WARPS, BN = ELSA_BN, DC = ELSA_DC, NC = ELSA_NC;
 constexpr int STAGES = ELSA_STAGES, VEC = ELSA_VEC, SUPER = ELSA_SUPER;
-constexpr bool Q_RESIDENT = ELSA_Q_RESIDENT, TILE_SUMS = ELSA_TILE_SUMS;
+constexpr bool Q_RESIDENT = ELSA_Q_RESIDENT, TILE_SUMS = ELSA_TILE_SUMS, CHAINS = ELSA_CHAINS;
 constexpr int THREADS = 32 * WARPS, BM = 16 * WARPS, TM = 8, TN = BN / 16, TO = D / 16;
 constexpr int K_STEPS = D / DC, V_STEPS = BN / NC, STEPS = K_STEPS + V_STEPS;
-constexpr int K_CHAIN = ELSA_K_CHAIN / DC, V_CHAIN = ELSA_V_CHAIN / NC;  // chunks that are summed in one chain
 // 4 floats of padding: a warp that stores 8 columns of 4 rows, transposed, hits 32 distinct banks.
 constexpr int QS = BM + 4, KS = BN + 4;
 constexpr int K_FLOATS = DC * KS + (Q_RESIDENT ? 0 : DC * QS), V_FLOATS = NC * D;
@@ -38,7 +37,7 @@ constexpr int SLOT = K_FLOATS > V_FLOATS ? K_FLOATS : V_FLOATS;
 constexpr int RING = Q_RESIDENT ? D * QS : 0, PROBS = RING + STAGES * SLOT, KEPT = PROBS + BM * BN;
 static_assert(D <= 256 && D % DC == 0 && DC % 8 == 0, "head dimension");
 static_assert(BN % 64 == 0 && BN % NC == 0 && NC % 16 == 0, "keys per tile");
-static_assert(ELSA_K_CHAIN % DC == 0 && ELSA_V_CHAIN % NC == 0 && V_STEPS % V_CHAIN == 0, "chains are whole chunks");
+static_assert(!CHAINS || (TILE_SUMS && D % 64 == 0 && BN >= D), "O waits where P will be");
 static_assert(STAGES >= 2, "a chunk arrives while another is used");
 
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f, LN2_LOW = -1.904654e-9f;
@@ -330,33 +329,28 @@ __device__ __forceinline__ void clear(float (&sum)[TM][N]) {
     for (int j = 0; j < N; ++j) sum[i][j] = 0.f;
 }
 
-// Puts the sum of a chain aside, in the lane's own places of the warp's P, which is free until S is whole. What a vector
-// store takes lies in adjacent registers: begun at the second row, S[i] is in the bank that x[i] in add_outer is not.
-__device__ __forceinline__ void keep(const float (&S)[TM][TN], float* p, int lane) {
-#pragma unroll
-  for (int i = 0; i < TM; i += 4)
-#pragma unroll
-    for (int j = 0; j < TN; ++j)
-      *(float4*)(p + 128 * (TN * (i / 4) + j) + 4 * lane) = make_float4(S[i + 1][j], S[i + 2][j], S[i + 3][j], S[i][j]);
-}
-
-// Adds what has been put aside.
-__device__ __forceinline__ void add_kept(float (&S)[TM][TN], const float* p, int lane) {
-#pragma unroll
-  for (int i = 0; i < TM; i += 4)
-#pragma unroll
-    for (int j = 0; j < TN; ++j) {
-      float4 kept = *(const float4*)(p + 128 * (TN * (i / 4) + j) + 4 * lane);
-      S[i + 1][j] += kept.x, S[i + 2][j] += kept.y, S[i + 3][j] += kept.z, S[i][j] += kept.w;
-    }
-}
-
-// Has all of S computed here: what make_logits does to it, begun among the additions, takes registers there are not.
-__device__ __forceinline__ void settle(float (&S)[TM][TN]) {
+template <int N>
+__device__ __forceinline__ void add(float (&sum)[TM][N], const float (&part)[TM][N]) {
 #pragma unroll
   for (int i = 0; i < TM; ++i)
 #pragma unroll
-    for (int j = 0; j < TN; ++j) asm volatile("" : "+f"(S[i][j]));
+    for (int j = 0; j < N; ++j) sum[i][j] += part[i][j];
+}
+
+// O to the shared memory of the warp's P, which is free while S is computed: every lane has places of its own.
+__device__ __forceinline__ void park(float* p, const float (&O)[TM][TO], int lane) {
+#pragma unroll
+  for (int i = 0; i < TM; ++i)
+#pragma unroll
+    for (int j = 0; j < TO; j += 4)
+      *(float4*)(p + 128 * (TO / 4 * i + j / 4) + 4 * lane) = make_float4(O[i][j], O[i][j + 1], O[i][j + 2], O[i][j + 3]);
+}
+
+__device__ __forceinline__ void unpark(float (&O)[TM][TO], const float* p, int lane) {
+#pragma unroll
+  for (int i = 0; i < TM; ++i)
+#pragma unroll
+    for (int j = 0; j < TO; j += 4) read(O[i], p + 128 * (TO / 4 * i + j / 4) + 4 * lane, j);
 }
 
 template <bool GUARD>
@@ -562,39 +556,40 @@ __device__ __forceinline__ bool run(const Params& a, const Block& k, float* shar
 #pragma unroll 1
   for (int tile = k.tile; tile < k.tile_end; ++tile) {
     float S[TM][TN];
+    if (CHAINS) __syncwarp(), park(p, O, lane);  // all lanes have read P
     clear(S);
 #pragma unroll 1
     for (int step = 0; step < K_STEPS; ++step) {
       const float* chunk = next_chunk(a, k, shared, ahead, slot);
       const float* q = Q_RESIDENT ? shared + step * DC * QS : chunk + DC * KS;
-      multiply_qk<GUARD>(S, q + row0, chunk + 4 * lane_col);
-      if (K_CHAIN < K_STEPS && step % K_CHAIN == K_CHAIN - 1 && step + 1 < K_STEPS) {
-        if (step >= K_CHAIN) add_kept(S, p, lane);
-        keep(S, p, lane);
-        clear(S);
+      if (CHAINS) {
+        float C[TM][TN];
+        clear(C);
+        multiply_qk<GUARD>(C, q + row0, chunk + 4 * lane_col);
+        add(S, C);
+      } else {
+        multiply_qk<GUARD>(S, q + row0, chunk + 4 * lane_col);
       }
     }
-    if (K_CHAIN < K_STEPS) {
-      add_kept(S, p, lane);
-      if (ELSA_LOGITS) settle(S);
-      __syncwarp();
-    }
+    if (CHAINS) unpark(O, p, lane), __syncwarp();  // before any lane writes P
     int key0 = tile * BN + 4 * lane_col;
     if (ELSA_LOGITS) make_logits(a, k, S, row0, key0);
     if (tile * BN < k.full_lo || (tile + 1) * BN > k.full_hi) mask(a, k, S, row0, key0);
     softmax<GUARD>(S, c, m, l, alpha, p, lane_row, lane_col);
+    if (TILE_SUMS && !CHAINS) clear(T);
     if (!TILE_SUMS) rescale<GUARD>(O, alpha);
 #pragma unroll 1
     for (int step = 0; step < V_STEPS; ++step) {
       const float* chunk = next_chunk(a, k, shared, ahead, slot);
-      if (TILE_SUMS && step % V_CHAIN == 0) clear(T);
+      if (CHAINS) clear(T);
       multiply_pv<GUARD>(TILE_SUMS ? T : O, p + 16 * step * NC, lane_row, chunk, lane_col);
-      if (TILE_SUMS && step % V_CHAIN == V_CHAIN - 1) {
+      if (CHAINS) {
         merge<GUARD>(O, T, alpha);
 #pragma unroll
         for (int i = 0; i < TM; ++i) alpha[i] = 1.f;
       }
     }
+    if (TILE_SUMS && !CHAINS) merge<GUARD>(O, T, alpha);
     bool last = tile + 1 == k.tile_end;
     if (last || (tile + 1) % SUPER == 0) {
       good = flush<GUARD>(a, k, shared, O, m, l, row0, lane_col, first, last);

@@ -61,8 +61,8 @@ class FewTile:
 
 
 # By the eights of rows of X: one leaves the registers and the instructions of the other to the weights.
-NARROW = (FewTile(NT=5, sets=2, blocks_per_sm=1), FewTile(NT=5, sets=2, blocks_per_sm=1, eights=2, x_sets=2))
-WIDE = (FewTile(NT=4, sets=1, blocks_per_sm=2), FewTile(NT=4, sets=1, blocks_per_sm=2, eights=2))
+NARROW = tuple(FewTile(NT=5, sets=2, blocks_per_sm=1, eights=eights, x_sets=2) for eights in (1, 2))
+WIDE = tuple(FewTile(NT=4, sets=1, blocks_per_sm=2, eights=eights) for eights in (1, 2))
 
 
 def tile_of(M: int, N: int, multiprocessors: int) -> FewTile:

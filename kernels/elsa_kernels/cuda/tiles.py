@@ -20,15 +20,15 @@ from dataclasses import dataclass
 ROWS_PER_WARP = 16
 HEAD_DIM_STEP = 32
 MAX_HEAD_DIM = 256
-CHAIN = 64  # products summed in one chain where a tile has sums of its own
 MERGE_EVERY = 1024  # keys summed in registers before they are merged into global memory
 MERGE_EVERY_CHAINED = 512  # the same where tiles have no sums of their own
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """One way to cut the work: what a block of `warps` warps keeps where. Chains are what is summed in one: of D for a
-    logit, of keys for an output. `unroll_k` counts steps of four; `along_rows`: the order of P·V's outer products."""
+    """One way to cut the work: what a block of `warps` warps keeps where. `chains`: chunks, of D for a
+    logit and of keys for an output, are summed from zero. `unroll_k` counts steps of four; `along_rows`: the order of
+    P·V's outer products."""
 
     head_dim: int
     warps: int
@@ -39,8 +39,7 @@ class Tile:
     q_resident: bool
     tile_sums: bool
     super_tiles: int
-    k_chain: int
-    v_chain: int
+    chains: bool
     blocks_per_sm: int = 1
     unroll_k: int = 2
     along_rows: bool = True
@@ -77,8 +76,7 @@ class Tile:
             "ELSA_MIN_BLOCKS": self.blocks_per_sm,
             "ELSA_UNROLL_K": self.unroll_k,
             "ELSA_ALONG_ROWS": int(self.along_rows),
-            "ELSA_K_CHAIN": self.k_chain,
-            "ELSA_V_CHAIN": self.v_chain,
+            "ELSA_CHAINS": int(self.chains),
             "ELSA_VEC": vector,
             "ELSA_LOGITS": int(logits),
         }
@@ -103,7 +101,7 @@ def candidates(head_dim: int) -> list[Tile]:
         ]
     large = _tile(head_dim, warps=4, keys=128, k_chunk=32, v_chunk=32, stages=2, q_resident=True, blocks_per_sm=2)
     if _padded(head_dim) == 128:
-        large = _tile(head_dim, warps=8, keys=128, k_chunk=64, v_chunk=64, stages=2, q_resident=True)
+        large = _tile(head_dim, warps=8, keys=128, k_chunk=64, v_chunk=64, stages=2, q_resident=True, chains=True)
     return [
         large,
         _tile(head_dim, warps=4, keys=64, k_chunk=32, v_chunk=16, stages=3, q_resident=True),
@@ -120,10 +118,10 @@ def _tile(
     v_chunk: int,
     stages: int,
     q_resident: bool,
+    chains: bool = False,
     blocks_per_sm: int = 1,
 ) -> Tile:
     tile_sums = head_dim <= 128
-    padded = _padded(head_dim)
     return Tile(
         head_dim=head_dim,
         warps=warps,
@@ -134,8 +132,7 @@ def _tile(
         q_resident=q_resident,
         tile_sums=tile_sums,
         super_tiles=(MERGE_EVERY if tile_sums else MERGE_EVERY_CHAINED) // keys,
-        k_chain=CHAIN if tile_sums else padded,
-        v_chain=CHAIN if padded == 128 else keys,
+        chains=chains,
         blocks_per_sm=blocks_per_sm,
-        along_rows=padded > 64,
+        along_rows=_padded(head_dim) > 64,
     )
