@@ -91,14 +91,18 @@ def _split_query(q, q_stride, qh, ql, row0, Nq, features, D: gl.constexpr, R: gl
 
 
 @gluon.jit
-def _operands(plane, D: gl.constexpr, BN: gl.constexpr):
+def _operands(plane, features, D: gl.constexpr, BN: gl.constexpr):
     """Q's high half as operands in registers: the first CHAIN channels and the last (of 64 channels the same).
 
     From shared memory each product would read Q again: against 64 keys as many bytes as of K, all that it can deliver.
+    Softcap and ALiBi need the registers themselves, which against 128 keys are scarcer.
     """
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
     A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=S, k_width=2)
-    first = plane.slice(0, CHAIN, 1).load(A)
+    if D <= CHAIN and (features.SOFTCAP or features.ALIBI):
+        first = plane
+    else:
+        first = plane.slice(0, CHAIN, 1).load(A)
     rest = first
     if D > CHAIN:
         rest = plane.slice(CHAIN, CHAIN, 1).load(A)
@@ -259,7 +263,7 @@ def _consume(q, q_stride, exponents, scale, qh_all, ql_all, keys, values, turn, 
     qh = qh_all.index(GROUP)
     ql = ql_all.index(GROUP)
     factor = _split_query(q, q_stride, qh, ql, mine, work.Nq, features, D, R) * (scale * LOG2E)
-    q_0, q_1 = _operands(qh, D, BN)
+    q_0, q_1 = _operands(qh, features, D, BN)
     rows = mine + gl.arange(0, ROWS, layout=R)
     lo, hi = row_bounds(rows, work, features)
     positions = work.q_start + rows
