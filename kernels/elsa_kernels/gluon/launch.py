@@ -36,7 +36,7 @@ class Tile:
 
 
 # BN is also the tile of `split_tiles`, so it depends on the head dimension alone.
-SPLIT_TILES = {128: Tile(BN=64, stages=2, groups=2, registers=232), 64: Tile(BN=128, stages=2, groups=2, registers=240)}
+SPLIT_TILES = {128: Tile(BN=64, stages=2, groups=2, registers=232), 64: Tile(BN=128, stages=2, groups=2, registers=232)}
 HALF_TILES = {128: Tile(BN=128, stages=2, groups=2, registers=240), 64: Tile(BN=128, stages=3, groups=2, registers=240)}
 SECTION_HEADS = 4  # heads that work at a time under a causal mask, at least, so that their K and V share the L2 cache
 SECTION_PROGRAMS = 132  # and enough of them to give every SM of an H100 or H200 a program
@@ -77,6 +77,7 @@ def half_forward(
         k_desc=_descriptor(operands.k, tile.BN, width(problem)),
         v_desc=_descriptor(operands.v, tile.BN, width(problem)),
         STAGES=tile.stages,
+        TURNS=tile.turns,
         **_common(problem, operands, tile, out, m, s, todo, section),
     )
     _careful_pass(problem, operands, tile, out, m, s, todo)
@@ -213,7 +214,6 @@ def _common(
         "BN": tile.BN,
         "GROUPS": tile.groups,
         "REGS": tile.registers,
-        "TURNS": tile.turns,
         "CAUSAL": problem.causal,
         "WINDOW": problem.window is not None,
         "KV_RANGE": problem.has_kv_range,

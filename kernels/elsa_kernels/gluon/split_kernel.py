@@ -5,10 +5,8 @@ One TMA producer warp group streams the (hi, lo) planes of K and V; each consume
   tensor core truncates what it adds, so the error of S grows with the length of a chain.
 - P·V starts from zero in every KV tile and is merged in FP32, for the same reason.
 - Scales are powers of two, so they are exact: K per tile and Q per row, undone in the exponent's multiply; P by 2^14;
-  V per tile. The accumulator's unit follows V's: a tile with another one folds the difference into the factor of the
-  old sums.
-- The warp groups take turns at the tensor cores (TURNS): one's softmax falls into the other's products. Left to
-  themselves they start together, share the tensor cores, and reach their softmax together, in every tile.
+  V per tile. The accumulator is kept in units of the coarsest scale of V so far: a tile with a finer one (smaller
+  values) folds the difference into P's, a coarser one into the factor of the old sums.
 - Sums over SPAN keys are merged into those of the spans before, which wait in the output: the error of a tree of
   chains of tens, not of one chain of thousands.
 """
@@ -17,7 +15,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
-    mbarrier,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -33,7 +30,6 @@ from elsa_kernels.gluon.common import (
     fill,
     fold,
     initial_sums,
-    new_barriers,
     new_ring,
     own_rows,
     plan_work,
@@ -45,11 +41,10 @@ from elsa_kernels.gluon.common import (
     write_rows,
 )
 
-P_SCALE = gl.constexpr(2.0**14)  # P ≤ 1 is split as P·2^14 < 65504: its lo half then keeps 11 more bits down to 2^-24
+P_EXPONENT = gl.constexpr(14)  # P ≤ 1 is split as P·2^14 < 65504: its lo half then keeps 11 more bits down to 2^-24
 P_UNIT = gl.constexpr(2.0**-14)
 FINEST = gl.constexpr(126)  # largest exponent of a scale (see planes.py)
-# How far the accumulator's unit follows a finer scale than the coarsest so far, lest its old sums leave FP32's range;
-# the rest is taken from the tile's product.
+# How much of a finer scale P takes up, lest it leave FP16's range; the rest is taken from the tile's product.
 MAX_FINER = gl.constexpr(8)
 SPAN = gl.constexpr(8192)  # keys
 CHAIN = gl.constexpr(64)  # channels that one chain of large products adds up
@@ -91,50 +86,29 @@ def _split_query(q, q_stride, qh, ql, row0, Nq, features, D: gl.constexpr, R: gl
 
 
 @gluon.jit
-def _operands(plane, features, D: gl.constexpr, BN: gl.constexpr):
-    """Q's high half as operands in registers: the first CHAIN channels and the last (of 64 channels the same).
-
-    From shared memory each product would read Q again: against 64 keys as many bytes as of K, all that it can deliver.
-    Softcap and ALiBi need the registers themselves, which against 128 keys are scarcer.
+def _operands(plane, D: gl.constexpr, BN: gl.constexpr):
+    """Q's high half as operands: all of it in shared memory, or of 128 channels the first and the last CHAIN in
+    registers. Against 64 keys a product reads as many bytes of Q as of K, all that shared memory can deliver.
     """
-    S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
-    A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=S, k_width=2)
-    if D <= CHAIN and (features.SOFTCAP or features.ALIBI):
+    if D <= CHAIN:
         first = plane
+        rest = plane
     else:
+        S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
+        A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=S, k_width=2)
         first = plane.slice(0, CHAIN, 1).load(A)
-    rest = first
-    if D > CHAIN:
         rest = plane.slice(CHAIN, CHAIN, 1).load(A)
     return first, rest
 
 
 @gluon.jit
-def _take_turn(turn, i, GROUP: gl.constexpr, TURNS: gl.constexpr):
-    """Wait for this warp group's turn at the tensor cores: the i-th of work.end − work.first + 1, group 0 first."""
-    if TURNS:
-        mbarrier.wait(turn.index(GROUP), (i & 1) ^ (1 if GROUP == 0 else 0))
-
-
-@gluon.jit
-def _pass_turn(turn, GROUP: gl.constexpr, TURNS: gl.constexpr):
-    if TURNS:
-        mbarrier.arrive(turn.index(1 - GROUP), count=1)
-
-
-@gluon.jit
-def _products(q_0, q_1, ql, k_hi, k_lo, turn, GROUP: gl.constexpr, TURNS: gl.constexpr, D: gl.constexpr,
-              BN: gl.constexpr):  # fmt: skip
-    """S of one tile. The large products of all but the first CHAIN channels have an accumulator of their own.
-
-    The turn ends when they are issued.
-    """
+def _products(q_0, q_1, ql, k_hi, k_lo, D: gl.constexpr, BN: gl.constexpr):
+    """S of one tile. The large products of all but the first CHAIN channels have an accumulator of their own."""
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
     s = warpgroup_mma(ql, k_hi.permute((1, 0)), gl.zeros([ROWS, BN], gl.float32, S), use_acc=False, is_async=True)
     if D <= CHAIN:
         s = warpgroup_mma(q_0, k_lo.permute((1, 0)), s, is_async=True)
         s = warpgroup_mma(q_0, k_hi.permute((1, 0)), s, is_async=True)
-        _pass_turn(turn, GROUP, TURNS)
         s = warpgroup_mma_wait(0, deps=[s])
     else:
         s = warpgroup_mma(q_0, k_lo.slice(0, CHAIN, 1).permute((1, 0)), s, is_async=True)
@@ -143,20 +117,17 @@ def _products(q_0, q_1, ql, k_hi, k_lo, turn, GROUP: gl.constexpr, TURNS: gl.con
         k_1 = k_hi.slice(CHAIN, CHAIN, 1).permute((1, 0))
         s = warpgroup_mma(q_0, k_0, s, is_async=True)
         more = warpgroup_mma(q_1, k_1, gl.zeros([ROWS, BN], gl.float32, S), use_acc=False, is_async=True)
-        _pass_turn(turn, GROUP, TURNS)
         s, more = warpgroup_mma_wait(0, deps=[s, more])
         s += more
     return s
 
 
 @gluon.jit
-def _step(t, m, l, acc, unit, coarsest, k_e, v_e, exponents, q_0, q_1, ql, keys, values, turn, work, factor, lo, hi,
-          positions, features, GROUP: gl.constexpr, TURNS: gl.constexpr, D: gl.constexpr, BN: gl.constexpr,
-          MASK: gl.constexpr):  # fmt: skip
+def _step(t, m, l, acc, unit, k_e, v_e, exponents, q_0, q_1, ql, keys, values, work, factor, lo, hi, positions,
+          features, D: gl.constexpr, BN: gl.constexpr, MASK: gl.constexpr):  # fmt: skip
     """Merge the KV tile t into (m, l, acc). m is in units of log2; acc carries P's 2^14 and 2^unit.
 
-    coarsest: the least exponent of V's scales so far. k_e, v_e: exponents of the tile's scales; those of the next tile
-    are returned, loaded long before their use. It is this warp group's turn at the call and at the return.
+    k_e, v_e: exponents of the tile's scales; those of the next tile are returned, loaded long before their use.
     """
     O: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     P: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O, k_width=2)
@@ -165,25 +136,22 @@ def _step(t, m, l, acc, unit, coarsest, k_e, v_e, exponents, q_0, q_1, ql, keys,
     following = exponents + 2 * gl.minimum(t + 1, work.end - 1)
     k_next = gl.load(following)
     v_next = gl.load(following + 1)
-    coarsest = gl.minimum(coarsest, v_e)
-    now = gl.minimum(v_e, coarsest + MAX_FINER)
+    coarsest = gl.minimum(unit, v_e)
+    finer = gl.minimum(v_e - coarsest, MAX_FINER)
     # In two steps, so that neither over- nor underflows where q·k does not.
     here = factor * power_of_two(-(k_e >> 1)) * power_of_two(-(k_e - (k_e >> 1)))
 
     wait_full(keys, i)
-    k_hi = keys.hi.index(slot).reshape([BN, D])
-    k_lo = keys.lo.index(slot).reshape([BN, D])
-    s = _products(q_0, q_1, ql, k_hi, k_lo, turn, GROUP, TURNS, D, BN)
+    s = _products(q_0, q_1, ql, keys.hi.index(slot).reshape([BN, D]), keys.lo.index(slot).reshape([BN, D]), D, BN)
     release(keys, i)
 
     m, l, p, decay = fold(s, m, l, here, t, lo, hi, positions, work, BN, MASK, features)
-    p = p * P_SCALE
+    p = p * power_of_two(P_EXPONENT - finer)
     p_hi = p.to(gl.float16)
     p_lo = (p - p_hi.to(gl.float32)).to(gl.float16)
     p_hi = gl.convert_layout(p_hi, P)
     p_lo = gl.convert_layout(p_lo, P)
 
-    _take_turn(turn, i + 1, GROUP, TURNS)
     wait_full(values, i)
     v_hi = values.hi.index(slot).reshape([BN, D])
     v_lo = values.lo.index(slot).reshape([BN, D])
@@ -192,23 +160,21 @@ def _step(t, m, l, acc, unit, coarsest, k_e, v_e, exponents, q_0, q_1, ql, keys,
     w = warpgroup_mma(p_hi, v_hi, w, is_async=True)
     w = warpgroup_mma_wait(0, deps=[w])
     release(values, i)
-    decay = gl.expand_dims(gl.convert_layout(decay * power_of_two(now - unit), gl.SliceLayout(1, O)), 1)
-    if v_e > now:
-        acc = gl.fma(acc, decay, w * power_of_two(now - v_e))
+    decay = gl.expand_dims(gl.convert_layout(decay * power_of_two(coarsest - unit), gl.SliceLayout(1, O)), 1)
+    if v_e - coarsest > MAX_FINER:
+        acc = gl.fma(acc, decay, w * power_of_two(MAX_FINER - (v_e - coarsest)))
     else:
         acc = gl.fma(acc, decay, w)  # named, or the product is hoisted out of both branches and the fusion lost
-    return m, l, acc, now, coarsest, k_next, v_next
+    return m, l, acc, coarsest, k_next, v_next
 
 
 @gluon.jit
-def _skip(i, keys, values, turn, GROUP: gl.constexpr, TURNS: gl.constexpr):
+def _skip(i, keys, values):
     """Hand back a tile that another warp group needs and this one does not."""
-    _pass_turn(turn, GROUP, TURNS)
     wait_full(keys, i)
     release(keys, i)
     wait_full(values, i)
     release(values, i)
-    _take_turn(turn, i + 1, GROUP, TURNS)
 
 
 @gluon.jit
@@ -223,9 +189,9 @@ def _absorb(m, l, acc, unit, m_before, l_before, unit_before, mine, work, output
 
 
 @gluon.jit
-def _walk(begin, end, a, m, l, acc, unit, coarsest, k_e, v_e, m_before, l_before, unit_before, mine, exponents, q_0,
-          q_1, ql, keys, values, turn, work, output, factor, lo, hi, positions, features, GROUP: gl.constexpr,
-          TURNS: gl.constexpr, D: gl.constexpr, BN: gl.constexpr, MASK: gl.constexpr):  # fmt: skip
+def _walk(begin, end, a, m, l, acc, unit, k_e, v_e, m_before, l_before, unit_before, mine, exponents, q_0, q_1, ql,
+          keys, values, work, output, factor, lo, hi, positions, features, D: gl.constexpr, BN: gl.constexpr,
+          MASK: gl.constexpr):  # fmt: skip
     """The tiles [begin, end) of a walk that began at tile a. Where a span begins, the sums before it are put aside."""
     O: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     TILES: gl.constexpr = SPAN // BN
@@ -242,15 +208,14 @@ def _walk(begin, end, a, m, l, acc, unit, coarsest, k_e, v_e, m_before, l_before
             l = l * 0.0
             acc = acc * 0.0
         for t in range(start, gl.minimum(span * TILES + TILES, end)):
-            m, l, acc, unit, coarsest, k_e, v_e = _step(
-                t, m, l, acc, unit, coarsest, k_e, v_e, exponents, q_0, q_1, ql, keys, values, turn, work, factor, lo,
-                hi, positions, features, GROUP, TURNS, D, BN, MASK)  # fmt: skip
-    return m, l, acc, unit, coarsest, k_e, v_e, m_before, l_before, unit_before
+            m, l, acc, unit, k_e, v_e = _step(t, m, l, acc, unit, k_e, v_e, exponents, q_0, q_1, ql, keys, values, work,
+                                              factor, lo, hi, positions, features, D, BN, MASK)  # fmt: skip
+    return m, l, acc, unit, k_e, v_e, m_before, l_before, unit_before
 
 
 @gluon.jit
-def _consume(q, q_stride, exponents, scale, qh_all, ql_all, keys, values, turn, work, output, features,
-             GROUP: gl.constexpr, TURNS: gl.constexpr, D: gl.constexpr, BN: gl.constexpr):  # fmt: skip
+def _consume(q, q_stride, exponents, scale, qh_all, ql_all, keys, values, work, output, features,
+             GROUP: gl.constexpr, D: gl.constexpr, BN: gl.constexpr):  # fmt: skip
     """One warp group: 64 query rows over the program's tiles."""
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
@@ -263,38 +228,32 @@ def _consume(q, q_stride, exponents, scale, qh_all, ql_all, keys, values, turn, 
     qh = qh_all.index(GROUP)
     ql = ql_all.index(GROUP)
     factor = _split_query(q, q_stride, qh, ql, mine, work.Nq, features, D, R) * (scale * LOG2E)
-    q_0, q_1 = _operands(qh, features, D, BN)
+    q_0, q_1 = _operands(qh, D, BN)
     rows = mine + gl.arange(0, ROWS, layout=R)
     lo, hi = row_bounds(rows, work, features)
     positions = work.q_start + rows
     m, l = initial_sums(output, work, R, features)
     acc = gl.zeros([ROWS, D], gl.float32, O)
     unit = gl.to_tensor(FINEST)
-    coarsest = unit
     m_before = gl.full([ROWS], NEG_INF, gl.float32, R)
     l_before = gl.zeros([ROWS], gl.float32, R)
     unit_before = gl.to_tensor(FINEST + 1)
-    _take_turn(turn, 0, GROUP, TURNS)
     for t in range(work.first, a):
-        _skip(t - work.first, keys, values, turn, GROUP, TURNS)
+        _skip(t - work.first, keys, values)
     if features.LEFT:
-        m, l, acc, unit, coarsest, k_e, v_e, m_before, l_before, unit_before = _walk(
-            a, fa, a, m, l, acc, unit, coarsest, k_e, v_e, m_before, l_before, unit_before, mine, exponents, q_0, q_1,
-            ql, keys, values, turn, work, output, factor, lo, hi, positions, features, GROUP, TURNS, D, BN,
-            True)  # fmt: skip
+        m, l, acc, unit, k_e, v_e, m_before, l_before, unit_before = _walk(
+            a, fa, a, m, l, acc, unit, k_e, v_e, m_before, l_before, unit_before, mine, exponents, q_0, q_1, ql, keys,
+            values, work, output, factor, lo, hi, positions, features, D, BN, True)  # fmt: skip
     else:
         fa = a
-    m, l, acc, unit, coarsest, k_e, v_e, m_before, l_before, unit_before = _walk(
-        fa, fz, a, m, l, acc, unit, coarsest, k_e, v_e, m_before, l_before, unit_before, mine, exponents, q_0, q_1,
-        ql, keys, values, turn, work, output, factor, lo, hi, positions, features, GROUP, TURNS, D, BN,
-        False)  # fmt: skip
-    m, l, acc, unit, coarsest, k_e, v_e, m_before, l_before, unit_before = _walk(
-        fz, z, a, m, l, acc, unit, coarsest, k_e, v_e, m_before, l_before, unit_before, mine, exponents, q_0, q_1,
-        ql, keys, values, turn, work, output, factor, lo, hi, positions, features, GROUP, TURNS, D, BN,
-        True)  # fmt: skip
+    m, l, acc, unit, k_e, v_e, m_before, l_before, unit_before = _walk(
+        fa, fz, a, m, l, acc, unit, k_e, v_e, m_before, l_before, unit_before, mine, exponents, q_0, q_1, ql, keys,
+        values, work, output, factor, lo, hi, positions, features, D, BN, False)  # fmt: skip
+    m, l, acc, unit, k_e, v_e, m_before, l_before, unit_before = _walk(
+        fz, z, a, m, l, acc, unit, k_e, v_e, m_before, l_before, unit_before, mine, exponents, q_0, q_1, ql, keys,
+        values, work, output, factor, lo, hi, positions, features, D, BN, True)  # fmt: skip
     for t in range(z, work.end):
-        _skip(t - work.first, keys, values, turn, GROUP, TURNS)
-    _pass_turn(turn, GROUP, TURNS)
+        _skip(t - work.first, keys, values)
     if unit_before <= FINEST:
         l, acc = _absorb(m, l, acc, unit, m_before, l_before, unit_before, mine, work, output, features, D, O)
     write_rows(output, mine, work.Nq, m, l, acc, P_UNIT, power_of_two(-unit), GROUP, O, features)
@@ -305,9 +264,9 @@ def split_attention(q, planes, exponents, sinks, slopes, kv_range, starts_q, sta
                     slots, H, Hkv, heads, tiles, section, Nq, Nk, total, q_start, window, scale, softcap,
                     q_stride_b, q_stride_h, q_stride_n, out_stride_b, out_stride_h, out_stride_n,
                     D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, REGS: gl.constexpr,
-                    TURNS: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, KV_RANGE: gl.constexpr,
-                    VARLEN: gl.constexpr, SINKS: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
-                    STATE: gl.constexpr, WIDTH: gl.constexpr):  # fmt: skip
+                    CAUSAL: gl.constexpr, WINDOW: gl.constexpr, KV_RANGE: gl.constexpr, VARLEN: gl.constexpr,
+                    SINKS: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, STATE: gl.constexpr,
+                    WIDTH: gl.constexpr):  # fmt: skip
     """One program: GROUPS·64 query rows of one head. Grid: heads·tiles, heads = B·H, tiles = ⌈Nq / (64·GROUPS)⌉.
 
     q [B, H, Nq, WIDTH ≤ D] and out float32 by strides; planes the TMA descriptor of FP16 [4, B·Hkv, Nk, D] and
@@ -334,16 +293,13 @@ def split_attention(q, planes, exponents, sinks, slopes, kv_range, starts_q, sta
     ql = gl.allocate_shared_memory(gl.float16, [GROUPS, ROWS, D], layout)
     keys = new_ring(planes, STAGES, GROUPS, 2)
     values = new_ring(planes, STAGES, GROUPS, 2)
-    turn = new_barriers(GROUPS, 1)
     fence_async_shared()
     gl.static_assert(GROUPS == 2)
     gl.warp_specialize(
         [
             (_produce, (planes, keys, values, work, kv, slot, BN)),
-            (_consume, (q, q_stride_n, exponents, scale, qh, ql, keys, values, turn, work, output, features, 0, TURNS,
-                        D, BN)),
-            (_consume, (q, q_stride_n, exponents, scale, qh, ql, keys, values, turn, work, output, features, 1, TURNS,
-                        D, BN)),
+            (_consume, (q, q_stride_n, exponents, scale, qh, ql, keys, values, work, output, features, 0, D, BN)),
+            (_consume, (q, q_stride_n, exponents, scale, qh, ql, keys, values, work, output, features, 1, D, BN)),
         ],
         [4, 4], [REGS, REGS],
     )  # fmt: skip
