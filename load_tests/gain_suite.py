@@ -205,6 +205,8 @@ def rows_of(args: argparse.Namespace, folder: Path, document: dict[str, Any]) ->
             # What a request stored there.
             "kv_host_bytes": round(measured["counters"]["candidate"]["d2h_bytes"] / len(measured["pairs"])),
         }
+    elif "max-num-batched-tokens" in flags:
+        about["chunk_tokens"] = int(flags["max-num-batched-tokens"])
     about |= {key: document[key] for key in ("commit", "date", "command", "machine")}
     if (folder / COMPILED).exists():
         about["compiled_late"] = json.loads((folder / COMPILED).read_text())
