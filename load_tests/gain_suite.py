@@ -194,7 +194,9 @@ def bench(words: Sequence[str]) -> int:
 def rows_of(args: argparse.Namespace, folder: Path, document: dict[str, Any]) -> list[dict[str, Any]]:
     """The folder's rows, with what ran and every single time, so that anyone can do the statistics again."""
     (measured,) = document["cells"]
-    flags = dict(item.split("=", 1) for item in ",".join(document["settings"]["set"]).split(","))
+    flags = {
+        item.partition("=")[0]: item.partition("=")[2] for item in ",".join(document["settings"]["set"]).split(",")
+    }
     layers = json.loads((folder / "model" / "config.json").read_text())["num_hidden_layers"]
     about = {"model": args.model.stem, "layers": layers, "linear": flags.get("linear", "torch")}
     if "gpu-memory" in flags:  # the offload engine
