@@ -212,10 +212,21 @@ def run_report(data: dict[str, Any]) -> str:
         plot(series, x_label="sent (s)", y_label="first token, or end (s)"),
         plot([one for one in spread if one.points], x_label="seconds", y_label="share of requests within"),
         memory_plot(data),
-        table(("", ""), [(key, str(value)) for key, value in counts.items()]),
+        table(("", ""), [(key, plain(value)) for key, value in counts.items()]),
         environment(data),
     ]
     return page(f"Load test: {data['scenario']['name']}", body)
+
+
+def plain(value: Any) -> str:
+    """A figure of a summary, or several by name."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {plain(one)}" for key, one in value.items())
+    if isinstance(value, (tuple, list)):
+        return " … ".join(map(plain, value))
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1e5 else f"{value:.6g}"
+    return "–" if value is None else str(value)
 
 
 def figure(value: float | None) -> str:
@@ -235,7 +246,7 @@ def sweep_report(data: dict[str, Any]) -> str:
     label = "clients at once"
     body = [
         f"<p>{escape(data['about'])}</p>",
-        table(head, lines),
+        table([key.replace("_", " ") for key in head], lines),
         plot(against("prompt_tokens_per_s", "output_tokens_per_s"), x_label=label, y_label="tokens/s", log_x=True),
         plot(against("ttft_p50", "ttft_p95", "e2e_p95"), x_label=label, y_label="seconds", log_x=True),
         plot(against("itl_p50", "itl_p95"), x_label=label, y_label="seconds between two tokens", log_x=True),
