@@ -8,13 +8,16 @@ All decoder layers lie in host memory. vLLM needs the whole KV on the GPU and re
 accelerate, with transformers' offloaded cache, copies a layer's KV forth and back for every token. vLLM's prefetch
 copies one layer ahead unless told otherwise, into the one buffer there is then, so that the copy waits for the layer
 before it: `vllm-prefetch-2` copies two ahead. Weights are random: vLLM's as its dummy loader draws them, accelerate's
-as transformers would. What refuses, fails or takes too long becomes the row's `error`.
+as transformers would. What refuses, fails or takes too long becomes the row's `error`: with `--limit`, each peer and
+cap runs in a process of its own, which is ended when its time is over, whatever it waits for.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 import signal
 import tempfile
 import time
@@ -71,32 +74,43 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace, folder: str, config: Row, peer: str, cap: str) -> None:
     """Measure one peer under one cap, and record its row."""
+    if args.limit is None:
+        measure(args, folder, config, peer, cap)
+        return
+    start = time.perf_counter()
+    process = multiprocessing.get_context("spawn").Process(target=alone, args=(args, folder, config, peer, cap))
+    process.start()
+    process.join(args.limit)
+    if process.exitcode == 0:
+        return
+    how = f"no result within {args.limit} s" if process.exitcode is None else f"ended with status {process.exitcode}"
+    try:
+        os.killpg(process.pid, signal.SIGKILL)  # type: ignore[arg-type]
+    except ProcessLookupError:  # it has no group yet, or is gone
+        process.kill()
+    process.join()
+    keep(args, base_row(args, config, peer, cap) | {"error": how, "run_s": round(time.perf_counter() - start, 1)})
 
+
+def alone(*arguments: Any) -> None:
+    """`measure` in a process that leads a group of its own: what it starts ends with it."""
+    os.setsid()
+    measure(*arguments)
+
+
+def measure(args: argparse.Namespace, folder: str, config: Row, peer: str, cap: str) -> None:
     def work() -> Row:
-        with limited(args.limit):
-            return (accelerate if peer == "accelerate" else vllm)(args, folder, config, peer, parse_size(cap))
+        return (accelerate if peer == "accelerate" else vllm)(args, folder, config, peer, parse_size(cap))
 
     reset_host_peak()
     row = vllm_bench.attempt(base_row(args, config, peer, cap), work)
+    keep(args, row | {"peak_host_bytes": host_peak()})
+
+
+def keep(args: argparse.Namespace, row: Row) -> None:
     print(json.dumps(row), flush=True)
     if args.output:
-        record(args.output, row | {"peak_host_bytes": host_peak()})
-
-
-@contextmanager
-def limited(seconds: int | None) -> Iterator[None]:
-    """Raises TimeoutError in what takes longer, as soon as Python has its turn."""
-
-    def end(*_: object) -> None:
-        raise TimeoutError(f"no result within {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, end)
-    signal.alarm(seconds or 0)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        record(args.output, row)
 
 
 def collect(file: Path, output: Path) -> None:
