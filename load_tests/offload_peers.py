@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
@@ -78,24 +79,27 @@ def run(args: argparse.Namespace, folder: str, config: Row, peer: str, cap: str)
         measure(args, folder, config, peer, cap)
         return
     start = time.perf_counter()
-    process = multiprocessing.get_context("spawn").Process(target=alone, args=(args, folder, config, peer, cap))
+    fresh = multiprocessing.get_context("spawn")
+    done = fresh.Event()
+    process = fresh.Process(target=alone, args=(done, args, folder, config, peer, cap))
     process.start()
     process.join(args.limit)
-    if process.exitcode == 0:
-        return
     how = f"no result within {args.limit} s" if process.exitcode is None else f"ended with status {process.exitcode}"
     try:
         os.killpg(process.pid, signal.SIGKILL)  # type: ignore[arg-type]
     except ProcessLookupError:  # it has no group yet, or is gone
         process.kill()
     process.join()
-    keep(args, base_row(args, config, peer, cap) | {"error": how, "run_s": round(time.perf_counter() - start, 1)})
+    if not done.is_set():  # else it was slow, or failed, only in tidying up
+        run_s = round(time.perf_counter() - start, 1)
+        keep(args, base_row(args, config, peer, cap) | {"error": how, "run_s": run_s})
 
 
-def alone(*arguments: Any) -> None:
+def alone(done: Event, *arguments: Any) -> None:
     """`measure` in a process that leads a group of its own: what it starts ends with it."""
     os.setsid()
     measure(*arguments)
+    done.set()
 
 
 def measure(args: argparse.Namespace, folder: str, config: Row, peer: str, cap: str) -> None:

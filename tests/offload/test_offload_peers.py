@@ -93,6 +93,11 @@ def died(*_: Any) -> None:
     os._exit(3)
 
 
+def died_late(*arguments: Any) -> None:
+    offload_peers.alone(*arguments)
+    os._exit(3)
+
+
 def test_a_process_that_ends_leaves_a_row_whether_it_measured_or_died(
     flags: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,6 +108,9 @@ def test_a_process_that_ends_leaves_a_row_whether_it_measured_or_died(
     monkeypatch.setattr(offload_peers, "alone", died)
     (row,) = rows_of(["--peer", "vllm-uva", "--limit", "300", *flags])
     assert (row["case"], row["error"]) == ("vllm-uva", "ended with status 3")
+    monkeypatch.setattr(offload_peers, "alone", died_late)  # after its row was written, which stays
+    (row,) = rows_of(["--peer", "vllm-uva", "--limit", "300", *flags])
+    assert "Error" in row["error"]
 
 
 def test_collected_rows_replace_their_own_and_keep_their_machine(
