@@ -204,6 +204,7 @@ def rows_of(args: argparse.Namespace, folder: Path, document: dict[str, Any]) ->
             "gpu_cap_bytes": int(flags["gpu-memory"]),
             "gpu_cap_bytes_all_layers": parse_size(args.gpu_memory),
             "chunk_tokens": int(flags["chunk-tokens"]),
+            "slots": int(flags["slots"]),  # all but one hold weights of the next pass when one ends
             # What a request stored there.
             "kv_host_bytes": round(measured["counters"]["candidate"]["d2h_bytes"] / len(measured["pairs"])),
         }

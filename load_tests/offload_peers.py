@@ -23,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from multiprocessing.synchronize import Event
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from load_tests.offload_bench import CONFIGURATION, MODEL, host_peak, prompt_of,
 
 Row = dict[str, Any]
 WARM_UP_TOKENS = 2048
+TIDY_S = 20  # that a process has to end by itself, its row being known
 VLLM_OFFLOADS: dict[str, Callable[[float], Row]] = {  # by the weights' GiB
     "vllm-prefetch": lambda gib: prefetch(1),
     "vllm-prefetch-2": lambda gib: prefetch(2),
@@ -76,39 +77,43 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace, folder: str, config: Row, peer: str, cap: str) -> None:
     """Measure one peer under one cap, and record its row."""
     if args.limit is None:
-        measure(args, folder, config, peer, cap)
+        keep(args, measure(args, folder, config, peer, cap))
         return
     start = time.perf_counter()
     fresh = multiprocessing.get_context("spawn")
-    done = fresh.Event()
-    process = fresh.Process(target=alone, args=(done, args, folder, config, peer, cap))
+    receiver, sender = fresh.Pipe(duplex=False)
+    process = fresh.Process(target=alone, args=(sender, args, folder, config, peer, cap))
     process.start()
-    process.join(args.limit)
-    how = f"no result within {args.limit} s" if process.exitcode is None else f"ended with status {process.exitcode}"
+    sender.close()
+    row = base_row(args, config, peer, cap) | {"error": f"no result within {args.limit} s"}
+    if receiver.poll(args.limit):
+        try:
+            row = receiver.recv()
+        except EOFError:
+            process.join()
+            row["error"] = f"ended with status {process.exitcode}"
+        process.join(TIDY_S)
     try:
         os.killpg(process.pid, signal.SIGKILL)  # type: ignore[arg-type]
     except ProcessLookupError:  # it has no group yet, or is gone
         process.kill()
     process.join()
-    if not done.is_set():  # else it was slow, or failed, only in tidying up
-        run_s = round(time.perf_counter() - start, 1)
-        keep(args, base_row(args, config, peer, cap) | {"error": how, "run_s": run_s})
+    keep(args, {"run_s": round(time.perf_counter() - start, 1)} | row)
 
 
-def alone(done: Event, *arguments: Any) -> None:
+def alone(sender: Connection, *arguments: Any) -> None:
     """`measure` in a process that leads a group of its own: what it starts ends with it."""
     os.setsid()
-    measure(*arguments)
-    done.set()
+    sender.send(measure(*arguments))
+    sender.close()
 
 
-def measure(args: argparse.Namespace, folder: str, config: Row, peer: str, cap: str) -> None:
+def measure(args: argparse.Namespace, folder: str, config: Row, peer: str, cap: str) -> Row:
     def work() -> Row:
         return (accelerate if peer == "accelerate" else vllm)(args, folder, config, peer, parse_size(cap))
 
     reset_host_peak()
-    row = vllm_bench.attempt(base_row(args, config, peer, cap), work)
-    keep(args, row | {"peak_host_bytes": host_peak()})
+    return vllm_bench.attempt(base_row(args, config, peer, cap), work) | {"peak_host_bytes": host_peak()}
 
 
 def keep(args: argparse.Namespace, row: Row) -> None:

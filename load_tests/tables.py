@@ -26,7 +26,7 @@ def offload_table() -> str:
                 f"{_who(row)}{row['dtype']}, {row['layers']} layers, {row['context']} tokens{_how(row)}",
                 row["gpu_cap"],
                 "–" if refused else f"{row['peak_gpu_bytes'] / 2**30:.1f} GiB",
-                "refused" if refused else f"{row['prefill_s']:.2f}",
+                _failure(refused) if refused else f"{row['prefill_s']:.2f}",
                 "–" if copied is None else f"{copied[0]:.2f} / {copied[1]:.2f}",
                 _seconds(row.get("decode_s_per_token")),
                 _seconds(row.get("floor_s") or None),  # 0 where nothing lies in host memory
@@ -38,6 +38,11 @@ def offload_table() -> str:
         "same tokens",
     ]  # fmt: skip
     return table.markdown(header, lines)
+
+
+def _failure(error: str) -> str:
+    """A peer that was ended, or died, has refused nothing."""
+    return error if error.startswith(("no result within", "ended with status")) else "refused"
 
 
 def _who(row: dict[str, Any]) -> str:
@@ -72,7 +77,7 @@ def gain_table() -> str:
                 f"{row['baseline_s']:.3f}",
                 f"{row['candidate_s']:.3f}",
                 f"**{row['gain_percent']:+.1f} %**",
-                f"{row['ci_low']:+.1f} … {row['ci_high']:+.1f} %",
+                "–" if row["ci_low"] is None else f"{row['ci_low']:+.1f} … {row['ci_high']:+.1f} %",
                 f"{row['median_gain_percent']:+.1f} %",
                 "–" if second is None else f"{second:+.1f} %",
                 str(row["pairs"]),

@@ -85,6 +85,7 @@ def test_what_takes_too_long_is_ended_and_an_error_of_its_own_row(flags: list[st
         (cap, "no result within 1 s") for cap in ("1GiB", "2GiB")
     ]
     assert all(row["run_s"] >= 1 for row in rows)
+    assert "spawn" not in results_file.read(Path(flags[-1]))["command"]
     assert time.monotonic() - start < 60
     assert not multiprocessing.active_children()
 
@@ -108,7 +109,7 @@ def test_a_process_that_ends_leaves_a_row_whether_it_measured_or_died(
     monkeypatch.setattr(offload_peers, "alone", died)
     (row,) = rows_of(["--peer", "vllm-uva", "--limit", "300", *flags])
     assert (row["case"], row["error"]) == ("vllm-uva", "ended with status 3")
-    monkeypatch.setattr(offload_peers, "alone", died_late)  # after its row was written, which stays
+    monkeypatch.setattr(offload_peers, "alone", died_late)  # after it told its row, which stays
     (row,) = rows_of(["--peer", "vllm-uva", "--limit", "300", *flags])
     assert "Error" in row["error"]
 
