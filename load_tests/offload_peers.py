@@ -119,14 +119,14 @@ def measure(args: argparse.Namespace, folder: str, config: Row, peer: str, cap: 
 def keep(args: argparse.Namespace, row: Row) -> None:
     print(json.dumps(row), flush=True)
     if args.output:
-        record(args.output, row)
+        record(args.output, row | {"command": results_file.command_line()})
 
 
 def collect(file: Path, output: Path) -> None:
     """Put another file's rows into `output`, in place of those of the same configuration; each names the machine and
     the versions it is from, since the rest of `output` may be of others."""
     document, known = results_file.read(file), results_file.read(output)
-    about = {key: document[key] for key in ("machine", "versions", "command", "date")}
+    about = {key: document[key] for key in ("machine", "versions", "date")}
     rows = [row | about for row in document["rows"]]
     measured = [[row.get(key) for key in CONFIGURATION] for row in rows]
     kept = [row for row in known["rows"] if [row.get(key) for key in CONFIGURATION] not in measured]
