@@ -86,18 +86,19 @@ def run(args: argparse.Namespace, folder: str, config: Row, peer: str, cap: str)
     process.start()
     sender.close()
     row = base_row(args, config, peer, cap) | {"error": f"no result within {args.limit} s"}
-    if receiver.poll(args.limit):
-        try:
-            row = receiver.recv()
-        except EOFError:
-            process.join()
-            row["error"] = f"ended with status {process.exitcode}"
-        process.join(TIDY_S)
     try:
-        os.killpg(process.pid, signal.SIGKILL)  # type: ignore[arg-type]
-    except ProcessLookupError:  # it has no group yet, or is gone
-        process.kill()
-    process.join()
+        if receiver.poll(args.limit):
+            row = receiver.recv()
+            process.join(TIDY_S)
+    except EOFError:
+        process.join()
+        row["error"] = f"ended with status {process.exitcode}"
+    finally:  # also where this process is interrupted
+        try:
+            os.killpg(process.pid, signal.SIGKILL)  # type: ignore[arg-type]
+        except ProcessLookupError:  # it has no group yet, or is gone
+            process.kill()
+        process.join()
     keep(args, {"run_s": round(time.perf_counter() - start, 1)} | row)
 
 
