@@ -297,6 +297,21 @@ def test_every_tile(head_dim: int, choice: int) -> None:
 
 
 @pytest.mark.gpu
+def test_a_logit_is_summed_in_chains() -> None:
+    """One chain would lose every product of 1 behind one of 2²⁴; 64 of them come to 1 under this scale."""
+    limit = torch.cuda.get_device_properties("cuda").shared_memory_per_block_optin
+    tile = tiles.choose(128, limit)
+    if tile is None or not tile.chains:
+        pytest.skip("no tile with chains fits this device")
+    q, k, v = (torch.zeros(1, 1, 2, 128, device="cuda") for _ in range(3))
+    q[..., 0], q[..., 64:] = 4096.0, 1.0
+    k[..., 0], k[:, :, 1, 64:] = 4096.0, 1.0
+    v[:, :, 1] = 1.0
+    out = elsa_kernels.attention(q, k, v, scale=1 / 64, **IMPL)
+    torch.testing.assert_close(out, torch.full_like(out, 0.7310585786), rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("positive", [False, True])
 def test_the_error_does_not_grow_with_the_length(positive: bool) -> None:
     torch.manual_seed(0)

@@ -2,7 +2,8 @@
 
 Registers of a thread, which keeps 8 rows: O [8, D/16]; the larger of S [8, keys/16] and, with `tile_sums`, T [8, D/16];
 m, l, alpha [8 each]; two sets of operands [8 + the larger of keys/16 and D/16]; about 20 addresses. At D = 128 and 128
-keys that is 64 + 64 + 24 + 32 + 20 of 255. Above D = 128 T does not fit: tiles chain in O, 512 keys at a time.
+keys that is 64 + 64 + 24 + 32 + 20 of 255; with `chains` S has two sets while it is computed, and O none. Above D = 128
+T does not fit: tiles chain in O, 512 keys at a time.
 
 Shared memory: Q transposed [D, rows + 4] (where `q_resident`), the ring of `stages` chunks of K [k_chunk, keys + 4] or
 V [v_chunk, D], P [keys, rows], and (m, l) of the rows. `choose` takes the first shape that fits the device:
