@@ -299,8 +299,7 @@ def test_every_tile(head_dim: int, choice: int) -> None:
 @pytest.mark.gpu
 def test_a_logit_is_summed_in_chains() -> None:
     """One chain would lose every product of 1 behind one of 2²⁴; 64 of them come to 1 under this scale."""
-    limit = torch.cuda.get_device_properties("cuda").shared_memory_per_block_optin
-    tile = tiles.choose(128, limit)
+    tile = tiles.choose(128, ieee.shared_limit(torch.cuda.current_device()))
     if tile is None or not tile.chains:
         pytest.skip("no tile with chains fits this device")
     q, k, v = (torch.zeros(1, 1, 2, 128, device="cuda") for _ in range(3))
