@@ -413,11 +413,19 @@ def _repeated(work: Callable[[], object], times: int) -> Callable[[], object]:
 
 def _as_a_graph(device: torch.device, work: Callable[[], object]) -> Callable[[], object]:
     """The same from a CUDA graph, where it can be captured: a query's attention is over before Python has issued it."""
+    capturing = Capturing(device)
     try:
-        return Capturing(device)(work)[0]
+        replay, result = capturing(work)
     except RuntimeError as error:
         logger.info("no CUDA graph holds what is to be timed, which includes its issue then: %s", error)
         return work
+    held = work, result, capturing  # a graph reads what `work` refers to, and keeps none of it alive
+
+    def again() -> object:
+        replay()
+        return held
+
+    return again
 
 
 def _disk_rate(nbytes: int) -> float:

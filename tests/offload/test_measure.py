@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
+import weakref
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -167,6 +169,25 @@ def test_what_no_graph_holds_is_timed_with_its_issue(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(measure, "Capturing", Refusing)
     assert measure._as_a_graph(CPU, work) is work
-    replay = object()
-    monkeypatch.setattr(measure, "Capturing", lambda _: lambda issued: (replay, None))
-    assert measure._as_a_graph(CPU, work) is replay
+
+
+def test_a_graph_that_is_timed_keeps_alive_what_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an H200 one replay read weights that had been freed, and unmapped by the next capture."""
+    read = torch.zeros(8)
+    alive, replays = weakref.ref(read), []
+
+    def work(read: torch.Tensor = read) -> torch.Tensor:
+        return read + 1
+
+    def capturing(device: torch.device) -> Any:
+        return lambda work: (lambda: replays.append(alive() is not None), work())
+
+    monkeypatch.setattr(measure, "Capturing", capturing)
+    timed = measure._as_a_graph(CPU, work)
+    del work, read
+    gc.collect()
+    timed()
+    assert replays == [True]
+    del timed
+    gc.collect()
+    assert alive() is None  # and no longer than that
