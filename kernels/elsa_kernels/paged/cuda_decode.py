@@ -14,21 +14,21 @@ import torch
 
 from elsa_kernels.cuda import driver, nvrtc
 from elsa_kernels.devices import multiprocessors
-from elsa_kernels.paged.problem import PagedOperands, PagedProblem
+from elsa_kernels.paged.problem import FP8, PagedOperands, PagedProblem
 
 OLDEST = 80  # mma.m16n8k16 and movmatrix
 HEAD_DIM, FAN, PLACES = 128, 32, 16  # the last: keys that must lie on one page
 MAX_CHUNK_BYTES = 256 << 20  # of chunks' states; where more would be needed, blocks take whole nodes
 MAX_SEQUENCES = 12288  # whose counts fit in a block's shared memory
 POINTERS = (
-    "q", "k", "v", "out", "lse", "sinks", "cu", "used", "table", "state_m", "state_l", "state_w", "node_counters",
+    "q", "k", "v", "out", "lse", "sinks", "k_scale", "v_scale", "cu", "used", "table", "state_m", "state_l", "state_w", "node_counters",
     "counters",
 )  # fmt: skip
 STRIDES = (
     "q_token", "q_head", "k_block", "k_place", "k_head", "v_block", "v_place", "v_head", "table_row", "out_token",
     "out_head",
 )  # fmt: skip
-INTEGERS = ("B", "T", "Hkv", "table_width", "causal", "whole_nodes", "nodes0")
+INTEGERS = ("B", "T", "Hkv", "table_width", "causal", "whole_nodes", "nodes0", "k_scales", "v_scales")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +42,17 @@ class Form:
     chunk: int
     blocks_per_sm: int
     rows: int = 8
+    step: int = 1
+    early: int = 1
+    spec: int = 1
+    hint: str = ".L2::128B"
+    fan: int = 32
+    fence: int = 0
 
     def defines(self, problem: PagedProblem) -> dict[str, int]:
         return {
             "ELSA_FP32": int(problem.dtype == torch.float32),
+            "ELSA_FP8": int(problem.kv_dtype == FP8),
             "ELSA_BF16": int(problem.dtype == torch.bfloat16),
             "ELSA_ROWS": self.rows,
             "ELSA_GROUP": problem.group,
@@ -53,6 +60,12 @@ class Form:
             "ELSA_WARPS": self.warps,
             "ELSA_CHUNK": self.chunk,
             "ELSA_MIN_BLOCKS": self.blocks_per_sm,
+            "ELSA_STEP": self.step,
+            "ELSA_EARLY": self.early,
+            "ELSA_FENCE": self.fence,
+            "ELSA_FAN": self.fan,
+            "ELSA_SPEC": self.spec,
+            "ELSA_HINT": f'"{self.hint}"',
         }
 
     def state_bytes(self) -> int:
@@ -68,6 +81,8 @@ def forms() -> dict[str, Form]:
 
 def kind_of(problem: PagedProblem) -> str:
     """16-bit caches, or FP32 ones with up to 4 or up to 8 rows a key head."""
+    if problem.kv_dtype == FP8:
+        return "8"
     return "16" if problem.dtype != torch.float32 else "32x4" if problem.group <= 4 else "32x8"
 
 
@@ -103,12 +118,12 @@ class Slots:
     @classmethod
     def of(cls, problem: PagedProblem, form: Form, blocks: int) -> Slots:
         chunks = max(1, -(-problem.max_seqlen_k // form.chunk))
-        nodes = -(-chunks // FAN)
+        nodes = -(-chunks // form.fan)
         pairs = problem.B * problem.Hkv
         if pairs * chunks * form.state_bytes() > MAX_CHUNK_BYTES:
-            return cls(blocks * FAN, pairs * nodes if nodes > 1 else 0, True)
+            return cls(blocks * form.fan, pairs * nodes if nodes > 1 else 0, True)
         # a sequence's nodes are numbered from ⌊its first chunk / FAN⌋ + its number
-        return cls(pairs * chunks, (problem.B * chunks // FAN + problem.B) * problem.Hkv if nodes > 1 else 0, False)
+        return cls(pairs * chunks, (problem.B * chunks // form.fan + problem.B) * problem.Hkv if nodes > 1 else 0, False)
 
 
 def plan(problem: PagedProblem) -> tuple[Form, int, Slots]:
@@ -132,8 +147,8 @@ def refusal(problem: PagedProblem) -> str | None:
     """Why this form does not take such calls, or None. It does not depend on the sequences or on their number."""
     if problem.device.type != "cuda" or torch.version.hip:
         return "it runs on CUDA devices"
-    if problem.kv_dtype != problem.dtype:
-        return f"it reads caches of q's dtype, not {problem.kv_dtype}"
+    if problem.kv_dtype not in ((problem.dtype,) if problem.dtype == torch.float32 else (problem.dtype, FP8)):
+        return f"it does not read {problem.kv_dtype} for {problem.dtype}"
     if problem.dtype == torch.float32 and problem.precision == "tf32":
         return "in FP32 it multiplies without tensor cores"
     if problem.group == 1 or kind_of(problem) not in forms():
@@ -182,7 +197,7 @@ def parameters(
     """states: m, l, W of `slots`; counters: zeros int32 [slots.counters(problem)]."""
     sinks = None if o.sinks is None else o.sinks.float().contiguous()
     tensors = (
-        o.q, o.k_cache, o.v_cache, o.out, o.lse, sinks, o.cu_seqlens_q, o.seqused_k, o.block_table, *states, counters,
+        o.q, o.k_cache, o.v_cache, o.out, o.lse, sinks, o.k_scale, o.v_scale, o.cu_seqlens_q, o.seqused_k, o.block_table, *states, counters,
     )  # fmt: skip
     pointers = [None if x is None else x.data_ptr() for x in tensors]
     # the sequences' come after the chunks'
@@ -193,7 +208,7 @@ def parameters(
     )  # fmt: skip
     integers = (
         problem.B, problem.T, problem.Hkv, o.block_table.shape[1], problem.causal, slots.whole_nodes,
-        slots.chunks,
+        slots.chunks, *(x is not None and x.numel() > 1 for x in (o.k_scale, o.v_scale)),
     )  # fmt: skip
     return Params(*pointers, *strides, *map(int, integers), problem.scale * math.log2(math.e))
 
@@ -207,4 +222,4 @@ def run(problem: PagedProblem, operands: PagedOperands, counters_of: Callable[[i
     m, l = (torch.empty(shape, dtype=torch.float32, device=problem.device) for _ in range(2))
     W = torch.empty((*shape, HEAD_DIM), dtype=torch.float32, device=problem.device)
     params = parameters(problem, operands, slots, (m, l, W), counters_of(slots.counters(problem)))
-    driver.launch(kernel(operands.q.get_device(), problem), blocks, 32 * form.warps, 4 * problem.B, params)
+    driver.launch(kernel(operands.q.get_device(), problem), blocks, 32 * form.warps, 4 * problem.B, params, early=bool(form.early))
