@@ -271,6 +271,7 @@ struct Shared {
   Scratch scratch[WARPS];
   Chunk chunk[2][WARPS];  // a warp's copy of this chunk's description and of the next one's, in turn
   int pages[2][WARPS][32];  // likewise, of each of a warp's tiles
+  Chunk waiting;  // a chunk whose delivery was counted, but not yet answered
   int room[WARPS], answer;
 };
 
@@ -484,6 +485,43 @@ __device__ __forceinline__ void deliver(const Params& p, const Chunk& c, int war
   if (last) complete(p, c, warp, lane, sh);
 }
 
+#if ELSA_DEFER
+// As `deliver`, but what is complete by this chunk is merged at the next chunk's end, when the count has been answered.
+struct Answer {
+  int before;  // of thread 0
+  int waits;
+};
+__device__ __forceinline__ void settle(const Params& p, Answer& a, int warp, int lane, Shared& sh) {
+  if (a.waits && sh.answer) complete(p, sh.waiting, warp, lane, sh);
+  a.waits = 0;
+}
+__device__ __forceinline__ void take_answer(const Params& p, const Answer& a, Shared& sh) {
+  if (a.waits && threadIdx.x == 0) {
+    sh.answer = a.before == chunks_in_node(sh.waiting) - 1;
+    if (sh.answer) p.node_counters[first_slot(p, sh.waiting)] = 0;
+  }
+}
+__device__ __forceinline__ void deliver_later(const Params& p, const Chunk& c, int warp, int lane, Shared& sh, Answer& a) {
+  const i64 slot = first_slot(p, c);
+  for (int row = warp; row < c.rows; row += WARPS) {
+    const State x = gather(sh, row, lane);
+    if (c.chunks == 1) finish(p, c, row, lane, x);
+    else put(p, slot + c.at % FAN * slot_step(p), row, lane, x);
+  }
+  const bool several = c.chunks > 1;
+  take_answer(p, a, sh);
+  __syncthreads();  // from here on c is thread 0's alone: the description of the chunk after the next takes its place
+  int before = 0;
+  if (several && threadIdx.x == 0) before = arrive(p.node_counters + slot);
+  settle(p, a, warp, lane, sh);
+  if (several) {
+    if (threadIdx.x == 0) sh.waiting = c;
+    a.before = before;
+    a.waits = 1;
+  }
+}
+#endif
+
 extern "C" __global__ void __launch_bounds__(THREADS, ELSA_MIN_BLOCKS) paged_decode(const __grid_constant__ Params p) {
   __shared__ Shared sh;
   extern __shared__ int ends[];
@@ -512,6 +550,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, ELSA_MIN_BLOCKS) paged_dec
     return;
   }
   int turn = 0, q_turn = 0;
+#if ELSA_DEFER
+  Answer answer = {0, 0};
+#endif
   describe(sh.chunk[0][warp], first_chunk(p, ends, blockIdx.x), lane);
 #if ELSA_SPEC
   Ahead ahead = only ? Ahead{sh.pages[0][warp], tiles_of(sh.chunk[0][warp], warp)}
@@ -543,7 +584,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, ELSA_MIN_BLOCKS) paged_dec
       q_turn ^= 1;
       load_q(p, next, sh.q[q_turn]);
     }
+#if ELSA_DEFER
+    if (!p.whole_nodes) {
+      deliver_later(p, now, warp, lane, sh, answer);
+      continue;
+    }
+#endif
     deliver(p, now, warp, lane, sh);
     __syncthreads();  // the warps' states have been read, and the next Q is there
   }
+#if ELSA_DEFER
+  __syncthreads();  // the answer before this one has been read
+  take_answer(p, answer, sh);
+  __syncthreads();
+  settle(p, answer, warp, lane, sh);
+#endif
 }

@@ -43,6 +43,8 @@ class Form:
     blocks_per_sm: int
     rows: int = 8
     step: int = 1
+    defer: int = 0
+    order: int = 0
     early: int = 1
     spec: int = 1
     hint: str = ".L2::128B"
@@ -61,6 +63,8 @@ class Form:
             "ELSA_CHUNK": self.chunk,
             "ELSA_MIN_BLOCKS": self.blocks_per_sm,
             "ELSA_STEP": self.step,
+            "ELSA_DEFER": self.defer,
+            "ELSA_ORDER": self.order,
             "ELSA_EARLY": self.early,
             "ELSA_FENCE": self.fence,
             "ELSA_FAN": self.fan,
