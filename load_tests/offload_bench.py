@@ -6,7 +6,8 @@
 Every --run changes some of the flags for one configuration; without any, the flags are the one configuration. All runs
 of a process share the loaded and page-locked weights. Each run warms up on a shorter prompt first; prefill is one pass
 over the prompt, decode the median over the passes after it. `floor_s` is what this machine allows for the placement:
-the KV in host memory, read once a pass by all cores, or the weights over PCIe, whichever takes longer.
+the KV in host memory, read once a pass by all cores, the weights over PCIe, or both out of one memory, whichever takes
+the longest.
 
 The model has LLaMA-13B's geometry with its positions stretched from 4,096 to 131,072 (linear rope scaling by 32).
 """
@@ -36,8 +37,9 @@ from elsa_serve.offload import attention as attentions
 from elsa_serve.offload.device import indexed
 from elsa_serve.offload.engine import OffloadEngine
 from elsa_serve.offload.loading import DTYPES
-from elsa_serve.offload.machine import host_memory
-from elsa_serve.offload.measure import rates
+from elsa_serve.offload.machine import Rates, host_memory
+from elsa_serve.offload.measure import Heads, rates
+from elsa_serve.offload.plan import HOST_PROCESS
 from elsa_serve.offload.split import CHOICES, split_linears
 from elsa_serve.offload.weights import ModelWeights, load_model
 from elsa_serve.protocol import GenerationRequest, SamplingParams, stream
@@ -47,7 +49,7 @@ from kernels.bench import results_file
 MODEL = Path(__file__).parent / "models" / "llama-13b.json"
 RUN_KEYS = (
     "gpu-memory", "host-memory", "attention", "serial", "resident-layers", "slots", "chunk-tokens",
-    "prefill-round-tokens", "context", "decode-tokens", "fused", "host-threads", "weights",
+    "prefill-round-tokens", "context", "decode-tokens", "fused", "graphs", "host-threads", "weights",
 )  # fmt: skip
 # What tells one configuration from another in the results file; the rest of a row is what it gave.
 CONFIGURATION = (
@@ -55,7 +57,7 @@ CONFIGURATION = (
     "asked", "case",
 )  # fmt: skip
 # Recorded where set by hand.
-PLANNED = ("host_memory", "resident_layers", "slots", "chunk_tokens", "prefill_round_tokens", "host_threads")
+PLANNED = ("graphs", "host_memory", "resident_layers", "slots", "chunk_tokens", "prefill_round_tokens", "host_threads")
 WARM_UP_TOKENS = 3
 READ_LAYERS = 8  # to find the host's bandwidth
 
@@ -79,7 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows: list[dict[str, Any]] = []
     if args.measure:
         device = indexed(torch.device(args.device))
-        rates(device, DTYPES[args.dtype], attention=args.attention, linear=args.linear, refresh=True)
+        heads = heads_of(json.loads(args.model.read_text()))
+        rates(device, DTYPES[args.dtype], attention=args.attention, linear=args.linear, heads=heads, refresh=True)
     with tempfile.TemporaryDirectory() as folder, shared_weights(args, Path(folder)) as (directory, weights, load_s):
         bandwidth = read_bandwidth(weights)
         first_tokens: dict[str, list[int]] = {}
@@ -115,6 +118,7 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--serial", type=int, default=0, help="1: the serial twin")
     parser.add_argument("--fused", type=int, default=1, help="0: transformers' own elementwise work on a GPU")
+    parser.add_argument("--graphs", type=int, help="0: no CUDA graphs of decode passes")
     parser.add_argument("--resident-layers", type=int, help="layers on the device (default: planned)")
     parser.add_argument("--slots", type=int)
     parser.add_argument("--chunk-tokens", type=int)
@@ -137,6 +141,12 @@ def parse_run(args: argparse.Namespace, text: str) -> argparse.Namespace:
             raise SystemExit(f"--run {text}: {item!r} is not KEY=VALUE with KEY one of {', '.join(RUN_KEYS)}")
         flags += [f"--{key}", value]
     return build_parser().parse_args(flags, argparse.Namespace(**vars(args)))
+
+
+def heads_of(config: dict[str, Any]) -> Heads:
+    heads = config["num_attention_heads"]
+    dim = config.get("head_dim") or config["hidden_size"] // heads
+    return Heads(heads, config.get("num_key_value_heads") or heads, dim)
 
 
 @contextmanager
@@ -196,13 +206,18 @@ def _sum_seconds(words: torch.Tensor) -> float:
     return time.perf_counter() - start
 
 
-def floor_seconds(streamed: int, kv_on_host: int, bandwidth: float, h2d: float) -> float:
-    """No pass is shorter: the streamed weights cross PCIe and, beside that, the cores read the KV in host memory.
+def floor_seconds(
+    streamed: int, kv_on_host: int, bandwidth: float, rates: Rates, copied: float = 0.0, attended: float = 0.0
+) -> float:
+    """No pass is shorter than any of three: the streamed weights over PCIe, the KV in host memory read by all cores,
+    each as if alone, and both out of the same memory at what it gives the two at once, which is more than to either.
 
-    The memory itself gives more than the cores alone read: copies and cores together were seen to read 175 GB/s where
-    the cores reached 152.
+    Bytes and bytes per second, of which the best seen count: `bandwidth` of all cores, the machine's rates, and in the
+    run itself those of its copies and of its attention on the host.
     """
-    return max(kv_on_host / bandwidth, streamed / h2d)
+    copying, reading = max(rates.h2d, copied), max(bandwidth, rates.cpu_attention, attended)
+    both = max(rates.h2d_beside_cpu_attention + rates.cpu_attention_beside_h2d, copied + attended, copying, reading)
+    return max(kv_on_host / reading, streamed / copying, (streamed + kv_on_host) / both)
 
 
 def measure(
@@ -237,8 +252,10 @@ def measure(
     compared = min(len(same), len(tokens))
     streamed = weights.store.nbytes * plan.streamed_layers // plan.geometry.layers
     kv_on_host = max(0, run.context - plan.kv_gpu_tokens) * plan.geometry.layers * plan.geometry.kv_token_bytes()
-    rates, used = plan.rates, host_peak()
-    asked = weights.store.host_nbytes + plan.kv_host_bytes  # the shared weights lie there whole
+    rates, used, timed = plan.rates, host_peak(), timings(steps.passes)
+    own = timed["decode_h2d_bytes_per_s"] or 0.0, timed.get("host_attention_bytes_per_s") or 0.0
+    # The shared weights lie in host memory whole, whatever the placement.
+    asked = HOST_PROCESS + weights.store.host_nbytes + plan.kv_host_bytes
     return row | {
         "resident_layers": len(plan.resident_layers),
         "slots": plan.slots,
@@ -247,17 +264,19 @@ def measure(
         "kv_host_bytes": kv_on_host,
         "weights_host_bytes": streamed,
         "gpu_cap_bytes": plan.gpu_budget,
-        **timings(steps.passes),
-        "predicted_prefill_s": plan.ttft_s,
-        "predicted_decode_s_per_token": plan.s_per_token,
+        **timed,
+        # The twin that copies and computes in turn is not what the planner predicts.
+        "predicted_prefill_s": None if run.serial else plan.ttft_s,
+        "predicted_decode_s_per_token": None if run.serial else plan.s_per_token,
         "peak_gpu_bytes": memory.device_used,
         "peak_torch_bytes": memory.peak_reserved,
         "peak_host_bytes": used,
         "asked_host_bytes": asked,
         "host_used_per_asked": used / asked if used else None,
         "huge_page_bytes": huge,
-        "floor_s": floor_seconds(streamed, kv_on_host, bandwidth, rates.h2d),
+        "floor_s": floor_seconds(streamed, kv_on_host, bandwidth, rates, *own),
         "h2d_bytes_per_s": rates.h2d,
+        "both_bytes_per_s": rates.h2d_beside_cpu_attention + rates.cpu_attention_beside_h2d,
         "host_read_bytes_per_s": bandwidth,
         "tokens_equal": tokens[:compared] == same[:compared],
         "error": None,
@@ -283,6 +302,7 @@ def make_engine(run: argparse.Namespace, directory: Path, weights: ModelWeights,
         attention=run.attention,
         linear=run.linear,
         fused=None if run.fused else False,
+        graphs=None if run.graphs is None else bool(run.graphs),
         num_speculative_tokens=0,  # a token a pass: what the floor is of
         prefix_caching=False,
         serial=bool(run.serial),

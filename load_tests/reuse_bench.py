@@ -8,8 +8,8 @@ One engine with random weights (load_tests.offload_bench) runs, over one documen
   where lookup would have gone wrong in writing TRACE again with the changes of EDITS: the cost of verifying is real,
   the hits are those of that text.
 - `shared document`: `--requests` questions at once, whose KV of the document is one and the same; tokens a second while
-  they decode. Its `floor_s` is offload_bench's: the streamed weights over PCIe, or the document's KV in host memory,
-  read once.
+  they decode. Its `floor_s` is offload_bench's: the streamed weights over PCIe, the document's KV in host memory, read
+  once, or both out of that memory.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def base_row(args: argparse.Namespace, engine: OffloadEngine, bandwidth: float) 
         "attention": "elsa", "linear": args.linear, "context": args.context, "gpu_cap": args.gpu_memory,
         "gpu_cap_bytes": plan.gpu_budget, "resident_layers": len(plan.resident_layers),
         "kv_host_bytes": on_host, "weights_host_bytes": streamed, "host_read_bytes_per_s": bandwidth,
-        "floor_s": floor_seconds(streamed, on_host, bandwidth, plan.rates.h2d),
+        "floor_s": floor_seconds(streamed, on_host, bandwidth, plan.rates),
     }  # fmt: skip
 
 

@@ -50,13 +50,15 @@ def _how(row: dict[str, Any]) -> str:
     if row["system"] == "elsa-offload" and not row.get("error"):
         resident = "all" if row["resident_layers"] == row["layers"] else str(row["resident_layers"])
         parts = [f"{resident} resident", *parts, "SDPA" if row["attention"] == "sdpa" else ""]
-        chunk = row.get("asked", {}).get("chunk_tokens")
+        asked = row.get("asked") or {}
+        chunk, issued = asked.get("chunk_tokens"), asked.get("graphs") == 0
         parts += ["serial" if row["serial"] else "", f"chunks of {chunk}" if chunk else ""]
+        parts += ["no CUDA graphs" if issued else ""]
     return "".join(f", {part}" for part in parts if part)
 
 
 def _seconds(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
+    return "–" if value is None else f"{value:.3f}" if value >= 0.1 else f"{value:.4f}"
 
 
 def gain_table() -> str:

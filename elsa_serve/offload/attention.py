@@ -175,6 +175,8 @@ def _sdpa_window(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
 ATTEND: dict[str, Attend] = {"elsa": elsa_attend, "sdpa": sdpa_attend}
 # torch's SDPA returns no state to merge: with it, KV on the host is brought to the device.
 ATTEND_STATE: dict[str, AttendState] = {"elsa": elsa_attend_state}
+# Those that may decode from CUDA graphs, by `attention_paged`, which reads lengths from the device.
+IN_GRAPHS = frozenset({"elsa"})
 
 
 def check_model(config: Any, attention: str) -> None:

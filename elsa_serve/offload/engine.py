@@ -211,6 +211,8 @@ class OffloadEngine:
                 raise UsageError("attention cannot change while requests are under way: wait until they have ended")
             attentions.check_model(self._loaded.weights.config, name)
             self._loaded.tiers.use(attentions.ATTEND[name], attentions.ATTEND_STATE.get(name))
+            if self._loaded.runner.graphs is not None:
+                self._loaded.runner.graphs.usable = name in attentions.IN_GRAPHS
             self._options = replace(self._options, attention=name)
             self.info = replace(self.info, attention=name)
             self._scheduler.forget_prefixes(self._identity())
@@ -504,6 +506,7 @@ class OffloadEngine:
                 self._end(sequence, "error", error=f"the engine has failed: {detail}")
 
     def _gauges(self) -> Gauges:
+        plan = self.plan
         prefill, decode, waiting = self._scheduler.counts()
         return Gauges(
             running_prefill=prefill,
@@ -513,9 +516,9 @@ class OffloadEngine:
             kv_used_bytes=self._loaded.pool.used_bytes(),
             kv_capacity_bytes=self._loaded.pool.capacity_bytes(),
             kv_cached_bytes=self._loaded.pool.cached_bytes(),
-            gpu_bytes=dict(self.plan.gpu_bytes),
-            host_bytes=dict(self.plan.host_bytes),
-            planned_s={"first_token": self.plan.ttft_s, "token": self.plan.s_per_token},
+            gpu_bytes=dict(plan.gpu_bytes),
+            host_bytes=dict(plan.host_bytes),
+            planned_s={} if self._options.serial else {"first_token": plan.ttft_s, "token": plan.s_per_token},
         )
 
 

@@ -17,6 +17,7 @@ from elsa_serve.offload import machine, measure
 from elsa_serve.offload.checkpoint import Checkpoint, load_config
 from elsa_serve.offload.disk import checkpoint_rate
 from elsa_serve.offload.fused import Fused, fuse
+from elsa_serve.offload.graphs import slack_bytes
 from elsa_serve.offload.host import FileBuffer, HostBuffer
 from elsa_serve.offload.in_place import InPlace
 from elsa_serve.offload.kv import ALIGNMENT, KVPool, KVShape, RequestKV
@@ -64,6 +65,7 @@ class EngineOptions:
     attention: str = "elsa"
     linear: str = "torch"
     fused: bool | None = None  # layers' elementwise work in fewer kernels; None: on a GPU
+    graphs: bool | None = None  # decode from CUDA graphs, where all layers and KV lie on a GPU; None: there
     prefill_round_tokens: int | None = None
     max_num_batched_tokens: int | None = None
     num_speculative_tokens: int | None = None
@@ -181,10 +183,11 @@ def _plan(options: EngineOptions, device: torch.device, config: Any, dtype: torc
     gpu, host = _size(options.gpu_memory), _size(options.host_memory)
     gpu = machine.default_gpu_budget(device) if gpu is None else gpu
     host = machine.default_host_budget(device, gpu) if host is None else host
+    geometry = Geometry.from_config(config, dtype)
     rates = options.rates
     if rates is None and here:
-        rates = measure.rates(device, dtype, attention=options.attention, linear=options.linear)
-    geometry = Geometry.from_config(config, dtype)
+        heads = measure.Heads(geometry.heads, geometry.kv_heads, geometry.head_dim)
+        rates = measure.rates(device, dtype, attention=options.attention, linear=options.linear, heads=heads)
     disk = options.load_format != "dummy" and options.linear == "torch" and options.weights is None
 
     def plan(rates: Rates | None) -> Plan:
@@ -202,6 +205,7 @@ def _plan(options: EngineOptions, device: torch.device, config: Any, dtype: torc
             disk=disk,
             kv_disk=_size(options.kv_disk) or 0,
             free_host=machine.host_memory().available if here else 0,
+            graphs=_may_be_graphs(options),
         )
 
     chosen = plan(rates)
@@ -251,7 +255,8 @@ def _assemble(
     streams = make_streams(device, serial=options.serial)
     stream = WeightStream(weights, plan.resident_layers, plan.slots, streams)
     shape = KVShape(geometry.layers, geometry.kv_heads, geometry.head_dim, weights.dtype)
-    gpu_pool = torch.empty(plan.kv_gpu_bytes, dtype=torch.uint8, device=device)
+    slack = slack_bytes(geometry.head_dim, weights.dtype)
+    gpu_pool = torch.empty(plan.kv_gpu_bytes + slack, dtype=torch.uint8, device=device)[: plan.kv_gpu_bytes]
     host_buffer = HostBuffer(_padded(plan.kv_host_bytes), pin=device.type == "cuda")
     disk = (
         FileBuffer(plan.kv_disk_bytes, options.kv_disk_dir or Path(tempfile.gettempdir()))
@@ -268,6 +273,7 @@ def _assemble(
         tiers,
         streams,
         chunk_tokens=plan.chunk_tokens,
+        graphs=plan.graphs,
     )
     return LoadedModel(
         plan=plan,
@@ -293,6 +299,11 @@ def _fuse(options: EngineOptions, weights: ModelWeights) -> Fused | None:
     fused = fuse(weights.decoder_layers)
     logger.info("fused: %s", fused)
     return fused
+
+
+def _may_be_graphs(options: EngineOptions) -> bool:
+    """Whether CUDA graphs may hold decode passes, where all layers are resident."""
+    return not options.serial and options.graphs is not False and options.attention in attentions.IN_GRAPHS
 
 
 def _tiers(options: EngineOptions, plan: Plan, shape: KVShape, streams: Streams) -> Tiers:

@@ -27,11 +27,12 @@ class Rates:
 
     h2d: float = 50e9  # page-locked copies to the device, alone
     d2h: float = 50e9  # and back, alone
-    device_memory: float = 3.0e12  # bytes read and written
+    device_memory: float = 3.0e12  # bytes of weights that a matrix product of one row reads
     host_memory: float = 100e9  # bytes read by all cores
-    flops: float = 500e12  # matrix products in the model's dtype
+    flops: float = 500e12  # matrix products in the model's dtype, one after the other for as long as a prompt takes
     attention_flops: float = 400e12  # causal attention of a long prompt on the device, useful FLOPs
     device_attention: float = 2.5e12  # bytes of K and V that attention of one query token reads on the device
+    graph_attention: float = 3.5e12  # the same in a decode pass from a CUDA graph
     cpu_attention: float = 90e9  # bytes of K and V that the CPU kernel reads for one query token, alone
     cpu_attention_beside_h2d: float = 50e9  # the same while copies to the device run
     h2d_beside_cpu_attention: float = 50e9  # copies to the device while the CPU kernel runs
@@ -41,6 +42,9 @@ class Rates:
     activations: float = 150e9  # a layer's activations, counted once, in all that is neither product nor attention
     layer_s: float = 5e-4  # seconds of one decoder layer of a decode pass whose bytes cost nothing: the host's issue
     pass_s: float = 1e-3  # seconds of a pass outside its layers
+    graph_layer_s: float = 4e-5  # the same two of a decode pass from a CUDA graph: the device's own small kernels,
+    graph_pass_s: float = 5e-4  # and what the host does before and after
+    chunk_s: float = 2.5e-4  # seconds of the device that one more chunk of a prompt costs in a layer
     source: str = "assumed, not measured"
 
 

@@ -7,6 +7,7 @@ running small random models through the engine.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -32,27 +33,49 @@ from elsa_serve.errors import BudgetError, ElsaError
 from elsa_serve.offload import attention as attentions
 from elsa_serve.offload.device import require_exact_matmul
 from elsa_serve.offload.disk import DirectFile, read_rate
+from elsa_serve.offload.graphs import PAGE, Capturing, GraphAttention
 from elsa_serve.offload.host import FileBuffer, HostBuffer
 from elsa_serve.offload.in_place import worker_threads
+from elsa_serve.offload.kv import Extent, Span
 from elsa_serve.offload.machine import Rates, assumed_rates, gpu_facts, host_memory
 from elsa_serve.offload.predict import Share, device_seconds, whole_layers
 from elsa_serve.offload.units import format_size
 from elsa_serve.protocol import GenerationRequest, SamplingParams, stream
 from elsa_serve.stats import Record, StepStats
 
-FORM = 5  # of the measurement: what an earlier form kept is measured again
+FORM = 7  # of the measurement: what an earlier form kept is measured again
 REPEATS = 5
 PAUSE_S = 2e-3  # between two layers' attention on the host
 WARM_UP_S = 0.3
 BESIDE_S = 0.4  # seconds for which copies and CPU attention run beside each other
+ROWS, WEIGHTS = 48, 3  # products of one row in a timed run, and matrices that they take in turn
+QUERIES = 8  # calls of attention of one query in a timed run
 CPU_ROWS = 32  # query tokens that bind the CPU kernel by arithmetic
-HEADS, HEAD_DIM = 32, 128
+SUSTAINED_S = 0.8  # for which a GPU computes before its clock is what its power allows, half of it timed
 WIDE = 4  # layers of the probe of a prompt's activations, all but the last of which its tokens pass whole
+PROMPTS = 3  # that a probe is timed over, and DECODES passes
 SHALLOW, DEEP = 2, 10  # layers of the other probes: their difference is a layer's issue, the rest is the pass's
-PROBE_TOKENS = 12  # decode passes a probe is timed over
+DECODES = 12
+WARM_UP_TOKENS = 3  # until a decode pass is replayed from its graph
 LARGE_DEVICE = 8 << 30  # bytes free from which the full sizes are measured
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """Of queries, of keys, and the channels of each: attention's rates are those of such heads."""
+
+    queries: int = 32
+    keys: int = 32
+    dim: int = 128
+
+    def token_bytes(self, dtype: torch.dtype) -> int:
+        """Keys and values of a token."""
+        return 2 * self.keys * self.dim * dtype.itemsize
+
+    def __str__(self) -> str:
+        return f"{self.queries}/{self.keys} heads of {self.dim}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,18 +112,26 @@ def rates(
     *,
     attention: str = "elsa",
     linear: str = "torch",
+    heads: Heads = Heads(),
     refresh: bool = False,
 ) -> Rates:
-    """This machine's rates for a dtype, an attention and linear layers: from the cache, else measured now and kept.
+    """This machine's rates for a dtype, an attention of such heads and linear layers: from the cache, else measured now
+    and kept.
 
-    Without the memory to measure with, which is announced, rates are assumed.
+    `refresh` also forgets those of other heads, which are then measured again when they are needed. Without the memory
+    to measure with, which is announced, rates are assumed.
     """
-    key = ", ".join((_machine_key(device), _name(dtype), attention, linear))
+    kind = ", ".join((_machine_key(device), _name(dtype), attention, linear))
+    key = f"{kind}, {heads}"
     file = envs.cache_dir() / "rates.json"
     known = _read_cache(file)
     if not refresh and key in known:
         return Rates(**known[key])
-    logger.warning("measuring this machine's rates for %s once, which takes some seconds", _name(dtype))
+    logger.warning(
+        "measuring this machine's rates for %s once, which takes some seconds, and more where kernels that the engine "
+        "needs are not built yet",
+        _name(dtype),
+    )
     load, cores = os.getloadavg()[0], os.cpu_count() or 1  # both of the whole machine, containers or not
     if load > cores:
         logger.warning(
@@ -110,12 +141,13 @@ def rates(
             cores,
         )
     try:
-        measured = measure_rates(device, dtype, attention=attention, linear=linear)
+        measured = measure_rates(device, dtype, attention=attention, linear=linear, heads=heads)
     except (BudgetError, MemoryError, torch.cuda.OutOfMemoryError) as error:
         logger.warning("no memory to measure with (%s): times are predicted from assumed rates", error)
         return assumed_rates(dtype)
     # Read again: another process may have added its own meanwhile.
-    known = _read_cache(file) | {key: asdict(measured)}
+    known = {name: kept for name, kept in _read_cache(file).items() if not (refresh and name.startswith(f"{kind}, "))}
+    known[key] = asdict(measured)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         scratch = file.with_suffix(f".{os.getpid()}")
@@ -161,12 +193,16 @@ def describe(rates: Rates) -> list[str]:
     return [
         rates.source,
         f"host to device {rates.h2d / giga:.1f} GB/s, device to host {rates.d2h / giga:.1f} GB/s",
-        f"host memory read {rates.host_memory / giga:.1f} GB/s, device memory {rates.device_memory / giga:.1f} GB/s",
+        f"host memory read {rates.host_memory / giga:.1f} GB/s, the device's, by a product of one row, "
+        f"{rates.device_memory / giga:.1f} GB/s",
         f"CPU attention {rates.cpu_attention / giga:.1f} GB/s of KV; beside copies to the device {beside[0]} GB/s, and "
         f"the copies {beside[1]} GB/s; {rates.cpu_attention_flops / tera:.2f} TFLOP/s with many queries",
         f"matrix products {rates.flops / tera:.4g} TFLOP/s, attention {rates.attention_flops / tera:.4g} TFLOP/s, "
-        f"of one query {rates.device_attention / giga:.4g} GB/s of KV, activations {rates.activations / giga:.1f} GB/s",
-        f"a layer of a decode pass {rates.layer_s * 1e3:.3f} ms, a pass besides {rates.pass_s * 1e3:.3f} ms",
+        f"of one query {rates.device_attention / giga:.4g} GB/s of KV, in a graph {rates.graph_attention / giga:.4g}, "
+        f"activations {rates.activations / giga:.1f} GB/s",
+        f"a layer of a decode pass {rates.layer_s * 1e3:.3f} ms, a pass besides {rates.pass_s * 1e3:.3f} ms; from a "
+        f"graph {rates.graph_layer_s * 1e3:.3f} and {rates.graph_pass_s * 1e3:.3f} ms; a prompt's chunk costs a layer "
+        f"{rates.chunk_s * 1e3:.3f} ms",
         f"disk, past the page cache {rates.disk / giga:.2f} GB/s, to new pages of a file {rates.disk_write / giga:.2f} "
         "GB/s",
     ]
@@ -181,21 +217,23 @@ def measure_rates(
     *,
     attention: str = "elsa",
     linear: str = "torch",
+    heads: Heads = Heads(),
     sizes: Sizes | None = None,
 ) -> Rates:
     """All rates, measured now."""
     require_exact_matmul()
     sizes = sizes or sizes_for(device, dtype)
     found: dict[str, Any] = {"source": f"measured on {_machine_key(device).partition(', torch')[0]}"}
-    found |= _memory_rates(device, dtype, sizes)
+    found |= _memory_rates(device, dtype, heads, sizes)
     found |= {"disk": _disk_rate(sizes.file), "disk_write": _disk_write_rate(sizes.file, device)}
-    found |= _device_rates(device, dtype, attention, linear, sizes)  # the last: it leaves the device's memory free
-    measured = replace(assumed_rates(dtype), **found)
+    # The last: they leave the device's memory free. The probes' prompts are over before power limits the clock.
+    brief, lasting = _device_rates(device, dtype, attention, linear, heads, sizes)
+    measured = replace(assumed_rates(dtype), **found | brief)
     share: dict[str, Any] = _engine_rates(device, dtype, attention, linear, sizes, measured)
-    return replace(measured, **share)
+    return replace(measured, **lasting | share)
 
 
-def _memory_rates(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> dict[str, float]:
+def _memory_rates(device: torch.device, dtype: torch.dtype, heads: Heads, sizes: Sizes) -> dict[str, float]:
     """Host memory's pipes: copies each way, reads by all cores, the CPU kernel, and copies beside the CPU kernel."""
     on_gpu = device.type == "cuda"
     host, home = HostBuffer(sizes.copy, pin=on_gpu), HostBuffer(sizes.kv, pin=on_gpu)
@@ -203,7 +241,7 @@ def _memory_rates(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> dic
         host.tensor.fill_(1)  # pages that nobody has written are one page of zeros, read from the cache
         home.tensor.view(dtype).fill_(0.01)
         place = torch.zeros(sizes.copy, dtype=torch.uint8, device=device)
-        attention = _CpuAttention(device, home.tensor, dtype)
+        attention = _CpuAttention(device, home.tensor, dtype, heads)
         one, many = attention.call(1), attention.call(CPU_ROWS)
         warm_up(one)
         h2d = sizes.copy / seconds(lambda: place.copy_(host.tensor, non_blocking=True), on_gpu)
@@ -225,14 +263,15 @@ def _memory_rates(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> dic
 class _CpuAttention:
     """Attention of some query tokens over K and V in host memory, as the engine runs it: its kernel, its threads."""
 
-    def __init__(self, device: torch.device, storage: torch.Tensor, dtype: torch.dtype) -> None:
-        tokens = storage.numel() // (2 * HEADS * HEAD_DIM * dtype.itemsize)
-        self.nbytes = 2 * HEADS * HEAD_DIM * dtype.itemsize * tokens
-        self.k, self.v = storage[: self.nbytes].view(dtype).view(2, 1, HEADS, tokens, HEAD_DIM)
+    def __init__(self, device: torch.device, storage: torch.Tensor, dtype: torch.dtype, heads: Heads) -> None:
+        tokens = storage.numel() // heads.token_bytes(dtype)
+        self.nbytes = heads.token_bytes(dtype) * tokens
+        self.k, self.v = storage[: self.nbytes].view(dtype).view(2, 1, heads.keys, tokens, heads.dim)
+        self._heads = heads
         self._pool = library.Pool(worker_threads(device)) if native.unavailable() is None else None
 
     def call(self, rows: int) -> Callable[[], object]:
-        q = torch.full((1, HEADS, rows, HEAD_DIM), 0.01, dtype=self.k.dtype)
+        q = torch.full((1, self._heads.queries, rows, self._heads.dim), 0.01, dtype=self.k.dtype)
         options: dict[str, Any] = {"causal": True, "return_state": True}
         pool = self._pool
         if pool is None:
@@ -244,7 +283,7 @@ class _CpuAttention:
         return lambda: pool.attend(problem, operands)
 
     def flops(self, rows: int) -> float:
-        return 4.0 * HEADS * rows * self.k.shape[2] * HEAD_DIM
+        return 4.0 * self._heads.queries * rows * self.k.shape[2] * self._heads.dim
 
 
 def _read(data: torch.Tensor) -> object:
@@ -301,30 +340,33 @@ def _both_cpu(place: torch.Tensor, host: torch.Tensor, attend: Callable[[], obje
 
 
 def _device_rates(
-    device: torch.device, dtype: torch.dtype, attention: str, linear: str, sizes: Sizes
-) -> dict[str, float]:
-    """The device's memory, its matrix products and its attention, on random numbers: constants draw less power."""
+    device: torch.device, dtype: torch.dtype, attention: str, linear: str, heads: Heads, sizes: Sizes
+) -> tuple[dict[str, float], dict[str, float]]:
+    """The device's products and its attention, on random numbers: constants draw less power. As fast as they are for a
+    moment, and what differs where they last."""
     on_gpu = device.type == "cuda"
+    issued = functools.partial(_as_a_graph, device) if on_gpu else (lambda work: work)
     options: dict[str, Any] = {"dtype": dtype, "device": device}
-    tokens, token_bytes = sizes.attention, 2 * HEADS * HEAD_DIM * dtype.itemsize
-    keys = sizes.copy // token_bytes
-    work = {
-        "device_memory": (2.0 * sizes.copy, _copy(sizes.copy, device)),
+    tokens, keys = sizes.attention, sizes.copy // heads.token_bytes(dtype)
+    weights = sizes.product[1] * sizes.product[2] * dtype.itemsize
+    one = _attention(attention, 1, keys, heads, options)
+    in_graph = _paged_attention(keys, heads, options) if attention in attentions.IN_GRAPHS else one
+    work: dict[str, tuple[float, Callable[[], object]]] = {
         "flops": (2.0 * math.prod(sizes.product), _product(linear, sizes.product, options)),
-        "attention_flops": (2.0 * HEADS * HEAD_DIM * tokens**2, _attention(attention, tokens, tokens, options)),
-        "device_attention": (1.0 * keys * token_bytes, _attention(attention, 1, keys, options)),
+        "attention_flops": (
+            2.0 * heads.queries * heads.dim * tokens**2,
+            _attention(attention, tokens, tokens, heads, options),
+        ),
+        "device_memory": (1.0 * ROWS * weights, issued(_products_of_one_row(linear, sizes.product, options))),
+        "device_attention": (1.0 * QUERIES * keys * heads.token_bytes(dtype), issued(_repeated(one, QUERIES))),
+        "graph_attention": (1.0 * QUERIES * keys * heads.token_bytes(dtype), issued(_repeated(in_graph, QUERIES))),
     }
-    found = {name: amount / seconds(call, on_gpu) for name, (amount, call) in work.items()}
+    brief = {name: amount / seconds(call, on_gpu) for name, (amount, call) in work.items()}
+    lasting = {name: work[name][0] / sustained(work[name][1]) for name in ("flops", "attention_flops") if on_gpu}
     work.clear()
     if on_gpu:
         torch.cuda.empty_cache()
-    return found
-
-
-def _copy(nbytes: int, device: torch.device) -> Callable[[], object]:
-    place = torch.zeros(nbytes, dtype=torch.uint8, device=device)
-    twin = torch.zeros_like(place)
-    return lambda: twin.copy_(place)
+    return brief, lasting
 
 
 def _product(linear: str, shape: tuple[int, int, int], options: dict[str, Any]) -> Callable[[], object]:
@@ -339,10 +381,43 @@ def _product(linear: str, shape: tuple[int, int, int], options: dict[str, Any]) 
     return lambda: torch.nn.functional.linear(left, right)
 
 
-def _attention(name: str, queries: int, keys: int, options: dict[str, Any]) -> Callable[[], object]:
-    q, k, v = (torch.randn(1, HEADS, tokens, HEAD_DIM, **options) for tokens in (queries, keys, keys))
-    attend, asked = attentions.ATTEND[name], attentions.AttentionOptions(HEAD_DIM**-0.5)
+def _products_of_one_row(linear: str, shape: tuple[int, int, int], options: dict[str, Any]) -> Callable[[], object]:
+    """ROWS products of one row, whose weights are not in the cache when their turn comes."""
+    _, k, n = shape
+    calls = [_product(linear, (1, k, n), options) for _ in range(WEIGHTS)]
+    return lambda: [calls[i % WEIGHTS]() for i in range(ROWS)]
+
+
+def _attention(name: str, queries: int, keys: int, heads: Heads, options: dict[str, Any]) -> Callable[[], object]:
+    q = torch.randn(1, heads.queries, queries, heads.dim, **options)
+    k, v = (torch.randn(1, heads.keys, keys, heads.dim, **options) for _ in range(2))
+    attend, asked = attentions.ATTEND[name], attentions.AttentionOptions(heads.dim**-0.5)
     return lambda: attend(q, k, v, asked)
+
+
+def _paged_attention(keys: int, heads: Heads, options: dict[str, Any]) -> Callable[[], object]:
+    """Attention of one query as a graph of a decode pass holds it."""
+    layer = torch.randn(2, heads.keys, keys // PAGE * PAGE, heads.dim, **options)
+    span = Span(Extent("gpu", layer.shape[2], [layer], [layer], []), 0, layer.shape[2])
+    attend = GraphAttention([[span]], layer.device)
+    attend.place(torch.tensor([layer.shape[2] - 1], device=layer.device))
+    q = torch.randn(1, heads.queries, 1, heads.dim, **options)
+    new = layer[None, 0, :, :1]
+    asked = attentions.AttentionOptions(heads.dim**-0.5)
+    return lambda: attend(0, q, new, new, asked)
+
+
+def _repeated(work: Callable[[], object], times: int) -> Callable[[], object]:
+    return lambda: [work() for _ in range(times)]
+
+
+def _as_a_graph(device: torch.device, work: Callable[[], object]) -> Callable[[], object]:
+    """The same from a CUDA graph, where it can be captured: a query's attention is over before Python has issued it."""
+    try:
+        return Capturing(device)(work)[0]
+    except RuntimeError as error:
+        logger.info("no CUDA graph holds what is to be timed, which includes its issue then: %s", error)
+        return work
 
 
 def _disk_rate(nbytes: int) -> float:
@@ -392,6 +467,21 @@ def seconds(work: Callable[[], object], on_gpu: bool, repeats: int = REPEATS) ->
     return statistics.median(taken)
 
 
+def sustained(work: Callable[[], object]) -> float:
+    """Seconds of a call among calls that follow each other for SUSTAINED_S: a GPU that reaches its power limit lowers
+    its clock, as it does in a long prompt."""
+    half = max(1, math.ceil(SUSTAINED_S / 2 / seconds(work, True, repeats=2)))
+    taken = []
+    for _ in range(2):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(half):
+            work()
+        torch.cuda.synchronize()
+        taken.append((time.perf_counter() - start) / half)
+    return taken[-1]
+
+
 def paused(work: Callable[[], object], over: Callable[[], bool] | None = None) -> float:
     """The median of calls with pauses in between, in which threads fall asleep, as between the layers of a pass.
 
@@ -421,22 +511,34 @@ def _engine_rates(
     device: torch.device, dtype: torch.dtype, attention: str, linear: str, sizes: Sizes, rates: Rates
 ) -> dict[str, float]:
     """What a layer and a pass cost beyond bytes and FLOPs, from small models whose layers are all resident."""
-    hidden = sizes.probe_hidden
+    hidden, prompt, on_gpu = sizes.probe_hidden, sizes.probe_prompt, device.type == "cuda"
+
+    def probe(hidden: int, layers: int, prompt: int, **options: Any) -> _Probe:
+        return _probe(device, dtype, attention, linear, rates, hidden, layers, prompt, **options)
+
     try:
-        wide = _probe(device, dtype, attention, linear, rates, hidden, WIDE, sizes.probe_prompt)
-        deep = _probe(device, dtype, attention, linear, rates, hidden // 4, DEEP, 2 * CPU_ROWS)
-        flat = _probe(device, dtype, attention, linear, rates, hidden // 4, SHALLOW, 2 * CPU_ROWS)
+        wide = probe(hidden, WIDE, prompt, chunk_tokens=prompt)
+        halves = probe(hidden, WIDE, prompt, chunk_tokens=prompt // 2)
+        deep, flat = (probe(hidden // 4, layers, 2 * CPU_ROWS, graphs=False) for layers in (DEEP, SHALLOW))
+        deep_graph, flat_graph = deep, flat
+        if on_gpu:
+            deep_graph, flat_graph = (probe(hidden // 4, layers, 2 * CPU_ROWS) for layers in (DEEP, SHALLOW))
     except (ElsaError, torch.cuda.OutOfMemoryError) as error:
         logger.warning("the engine's own share of a pass cannot be measured (%s): it is assumed", error)
         return {}
     layer_s = max(1e-6, (deep.decode_s - flat.decode_s) / (DEEP - SHALLOW))
-    geometry, on_gpu = wide.plan.geometry, device.type == "cuda"
+    graph_layer_s = max(1e-6, (deep_graph.decode_s - flat_graph.decode_s) / (DEEP - SHALLOW))
+    geometry = wide.plan.geometry
     free = replace(rates, activations=math.inf)
-    rest = wide.prefill_s - device_seconds(geometry, free, [Share(0, sizes.probe_prompt)], on_gpu)
-    activations = geometry.activation_bytes() * whole_layers(geometry, sizes.probe_prompt, on_gpu) * sizes.probe_prompt
+    rest = wide.prefill_s - device_seconds(geometry, free, [Share(0, prompt)], on_gpu)
+    activations = geometry.activation_bytes() * whole_layers(geometry, prompt, on_gpu) * prompt
+    read = flat_graph.plan.geometry.layer_bytes / rates.device_memory
     return {
         "layer_s": layer_s,
         "pass_s": max(1e-6, flat.decode_s - SHALLOW * layer_s),
+        "graph_layer_s": max(1e-6, graph_layer_s - read),
+        "graph_pass_s": max(1e-6, flat_graph.decode_s - SHALLOW * graph_layer_s),
+        "chunk_s": max(1e-6, (halves.prefill_s - wide.prefill_s) / WIDE),
         # Never less than a twentieth of the prefill: rates measured a moment apart may leave nothing of it.
         "activations": activations / max(rest, 0.05 * wide.prefill_s),
     }
@@ -466,13 +568,14 @@ def _probe(
     hidden: int,
     layers: int,
     prompt: int,
+    **options: Any,
 ) -> _Probe:
-    """A LLaMA of this width through the engine: a prompt twice, the second with some tokens after it."""
+    """A LLaMA of this width through the engine: a prompt some times over, the last with tokens after it."""
     from transformers import LlamaConfig
 
     from elsa_serve.offload.engine import OffloadEngine
 
-    dim = min(HEAD_DIM, max(8, hidden // 8))
+    dim = min(128, max(8, hidden // 8))
     config = LlamaConfig(
         hidden_size=hidden, intermediate_size=hidden * 43 // 16, num_hidden_layers=layers, vocab_size=1024,
         num_attention_heads=hidden // dim, num_key_value_heads=hidden // dim, max_position_embeddings=1 << 17,
@@ -482,21 +585,23 @@ def _probe(
         config.save_pretrained(folder)
         engine = OffloadEngine(
             folder, sink=passes, device=device, dtype=dtype, attention=attention, linear=linear, rates=rates,
-            context=prompt + PROBE_TOKENS + 2, max_batch=1, resident_layers=layers, load_format="dummy",
-            prefix_caching=False, num_speculative_tokens=0, prefill_round_tokens=prompt, progress=False,
+            context=prompt + WARM_UP_TOKENS + DECODES + 2, max_batch=1, resident_layers=layers, load_format="dummy",
+            prefix_caching=False, num_speculative_tokens=0, prefill_round_tokens=prompt, progress=False, **options,
         )  # fmt: skip
         try:
-            for seed, count in enumerate((2, 1 + PROBE_TOKENS)):  # to warm up, and to be timed
+            # One to warm up; in the last, passes that warm decoding up, and those that are timed.
+            for seed, count in enumerate((2, *[1] * (PROMPTS - 1), 1 + WARM_UP_TOKENS + DECODES)):
                 tokens = torch.randint(1024, (prompt,), generator=torch.Generator().manual_seed(seed)).tolist()
                 sampling = SamplingParams(max_tokens=count, temperature=0.0, ignore_eos=True)
-                passes.steps.clear()
+                if seed == 1:
+                    passes.steps.clear()
                 for _ in stream(engine, GenerationRequest(f"probe-{seed}", tokens, sampling)):
                     pass
         finally:
             engine.shutdown()
     prefill = [step.duration_s for step in passes.steps if step.prompt_tokens]
     decode = [step.duration_s for step in passes.steps if not step.prompt_tokens and step.generated_tokens == 1]
-    return _Probe(engine.plan, prefill[-1], statistics.median(decode))
+    return _Probe(engine.plan, statistics.median(prefill), statistics.median(decode[WARM_UP_TOKENS:]))
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -22,16 +22,20 @@ from elsa_serve.errors import BudgetError, UsageError
 from elsa_serve.offload.disk_layers import BUFFERS
 from elsa_serve.offload.machine import Rates, assumed_rates
 from elsa_serve.offload.predict import Share, pass_time
+from elsa_serve.offload.rounds import rounds_of
 from elsa_serve.offload.units import format_size
 from elsa_serve.offload.weights import ALIGNMENT, build_meta_model, find_decoder_layers, make_layout
 
-MIN_CHUNK, MAX_CHUNK = 64, 4096  # tokens; beyond the larger, matrix products gain nothing
+MIN_CHUNK, SMALL_CHUNK = 64, 4096  # tokens; up to the larger, matrix products gain much
+DECODE_SHARE = 100  # still larger chunks may slow a token down by one part in so many
 ROUND_TOKENS = 32768  # prompt tokens of a pass: all their hidden states lie on the device
 CHUNK_SHARE = 8  # a chunk's activations may take one part in so many of the device budget
 THIRD_SLOT_SHARE = 10  # a third slot evens out the copying where three take no more than one part in so many
 CUDA_CONTEXT = int(0.85 * 2**30)  # the context and kernels' code, outside torch's allocator: 0.81 GiB seen on an H200
+HOST_PROCESS = int(1.6 * 2**30)  # of host memory, beside a GPU: libraries, CUDA's own, kernels: 1.5 GiB seen
 CUBLAS_WORKSPACE = 32 << 20  # what torch gives cuBLAS on Hopper; less elsewhere
 MIB = 1 << 20
+GRAPHS = 128 << 20  # CUDA graphs of decode passes, and cuBLAS's workspace on the stream that captures them
 ALLOCATOR_SLACK = 10  # the caching allocator's fragmentation: one part in so many of the activations
 
 
@@ -161,6 +165,7 @@ class Plan:
     gpu_bytes: dict[str, int]  # by item, in the order of placing
     host_bytes: dict[str, int]
     rates: Rates
+    graphs: bool = False  # decode passes whose KV lies on the device are replayed from CUDA graphs
     page_cache: int = 0  # bytes of host memory that this plan leaves to the system, which keeps pages of files there
     ttft_s: float = 0.0
     s_per_token: float = 0.0
@@ -232,6 +237,7 @@ class _Request:
     disk: bool
     kv_disk: int
     free_host: int
+    graphs: bool
     round_tokens: int = ROUND_TOKENS
 
 
@@ -250,11 +256,12 @@ def make_plan(
     disk: bool = False,
     kv_disk: int = 0,
     free_host: int = 0,
+    graphs: bool = True,
 ) -> Plan:
     """Place a model. Budgets in bytes; context in tokens, prompt and output together (None: the model's maximum).
     `disk`: layers may stay in the checkpoint's files where host memory does not hold them. `kv_disk`: bytes of KV that
     may lie on disk. `free_host`: of host memory that are free now, budget or not; what the plan leaves of them keeps
-    pages of files.
+    pages of files. `graphs`: CUDA graphs may hold decode passes, where all layers are resident.
 
     Raises BudgetError with numbers for what cannot fit, naming the largest context that would.
     """
@@ -283,15 +290,17 @@ def make_plan(
         disk,
         kv_disk,
         free_host,
+        graphs,
     )
     wanted = context or geometry.max_context
     try:
-        plan = _place(request, wanted)
+        plan = _enlarged(request, _place(request, wanted))
     except BudgetError as error:
         raise BudgetError(f"{error}; {_remedy(request, wanted)}") from None
     if plan.disk_layers and wanted > ROUND_TOKENS:  # every round reads them again: one for all, where that fits
         with suppress(BudgetError):
-            return _place(replace(request, round_tokens=wanted), wanted)
+            larger = replace(request, round_tokens=wanted)
+            return _enlarged(larger, _place(larger, wanted))
     return plan
 
 
@@ -337,6 +346,24 @@ def _place(request: _Request, context: int) -> Plan:
             chunk //= 2
 
 
+def _enlarged(request: _Request, plan: Plan) -> Plan:
+    """The plan in the largest chunks that bring a prompt's first token sooner and decode as fast: each chunk of a
+    layer leaves a part of the device idle at the end of its kernels."""
+    if request.chunk_tokens or request.device_type != "cuda":
+        return plan
+    best, chunk = plan, plan.chunk_tokens
+    while chunk < plan.round_tokens:
+        chunk = min(2 * chunk, plan.round_tokens)
+        try:
+            larger = _place_chunked(request, plan.context, chunk)
+        except BudgetError:
+            break
+        if larger.s_per_token * DECODE_SHARE > plan.s_per_token * (DECODE_SHARE + 1):
+            break
+        best = larger if larger.ttft_s < best.ttft_s else best
+    return best
+
+
 def _place_chunked(request: _Request, context: int, chunk: int) -> Plan:
     """The plan of the number of resident layers that decodes fastest; of equal ones, that which reads least from host
     memory."""
@@ -359,6 +386,9 @@ def _place_with(request: _Request, context: int, chunk: int, resident: int) -> P
     """The plan with so many resident layers, without predictions. Raises BudgetError."""
     geometry = request.geometry
     items = _fixed_items(request, context, chunk)
+    graphs = request.graphs and request.device_type == "cuda" and resident == geometry.layers
+    if graphs:
+        items["CUDA graphs"] = GRAPHS
     slots = (request.slots or _choose_slots(geometry, request.gpu_budget)) if resident < geometry.layers else 0
     free = request.gpu_budget - sum(items.values()) - (slots + resident) * geometry.layer_bytes
     kv_gpu = wanted = geometry.kv_bytes(context) * request.batch
@@ -373,7 +403,8 @@ def _place_with(request: _Request, context: int, chunk: int, resident: int) -> P
     least = geometry.kv_bytes(-(-max(0, least - request.kv_disk) // (geometry.layers * geometry.kv_token_bytes())))
     in_memory, staging = _host_layers(request, resident, least)
     weights = geometry.streamed_bytes(geometry.layers - in_memory)
-    room = (request.host_budget - weights - staging) // ALIGNMENT * ALIGNMENT
+    process = _process_bytes(request)
+    room = (request.host_budget - process - weights - staging) // ALIGNMENT * ALIGNMENT
     kv_host = max(least, min(wanted - kv_gpu, room))
     if request.kv_disk:  # whole tokens, so that the rest of a request is what the disk has room for
         kv_host = geometry.kv_bytes(geometry.kv_tokens(kv_host))
@@ -386,6 +417,7 @@ def _place_with(request: _Request, context: int, chunk: int, resident: int) -> P
         "resident layers": resident * geometry.layer_bytes,
     }
     host_bytes = {"weights of streamed layers": weights, "staging for layers on disk": staging, "KV": kv_host}
+    host_bytes["this process"] = process if any(host_bytes.values()) else 0  # no budget is refused for it alone
     taken = sum(host_bytes.values()) + (0 if request.device_type == "cuda" else sum(gpu_bytes.values()))
     residents = spread(range(geometry.layers), resident)
     streamed = [index for index in range(geometry.layers) if index not in set(residents)]
@@ -409,6 +441,7 @@ def _place_with(request: _Request, context: int, chunk: int, resident: int) -> P
         gpu_bytes=gpu_bytes,
         host_bytes=host_bytes,
         rates=request.rates,
+        graphs=graphs,
         page_cache=max(0, request.free_host - taken),
     )
 
@@ -420,13 +453,20 @@ def _host_layers(request: _Request, resident: int, kv: int) -> tuple[int, int]:
     """
     geometry = request.geometry
     streamed = geometry.layers - resident
-    if geometry.streamed_bytes(resident) + kv <= request.host_budget:
+    budget = max(0, request.host_budget - _process_bytes(request))  # 0 is enough where all lies on the device
+    if geometry.streamed_bytes(resident) + kv <= budget:
         return streamed, 0
     staging = BUFFERS * geometry.layer_bytes
-    left = request.host_budget - kv - staging
+    left = budget - kv - staging
     if not request.disk or left < 0:
         raise BudgetError(_host_message(request, resident, kv))
     return min(streamed - 1, left // geometry.layer_bytes), staging
+
+
+def _process_bytes(request: _Request) -> int:
+    """Host memory of this process beside weights and KV; without a GPU it is small, and the budget is what is given to
+    them alone."""
+    return HOST_PROCESS if request.device_type == "cuda" else 0
 
 
 def _fixed_items(request: _Request, context: int, chunk: int) -> dict[str, int]:
@@ -471,7 +511,7 @@ def chunk_bytes(geometry: Geometry, chunk: int, context: int) -> int:
 
 def _choose_chunk(geometry: Geometry, gpu_budget: int) -> int:
     """The largest power of two whose own activations stay a small part of the budget."""
-    chunk = MAX_CHUNK
+    chunk = SMALL_CHUNK
     while chunk > MIN_CHUNK and chunk_bytes(geometry, chunk, 0) > gpu_budget // CHUNK_SHARE:
         chunk //= 2
     return chunk
@@ -498,12 +538,13 @@ def _device_message(request: _Request, items: dict[str, int], ring: int, residen
 
 def _host_message(request: _Request, resident: int, kv: int) -> str:
     geometry = request.geometry
-    weights, what = geometry.streamed_bytes(resident), "weights"
+    weights, what, process = geometry.streamed_bytes(resident), "weights", _process_bytes(request)
     if request.disk:
         weights, what = BUFFERS * geometry.layer_bytes, "staging for layers on disk"
     return (
         f"a budget of {format_size(request.host_budget)} in host memory (--host-memory, or the container's limit) is "
-        f"too small: {format_size(weights + kv)} are needed ({what} {format_size(weights)}, KV {format_size(kv)})"
+        f"too small: {format_size(process + weights + kv)} are needed ({what} {format_size(weights)}, KV "
+        f"{format_size(kv)}{f', this process {format_size(process)}' if process else ''})"
     )
 
 
@@ -518,12 +559,15 @@ def _aligned(nbytes: int) -> int:
 
 def _predict(plan: Plan) -> Plan:
     """With the times of one request of full length: its prompt, and a token at its end."""
-    prefill = pass_time(plan, [Share(0, plan.context)])
     decode = pass_time(plan, [Share(max(0, plan.context - 1), 1)])
+    rounds = [pass_time(plan, [share]) for share in rounds_of(plan, plan.context)]
+    names = {name: None for one in rounds for name in one.pipes}  # in their order
+    prefill = {name: sum(one.pipes.get(name, 0.0) for one in rounds) for name in names}
+    slowest = {name: sum(one.seconds for one in rounds if one.bottleneck == name) for name in names}
     return replace(
         plan,
-        ttft_s=prefill.seconds,
+        ttft_s=sum(one.seconds for one in rounds),
         s_per_token=decode.seconds,
-        bottleneck={"prefill": prefill.bottleneck, "decode": decode.bottleneck},
-        pipes={"prefill": prefill.pipes, "decode": decode.pipes},
+        bottleneck={"prefill": max(slowest, key=slowest.__getitem__), "decode": decode.bottleneck},
+        pipes={"prefill": prefill, "decode": decode.pipes},
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from elsa_serve.offload.machine import Rates
@@ -25,7 +25,7 @@ FEW = 32  # tokens of a share up to which all of them pass every layer: a decode
 ROUNDS = 20  # of the iteration for two pipes that slow each other down; it settles within a few
 
 TO_DEVICE, TO_HOST, DISK = "copies to the device", "copies to the host", "disk"
-TO_DISK = "KV to disk"
+TO_DISK, FETCH = "KV to disk", "KV brought to the device"
 DEVICE, ISSUE = "compute", "issue by the host"
 HOST_ATTENTION, DISK_ATTENTION = "attention on the host", "attention over KV on disk"
 
@@ -64,6 +64,8 @@ class _Work:
     to_device: float
     to_host: float
     to_disk: float  # bytes of KV that the device waits for, since no copy engine writes a file's pages
+    fetched: float  # bytes of KV, of those to the device, for which a layer's first chunk waits
+    fetch_hidden_s: float  # for which the device computes meanwhile
     from_disk: float  # bytes that are read ahead, beside everything else
     in_place: float  # bytes of KV that the host attends where they lie, in its memory
     mapped: float  # and in a mapped file, which it reads from disk as it attends
@@ -116,6 +118,13 @@ def whole_layers(geometry: Geometry, new: int, fused: bool) -> int:
     return geometry.layers - (1 if fused and new > FEW else 0)
 
 
+def in_graph(plan: Plan, shares: Sequence[Share]) -> bool:
+    """Whether a pass is replayed from a CUDA graph: of one token each, with all KV on the device, as all layers are."""
+    room = plan.kv_pool_tokens if all(share.on_device is None for share in shares) else sys.maxsize
+    here = all(share.on_device in (None, share.past + share.new) and share.new == 1 for share in shares)
+    return plan.graphs and here and sum(share.past + share.new for share in shares) <= room
+
+
 def device_seconds(geometry: Geometry, rates: Rates, shares: Sequence[Share], fused: bool = False) -> float:
     """Matrix products, attention and activations on the device, all of the KV there; no issue and no copies."""
     parameters = geometry.weights_bytes / geometry.dtype.itemsize / geometry.layers
@@ -148,7 +157,10 @@ def _work(plan: Plan, shares: Sequence[Share]) -> _Work:
     host_room = geometry.kv_tokens(plan.kv_host_bytes) if plan.kv_disk_bytes else sys.maxsize
     to_device, to_host, from_disk = float(streamed), 0.0, float(plan.disk_bytes)
     in_place, mapped, in_place_flops, to_disk = 0.0, 0.0, 0.0, 0.0
+    fetched, fetch_hidden_s = 0.0, 0.0
     fused = plan.device_type == "cuda"
+    if in_graph(plan, shares):
+        rates = replace(rates, device_attention=rates.graph_attention)
     device_s = device_seconds(geometry, rates, [Share(0, share.new) for share in shares], fused)
     hops = 0
     for share in shares:
@@ -177,20 +189,39 @@ def _work(plan: Plan, shares: Sequence[Share]) -> _Work:
             hops = geometry.layers
         else:
             to_device += old * token
+            fetched += old * token
+            fetch_hidden_s += _beside_fetch(plan, share.new) if old else 0.0
             from_disk += max(0, old - on_host) * token
             device_s += _attention_seconds(geometry, rates, share, total, fused)
     if plan.kv_disk_cached:
         from_disk, in_place, mapped = float(plan.disk_bytes), in_place + mapped, 0.0
     chunks = max(1, -(-sum(share.new for share in shares) // plan.chunk_tokens))
     issue = geometry.layers * chunks * rates.layer_s + rates.pass_s
-    return _Work(to_device, to_host, to_disk, from_disk, in_place, mapped, in_place_flops, device_s, issue, hops)
+    if fused:
+        device_s += geometry.layers * (rates.graph_layer_s + (chunks - 1) * rates.chunk_s)
+    if in_graph(plan, shares):
+        device_s, issue = device_s + rates.graph_pass_s, 0.0
+    return _Work(
+        to_device, to_host, to_disk, fetched, fetch_hidden_s, from_disk, in_place, mapped, in_place_flops, device_s,
+        issue, hops,
+    )  # fmt: skip
+
+
+def _beside_fetch(plan: Plan, new: int) -> float:
+    """Seconds for which the device computes while the KV of its next layer is brought to the working buffer: between
+    the last chunk's attention in one layer and the first one's in the next."""
+    geometry = plan.geometry
+    parameters = geometry.weights_bytes / geometry.dtype.itemsize / geometry.layers
+    chunk = new / -(-new // plan.chunk_tokens)  # they are of one size
+    return geometry.layers * 2.0 * parameters * chunk / plan.rates.flops
 
 
 def _time(work: _Work, rates: Rates, one_memory: bool) -> Prediction:
     """`one_memory`: the device is the host's own processor, whose copies and computing take turns at its memory."""
     flops_s = work.in_place_flops / rates.cpu_attention_flops
     copying, attending = work.to_device / rates.h2d, math.hypot(work.in_place / rates.cpu_attention, flops_s)
-    own = max(work.device_s + (copying if one_memory else 0.0), work.issue_s) + work.hops * HOP_S
+    # A GPU is issued the next layers while the host attends: only without one the issue is part of the chain.
+    own = (max(work.device_s + copying, work.issue_s) if one_memory else work.device_s) + work.hops * HOP_S
     for _ in range(ROUNDS if copying and attending else 0):
         # The part of either during which the other reads host memory, too.
         whole = max(copying, own + attending)
@@ -199,12 +230,14 @@ def _time(work: _Work, rates: Rates, one_memory: bool) -> Prediction:
         reading = _between(rates.cpu_attention, rates.cpu_attention_beside_h2d, beside_copies)
         attending = math.hypot(work.in_place / reading, flops_s)  # fits 1 to 32 rows within 5 % on a Xeon of 16 cores
     paging = work.mapped / rates.disk
+    fetching = work.fetched / rates.h2d - work.fetch_hidden_s
     chain, attending = HOST_ATTENTION if attending >= paging else DISK_ATTENTION, attending + paging
     pipes = {
         TO_DEVICE: copying,
         chain: own + attending if attending else 0.0,
         DEVICE: own if one_memory else work.device_s,
         ISSUE: work.issue_s,
+        FETCH: work.device_s + fetching if fetching > 0 else 0.0,
         TO_HOST: work.to_host / rates.d2h,
         TO_DISK: work.device_s + work.to_disk / rates.disk_write if work.to_disk else 0.0,
         DISK: (work.from_disk + work.mapped) / rates.disk,

@@ -103,6 +103,15 @@ class WeightStream:
             if resident is None:
                 self._release(done)
 
+    @contextmanager
+    def resident(self, index: int) -> Iterator[nn.Module]:
+        """The same for a resident layer in a pass that is issued for a CUDA graph: in any order, without events."""
+        self._bindings[index].bind(self._resident[index])
+        try:
+            yield self._layers[index]
+        finally:
+            self._bindings[index].unbind()
+
     def _arrived(self, index: int) -> Parameters:
         """Make compute wait for the layer's copy; the layer's parameters in its slot."""
         slot = self._used % len(self._slots)

@@ -303,9 +303,9 @@ class Scheduler:
         if not self._waiting or len(self._running) >= self._max_batch or (self._full and self._running):
             return None
         head = self._waiting[0]
-        wanted = head.capacity
-        if not self._full:
-            wanted = min(wanted, len(head.tokens) + FIRST_GROWTH)
+        wanted, least = head.capacity, len(head.tokens) + FIRST_GROWTH
+        if wanted > least and not self._full and not self._plenty(wanted, wanted - least):
+            wanted = least
         if not self._allocate(head, wanted):
             return None
         assert head.kv is not None
@@ -316,6 +316,12 @@ class Scheduler:
         with self._lock:
             self._running.append(self._waiting.popleft())
         return head
+
+    def _plenty(self, tokens: int, spare: int) -> bool:
+        """Whether the device has room for so many tokens, and for what each request of a full batch might spare: then
+        none need grow, and its KV stays in one piece."""
+        tokens += self._max_batch * spare
+        return self._pool.device_room(tokens) >= tokens
 
     def _allocate(self, sequence: Sequence, capacity: int) -> bool:
         """KV for a sequence that joins, beginning with what the prefix cache has of it; False to wait."""

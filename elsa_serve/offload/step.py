@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from elsa_serve.offload.attention import AttentionOptions, attending
+from elsa_serve.offload.attention import AttentionOptions, ChunkAttention, attending
 from elsa_serve.offload.fused import FusedForward
+from elsa_serve.offload.graphs import DecodeGraphs
 from elsa_serve.offload.kv import RequestKV
 from elsa_serve.offload.ring import WeightStream
 from elsa_serve.offload.streams import Event, Streams
@@ -26,6 +27,7 @@ from elsa_serve.offload.tiers import Piece, Tiers
 # Chunks that the host may issue ahead of the device: enough to keep it busy, few enough that a cancelled request stops
 # soon and that reported progress is real.
 RUN_AHEAD = 4
+TILE = 256  # chunks are of multiples of so many tokens, where they may be
 SHORT_TOKENS = 32  # parts up to this long share a chunk: the tokens of a decode pass, drafted ones included
 
 
@@ -104,8 +106,11 @@ class StepPlan:
         shared: list[Segment] = []
         for part in ordered:
             total = len(part.tokens)
-            for start in range(0, total, chunk_tokens):
-                size = min(chunk_tokens, total - start)
+            # Chunks of about one size: where the last is long, KV for the next layer comes while it is computed.
+            even = -(-total // -(-total // chunk_tokens))
+            most = min(chunk_tokens, -(-even // TILE) * TILE)
+            for start in range(0, total, most):
+                size = min(most, total - start)
                 if shared and (total > SHORT_TOKENS or row + size - low > chunk_tokens):
                     chunks.append(Chunk(low, row, tuple(shared)))
                     low, shared = row, []
@@ -136,13 +141,17 @@ class PassRunner:
         streams: Streams,
         *,
         chunk_tokens: int,
+        graphs: bool = False,
     ) -> None:
+        """`graphs`: decode passes are replayed from CUDA graphs, which takes all layers to be resident."""
         self._model, self._layers = model, list(layers)
         self._weights, self._tiers, self._streams = weights, tiers, streams
         self._chunk_tokens = chunk_tokens
         # Called before each chunk of each layer: the engine's heartbeat, and its look at cancellations.
         self.poll: Callable[[], None] = lambda: None
         self._running: _Running | None = None
+        self.graphs = DecodeGraphs(self._issue, streams.device) if graphs else None
+        self._issuing: ChunkAttention | None = None  # of a pass that is issued for a graph
         for index, layer in enumerate(self._layers):
             layer.forward = _LayerForward(self, index, layer.forward)
 
@@ -156,9 +165,11 @@ class PassRunner:
         self._running = _Running(plan)
         try:
             with torch.inference_mode():
-                self._tiers.begin(plan.parts, len(self._layers))
-                rows = self._forward(plan).float().cpu()
-                self._tiers.end()
+                rows = self._replayed(plan)
+                if rows is None:
+                    self._tiers.begin(plan.parts, len(self._layers))
+                    rows = self._forward(plan).float().cpu()
+                    self._tiers.end()
         except BaseException:
             self._recover()
             raise
@@ -179,13 +190,35 @@ class PassRunner:
         """Logits [wanted rows, V] on the device."""
         device = self._streams.device
         ids, positions = (rows[None].to(device) for rows in (plan.token_ids, plan.positions))
-        output = self._model(input_ids=ids, position_ids=positions, use_cache=False)
-        return output.logits[0]
+        return self._logits(ids, positions)
+
+    def _logits(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return self._model(input_ids=ids, position_ids=positions, use_cache=False).logits[0]
+
+    def _replayed(self, plan: StepPlan) -> torch.Tensor | None:
+        """Logits [parts, V] (float32, CPU) of a pass that is replayed from a graph; None where it is not."""
+        if self.graphs is None or any(len(part.tokens) > 1 for part in plan.parts):
+            return None
+        self.poll()
+        logits = self.graphs.logits(plan.parts)
+        return None if logits is None else logits.float().cpu()
+
+    def _issue(self, ids: torch.Tensor, positions: torch.Tensor, attend: ChunkAttention) -> torch.Tensor:
+        """The forward of a graph: nothing in it waits for the device or looks at it."""
+        self._issuing = attend
+        try:
+            return self._logits(ids, positions)
+        finally:
+            self._issuing = None
 
     def layer(
         self, index: int, inner: Callable[..., Any], hidden: torch.Tensor, kwargs: dict[str, Any]
     ) -> torch.Tensor:
         """Send hidden [1, T, hidden] through layer `index`, in place; the last one returns the wanted rows alone."""
+        if self._issuing is not None:
+            with self._weights.resident(index), attending(self._issuing):
+                output = inner(hidden, **kwargs)
+            return output[0] if isinstance(output, tuple) else output
         running = self._running
         if running is None:
             raise RuntimeError("the model's layers run only inside a pass of the engine")
@@ -238,6 +271,8 @@ class PassRunner:
             if isinstance(layer.forward, _LayerForward):
                 del layer.forward
         self._layers = []
+        if self.graphs is not None:
+            self.graphs.close()
 
 
 class _LayerForward:

@@ -16,7 +16,7 @@ import torch
 from elsa_kernels.paged import decode_counters
 
 from elsa_serve.vllm_plugin import NAME, compat, logger, metrics
-from elsa_serve.vllm_plugin.context_parallel import Share, local_lengths
+from elsa_serve.vllm_plugin.context_parallel import Share, local_lengths, prove
 from elsa_serve.vllm_plugin.step import Step, describe
 
 if (_refusal := compat.refusal(compat.vllm_version())) is not None:
@@ -191,6 +191,7 @@ class ElsaMetadataBuilder(AttentionMetadataBuilder[ElsaMetadata]):
         if self._dcp is not None:
             self._dcp_interleave = vllm_config.parallel_config.cp_kv_cache_interleave_size
             self._dcp_lens = torch.zeros(2, self._counters_for[0], dtype=torch.int32, device=device)
+            prove(self._dcp, device)
         self._counters: torch.Tensor | None = None
         self._chunk: int | None = None
         if device.type == "cuda" and impls:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from elsa_kernels import State, attention, attention_paged, attention_varlen, reshape_and_cache
-from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from elsa_serve.vllm_plugin import context_parallel, metrics
@@ -55,11 +54,6 @@ class ElsaImpl(AttentionImpl):
         if self.sinks is not None and self.sinks.shape[0] != self.num_heads:
             raise ValueError(
                 f"sinks of shape {list(self.sinks.shape)}: ELSA takes one for each of {self.num_heads} heads"
-            )
-        if self.dcp_world_size > 1 and not current_platform.is_cpu():
-            raise NotImplementedError(
-                "decode context parallelism on GPUs: on two H200s its tokens were wrong, and the cause is not found "
-                "(set --decode-context-parallel-size 1, or use --attention-backend flash_attn)"
             )
         if self.dcp_world_size > 1 and self.num_kv_heads > 1:
             raise NotImplementedError(

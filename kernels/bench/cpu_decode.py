@@ -115,11 +115,11 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=0.5, help="seconds for one implementation on one case")
     parser.add_argument("--out", type=Path, help="results file to write")
     options = parser.parse_args()
-    rows = [
-        row for dtype in options.dtypes for row in measure(dtype, options.context, options.head_dim, options.budget)
-    ]
-    if options.out:
-        results_file.write(options.out, rows)
+    rows: list[results_file.Row] = []
+    for dtype in options.dtypes:
+        rows += measure(dtype, options.context, options.head_dim, options.budget)
+        if options.out:
+            results_file.write(options.out, rows)
 
 
 if __name__ == "__main__":

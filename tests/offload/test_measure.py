@@ -41,7 +41,7 @@ def test_every_rate_is_measured(measured: Rates) -> None:
 def test_a_probe_that_cannot_run_leaves_its_rates_assumed(
     measured: Rates, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise BudgetError("no memory for a probe")
 
     monkeypatch.setattr(measure, "_probe", refuse)
@@ -67,8 +67,8 @@ def test_rates_are_measured_once_and_kept(
     monkeypatch.setenv("ELSA_CACHE_DIR", str(tmp_path))
     calls: list[str] = []
 
-    def counted(device: torch.device, dtype: torch.dtype, *, attention: str, linear: str) -> Rates:
-        calls.append(f"{dtype} {attention} {linear}")
+    def counted(device: torch.device, dtype: torch.dtype, *, attention: str, linear: str, heads: Any) -> Rates:
+        calls.append(f"{dtype} {attention} {linear} {heads}")
         return replace(measured, h2d=len(calls) * 1e9)
 
     monkeypatch.setattr(measure, "measure_rates", counted)
@@ -81,7 +81,13 @@ def test_rates_are_measured_once_and_kept(
     assert rates(CPU, torch.float32, refresh=True).h2d == 4e9
     assert rates(CPU, torch.float32).h2d == 4e9
     assert rates(CPU, torch.bfloat16).h2d == 2e9
-    assert len(calls) == 4
+    grouped = measure.Heads(32, 8)
+    assert rates(CPU, torch.float32, heads=grouped).h2d == 5e9
+    assert rates(CPU, torch.float32, heads=grouped).h2d == 5e9
+    assert rates(CPU, torch.float32, refresh=True).h2d == 6e9
+    assert rates(CPU, torch.float32, heads=grouped).h2d == 7e9
+    assert rates(CPU, torch.bfloat16).h2d == 2e9
+    assert len(calls) == 7
     assert sorted(p.name for p in tmp_path.iterdir()) == ["rates.json"]
 
 
@@ -145,3 +151,22 @@ def test_the_gpu_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     found = measure.measure_rates(torch.device("cuda"), torch.float16, sizes=small)
     assert min(value for value in asdict(found).values() if not isinstance(value, str)) > 0
     assert torch.cuda.get_device_name() in found.source
+    assert found.graph_attention > 0.5 * found.device_memory  # far beyond what the issue of each call leaves of it
+
+
+def test_what_no_graph_holds_is_timed_with_its_issue(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refusing:
+        def __init__(self, device: torch.device) -> None:
+            pass
+
+        def __call__(self, work: Any) -> Any:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    def work() -> None:
+        pass
+
+    monkeypatch.setattr(measure, "Capturing", Refusing)
+    assert measure._as_a_graph(CPU, work) is work
+    replay = object()
+    monkeypatch.setattr(measure, "Capturing", lambda _: lambda issued: (replay, None))
+    assert measure._as_a_graph(CPU, work) is replay

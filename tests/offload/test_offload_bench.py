@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from engine_models import make_config
 
+from elsa_serve.offload.machine import Rates
 from elsa_serve.offload.weights import ModelWeights
 from kernels.bench import results_file
 from load_tests import offload_bench
@@ -30,10 +31,22 @@ def test_runs_of_one_load_become_rows(tmp_path: Path, capsys: pytest.CaptureFixt
     assert streamed["tokens_equal"]
     assert serial["tokens_equal"]
     assert serial["hidden_s"] == 0
+    assert streamed["predicted_decode_s_per_token"] > 0
+    assert serial["predicted_decode_s_per_token"] is None
     assert streamed["prefill_s"] > 0
     assert streamed["decode_s_per_token"] > 0
     assert streamed["h2d_bytes"] > 0
     assert "--gpu-memory" in refused["error"]
+
+
+def test_the_floor_is_the_slowest_of_three_bounds() -> None:
+    rates = Rates(h2d=50e9, cpu_attention=90e9, cpu_attention_beside_h2d=80e9, h2d_beside_cpu_attention=40e9)
+    assert offload_bench.floor_seconds(100, 0, 100e9, rates) == pytest.approx(100 / 50e9)
+    assert offload_bench.floor_seconds(1, 100, 100e9, rates) == pytest.approx(100 / 100e9)
+    assert offload_bench.floor_seconds(60, 120, 100e9, rates) == pytest.approx(180 / 120e9)  # one memory for both
+    # What the run itself reached is no more than the machine allows.
+    assert offload_bench.floor_seconds(100, 0, 100e9, rates, 55e9, 0.0) == pytest.approx(100 / 55e9)
+    assert offload_bench.floor_seconds(60, 120, 100e9, rates, 45e9, 90e9) == pytest.approx(180 / 135e9)
 
 
 def test_weights_as_vllm_draws_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,13 +17,15 @@ from elsa_serve.offload.machine import Rates
 from elsa_serve.offload.plan import Geometry, Plan, make_plan
 from elsa_serve.offload.plan_text import render
 from elsa_serve.offload.predict import HOP_S, Share, device_seconds, pass_time, running_shares
+from elsa_serve.offload.rounds import rounds_of
 
 GIB = 2**30
 RATES = Rates(
     h2d=50e9, d2h=40e9, device_memory=3e12, device_attention=2e12, host_memory=100e9, flops=500e12,
     attention_flops=400e12,
     cpu_attention=100e9, cpu_attention_beside_h2d=60e9, h2d_beside_cpu_attention=45e9, cpu_attention_flops=1e12,
-    disk=2e9, activations=200e9, layer_s=1e-4, pass_s=1e-3, source="of this test",
+    disk=2e9, activations=200e9, layer_s=1e-4, pass_s=1e-3,
+    graph_attention=2e12, graph_layer_s=0.0, graph_pass_s=0.0, chunk_s=0.0, source="of this test",
 )  # fmt: skip
 GEOMETRY = Geometry.from_config(
     LlamaConfig(
@@ -70,10 +72,14 @@ def test_pipes_that_share_the_hosts_memory_slow_each_other_down() -> None:
     assert resident.kv_host_tokens > 0
     assert resident.pipes is not None  # nothing is copied, so the host attends at its full rate
     host = resident.pipes["decode"]["attention on the host"]
-    own = max(device_seconds(GEOMETRY, RATES, [Share(0, 1)]), GEOMETRY.layers * RATES.layer_s + RATES.pass_s)
+    own = device_seconds(GEOMETRY, RATES, [Share(0, 1)])
     attended = resident.kv_gpu_tokens * TOKEN / RATES.device_attention
     expected = resident.kv_host_tokens * TOKEN / 100e9 + own + 40 * HOP_S
     assert expected - attended < host < expected + 2 * attended
+    # The next layers are issued while the host attends: a slow issue is a pipe of its own, and moves nothing.
+    slow = plan(gpu_budget=36 * GIB, resident_layers=40, rates=replace(RATES, layer_s=5e-4))
+    assert slow.s_per_token == resident.s_per_token
+    assert slow.pipes["decode"]["issue by the host"] == pytest.approx(0.021)  # type: ignore[index]
 
 
 def test_everything_on_the_device_is_bound_by_its_memory_or_by_the_host_that_issues() -> None:
@@ -81,9 +87,34 @@ def test_everything_on_the_device_is_bound_by_its_memory_or_by_the_host_that_iss
     read = (GEOMETRY.weights_bytes + GEOMETRY.outside_bytes) / 3e12 + 32768 * TOKEN / 2e12
     assert whole.s_per_token == pytest.approx(read, rel=0.01)
     assert whole.bottleneck == {"prefill": "compute", "decode": "compute"}
-    slow = plan(gpu_budget=100 * GIB, rates=replace(RATES, layer_s=1e-3))
-    assert slow.s_per_token == pytest.approx(0.041)
-    assert slow.bottleneck == {"prefill": "compute", "decode": "issue by the host"}
+    # From a graph nothing is issued: what counts is the device's own time between the large kernels.
+    rates = replace(RATES, layer_s=1e-3, graph_layer_s=5e-5, graph_pass_s=1e-3, graph_attention=4e12)
+    graph = plan(gpu_budget=100 * GIB, rates=rates)
+    attended = 32768 * TOKEN * (1 / 2e12 - 1 / 4e12)
+    assert graph.s_per_token == pytest.approx(read - attended + 40 * 5e-5 + 1e-3, rel=0.01)
+    assert graph.bottleneck == {"prefill": "compute", "decode": "compute"}
+    issued = plan(gpu_budget=100 * GIB, rates=rates, graphs=False)
+    assert issued.s_per_token == pytest.approx(0.041)
+    assert "CUDA graphs" in graph.gpu_bytes.keys() - issued.gpu_bytes.keys()
+    for shares in ([Share(100, 2)], [Share(30000, 1)] * 2):  # two tokens, or more than the device's KV
+        assert pass_time(graph, shares).pipes["issue by the host"] == pytest.approx(0.041)
+    streamed = plan(gpu_budget=100 * GIB, rates=rates, resident_layers=38)
+    assert streamed.pipes["decode"]["issue by the host"] == pytest.approx(0.041)  # type: ignore[index]
+
+
+def test_chunks_cost_the_device_and_rounds_bring_kv_back() -> None:
+    rates = replace(RATES, chunk_s=1e-3)
+    small, large = (plan(rates=rates, chunk_tokens=tokens) for tokens in (2048, 4096))
+    assert small.ttft_s - large.ttft_s == pytest.approx(40 * 8e-3)
+    made = plan(gpu_budget=24 * GIB, context=100_000, resident_layers=0)
+    whole = device_seconds(GEOMETRY, RATES, [Share(0, 100_000)], fused=True)
+    shares = rounds_of(made, 100_000)
+    assert sum(share.new for share in shares) == 100_000
+    assert shares[1].past == shares[0].new
+    fetched = sum(max(0, share.past - made.kv_gpu_tokens) for share in shares) * TOKEN / 50e9
+    products = 2 * GEOMETRY.weights_bytes / 2 / 500e12 * 4096
+    assert whole + fetched - len(shares) * products < made.ttft_s < whole + fetched
+    assert made.bottleneck["prefill"] == "KV brought to the device"  # type: ignore[index]
 
 
 def test_without_a_gpu_copies_and_compute_take_turns() -> None:

@@ -314,8 +314,19 @@ def test_a_request_that_failed_leaves_nothing_to_others(make: Any) -> None:
 # --- growth and preemption ----------------------------------------------------------------------------------------
 
 
+def test_kv_is_taken_at_once_where_there_is_plenty(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("elsa_serve.offload.scheduler.FIRST_GROWTH", 16)
+    sink = Sink()
+    engine = make(sink=sink, gpu_memory="64MiB", max_batch=2)
+    generate(engine, prompt_of(20), max_tokens=60)
+    used = {sum(one.kv_used_bytes.values()) for one in sink.of(Gauges)}
+    assert used == {0, engine.plan.geometry.kv_bytes(79)}
+    assert not engine._scheduler._plenty(512, 512)  # as much again for the other of the batch: more than there is
+
+
 def test_kv_grows_with_the_output(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("elsa_serve.offload.scheduler.FIRST_GROWTH", 16)
+    monkeypatch.setattr("elsa_serve.offload.scheduler.Scheduler._plenty", lambda *_: False)
     sink = Sink()
     engine = make(sink=sink)
     expected = tokens_of(generate(make(**PLAIN), prompt_of(20), max_tokens=120))

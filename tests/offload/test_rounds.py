@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import AutoConfig
 
 from elsa_serve.errors import UsageError
 from elsa_serve.offload.engine import OffloadEngine
+from elsa_serve.offload.machine import assumed_rates
 from elsa_serve.offload.plan import ROUND_TOKENS, Geometry, make_plan
 from elsa_serve.offload.rounds import pass_tokens
 from elsa_serve.offload.scheduler import PassTokens
@@ -65,6 +67,14 @@ def test_layers_on_disk_make_rounds_longer() -> None:
 def test_beside_decodes_a_round_is_what_hides_behind_the_decode_pass() -> None:
     assert 1024 < limits(8, 32768).beside_decode < limits(8, 32768).alone
     assert 256 <= limits(130, 32768).beside_decode < 1024
+    # With all on the device, the pass that a prompt joins comes from no graph: its issue hides as much of the prompt.
+    slow = replace(assumed_rates(torch.float16), layer_s=2e-3)
+    made, slowly = (
+        make_plan(geometry(), gpu_budget=130 << 30, host_budget=200 << 30, context=32768, rates=rates)
+        for rates in (None, slow)
+    )
+    assert made.s_per_token == slowly.s_per_token
+    assert pass_tokens(slowly).beside_decode > 3 * pass_tokens(made).beside_decode
 
 
 def test_prompts_that_share_a_pass_are_no_more_than_the_plan_has_memory_for() -> None:

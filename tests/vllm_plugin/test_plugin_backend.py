@@ -327,8 +327,7 @@ def test_two_ranks_that_share_the_keys_give_each_its_heads(batch, known):
     torch.testing.assert_close(torch.cat(parts, 1).double(), layer.expected(), rtol=0, atol=4e-6)
 
 
-def test_what_context_parallelism_does_not_take(monkeypatch):
-    from elsa_serve.vllm_plugin import impl as module
+def test_what_context_parallelism_does_not_take():
     from elsa_serve.vllm_plugin.impl import ElsaImpl
 
     class Parallel(ElsaImpl):
@@ -342,9 +341,6 @@ def test_what_context_parallelism_does_not_take(monkeypatch):
             Parallel(2, 32, 1.0, 1, **options)
     with pytest.raises(NotImplementedError, match=r"2 key heads on a rank.*--tensor-parallel-size"):
         Parallel(2, 32, 1.0, 2)
-    monkeypatch.setattr(module, "current_platform", SimpleNamespace(is_cpu=lambda: False))
-    with pytest.raises(NotImplementedError, match=r"on GPUs.*--decode-context-parallel-size 1"):
-        Parallel(2, 32, 1.0, 1)
 
 
 def builder_for(impl, **changes):
@@ -387,16 +383,19 @@ def test_lengths_go_to_the_kernels_where_they_help_and_are_exact():
     assert drafting.build(0, common(((0, 200),))).seqlens == ((200, 200),)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_ranks_know_how_many_keys_they_hold_before_a_long_prompt(rank):
-    impl = make_impl(Hkv=1)
-    impl.context_group = lambda: SimpleNamespace(world_size=2, rank_in_group=rank)
-    builder = builder_for(impl)
-    share = builder.build(0, common(((65, 200), (0, 130)))).share
-    assert share.seqlens == ((200, 33 - rank), (130, 0))
-    assert share.context_lens.tolist() == [33 - rank, 0]
-    assert share.seq_lens.tolist() == [133 - rank, 65]
-    assert builder.build(0, common(((9, 1), (5, 1)))).share.seqlens is None
+def test_ranks_know_how_many_keys_they_hold_before_a_long_prompt():
+    group = ThreadGroup(2)
+
+    def rank_part(rank):
+        impl = make_impl(Hkv=1)
+        impl.context_group = lambda: group
+        builder = builder_for(impl)
+        share = builder.build(0, common(((65, 200), (0, 130)))).share
+        known = share.seqlens, share.context_lens.tolist(), share.seq_lens.tolist()
+        return *known, builder.build(0, common(((9, 1), (5, 1)))).share.seqlens
+
+    for rank, found in enumerate(group.run(rank_part)):
+        assert found == (((200, 33 - rank), (130, 0)), [33 - rank, 0], [133 - rank, 65], None)
 
 
 def test_batch_invariance_withholds_lengths_that_depend_on_the_batch(monkeypatch):

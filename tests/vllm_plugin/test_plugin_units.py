@@ -13,7 +13,7 @@ from vllm_support import ThreadGroup
 from elsa_serve import cli
 from elsa_serve.errors import UsageError
 from elsa_serve.vllm_plugin import compat, metrics, serve, verify
-from elsa_serve.vllm_plugin.context_parallel import local_lengths, merge_ranks
+from elsa_serve.vllm_plugin.context_parallel import local_lengths, merge_ranks, prove
 from elsa_serve.vllm_plugin.step import describe
 
 
@@ -236,6 +236,27 @@ def test_outputs_over_shares_of_the_keys_merge_to_the_output_over_all():
     assert [out.shape for out in outs] == [(T, H // ranks, D)] * ranks  # each rank keeps its own heads
     torch.testing.assert_close(torch.cat(outs, 1).double(), expected.finalize().transpose(0, 1), rtol=0, atol=2e-6)
     torch.testing.assert_close(torch.cat(totals, 1).double(), expected.logsumexp().transpose(0, 1), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_group_proves_that_it_sums_before_requests_come(ranks):
+    class Deaf(ThreadGroup):
+        def reduce_scatter(self, input_, dim=-1):
+            return torch.zeros_like(super().reduce_scatter(input_, dim))  # as memory that nobody wrote may look
+
+    def rank_part(group):
+        def one(rank):
+            try:
+                return prove(group, torch.device("cpu"))
+            except RuntimeError as error:
+                return str(error)
+
+        return one
+
+    assert (group := ThreadGroup(ranks)).run(rank_part(group)) == [None] * ranks
+    for rank, said in enumerate((group := Deaf(ranks)).run(rank_part(group))):
+        assert f"rank {rank} of {ranks} merges known states to 0 where" in said
+        assert "--decode-context-parallel-size 1" in said
 
 
 EXPOSE = """

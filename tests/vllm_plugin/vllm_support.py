@@ -29,6 +29,8 @@ needs_vllm = pytest.mark.skipif(
 class ThreadGroup:
     """Ranks as threads: what vLLM's GroupCoordinator does, over shared memory."""
 
+    device_communicator = None
+
     def __init__(self, size):
         self.world_size = size
         self.rank = threading.local()
