@@ -156,10 +156,6 @@ static void arrived() {  // no copy is made before it has to be
   for (auto& [to, from] : copies[threadIdx.x]) *to = *from;
   copies[threadIdx.x].clear();
 }
-static void let_next_start() {}
-static void await_previous() {}
-
-static int arrive(int* counter) { return (*counter)++; }
 
 static void prefetch(const void*) {}
 

@@ -1,24 +1,27 @@
 // Attention of up to ROWS packed rows (queries × heads of a group) over a paged KV with D = 128, in one launch. sm_80 and
 // newer, compiled by NVRTC, with the tiles of paged_tiles_half.cu or paged_tiles_fp32.cu.
 //
-// K and V go from global memory straight into the registers of the products. So a warp has the next 8 KiB in flight
-// whenever it computes, and needs nobody: warps meet once a chunk, and while they do, each has the first tile of the next
-// chunk in flight.
+// K and V go from global memory straight into the registers of the products. So a warp has the next tiles in flight
+// whenever it computes, and needs nobody: warps meet once a chunk, and while they do, each has the first tiles of the
+// next chunk in flight.
 //
-// A sequence's keys are cut into chunks of CHUNK, counted from key 0; of a chunk's tiles warp w takes every WARPS-th.
+// A sequence's keys are cut into chunks, counted from key 0, of a size that follows from their number (`chunk_of`); of a
+// chunk's tiles warp w takes every WARPS-th, STEP at a time.
 // The warps' states merge to the chunk's, up to FAN chunks' to a node's, nodes' to the sequence's, always in the order of
 // positions. Who merges is whom an integer counter names last, or, in calls that would need much memory for chunks
 // (`whole_nodes`), the block that has computed all chunks of the node; the sums are the same ones. Bits depend on the
 // sequence alone.
 //
-// Needs: ELSA_FP32 and ELSA_BF16 (both 0 for FP16), ELSA_ROWS, ELSA_GROUP, ELSA_PAGE (a multiple of 16), ELSA_WARPS,
-// ELSA_CHUNK, ELSA_MIN_BLOCKS.
+// Needs: ELSA_FP32 and ELSA_BF16 (both 0 for FP16), ELSA_FP8 (of the caches, 16-bit queries), ELSA_ROWS, ELSA_GROUP,
+// ELSA_PAGE (a multiple of 16), ELSA_WARPS, ELSA_CHUNK, ELSA_LONGEST, ELSA_STEP, ELSA_MIN_BLOCKS.
 
 constexpr int WARPS = ELSA_WARPS, CHUNK = ELSA_CHUNK, THREADS = 32 * WARPS, GROUP = ELSA_GROUP, PAGE = ELSA_PAGE;
-constexpr int D = 128, ROWS = ELSA_ROWS, FAN = ELSA_FAN, TILE = ELSA_FP32 ? 8 : 16;
+constexpr int D = 128, ROWS = ELSA_ROWS, FAN = 32, TILE = ELSA_FP32 ? 8 : 16;
 constexpr int STEP = ELSA_STEP;  // tiles that a warp multiplies at a time
 constexpr int PITCH = D + 4;  // of a row in shared memory
-static_assert(CHUNK % (TILE * WARPS * STEP) == 0 && CHUNK / (TILE * WARPS) <= 32, "a lane has the page of each of its warp's tiles");
+constexpr int LONGEST = ELSA_LONGEST;  // of all chunks
+static_assert(CHUNK / 2 % (TILE * WARPS * STEP) == 0 && LONGEST % CHUNK == 0, "whole steps of all warps");
+static_assert(LONGEST <= 32 * TILE * WARPS, "a lane asks for the page of each of its warp's tiles");
 static_assert(PAGE % TILE == 0, "a tile lies on one page");
 
 typedef unsigned int u32;
@@ -55,7 +58,7 @@ struct Params {
 // machine: begin
 __device__ __forceinline__ uint4 stream(const void* p) {
   uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate" ELSA_HINT ".v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                : "l"(p));
   return v;
@@ -66,25 +69,6 @@ __device__ __forceinline__ void copy(int* to, const int* from) {  // into shared
 }
 
 __device__ __forceinline__ void arrived() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-
-__device__ __forceinline__ void let_next_start() {
-#if ELSA_EARLY
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void await_previous() {
-#if ELSA_EARLY
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-// Adds 1 to what it returns; orders what the block's threads wrote before their last barrier, and read after their next.
-__device__ __forceinline__ int arrive(int* counter) {
-  int before;
-  asm volatile("atom.add.acq_rel.gpu.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
-  return before;
-}
 
 __device__ __forceinline__ void prefetch(const void* p) {  // 128 bytes
   asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
@@ -107,15 +91,23 @@ struct Chunk {
   int chunks;          // of the sequence
   int q0, rows;        // the sequence's first query, packed rows
   int keys, start;     // of the sequence; position of its first query
+  int size;            // keys of the sequence's chunks, `chunk_of`
   int first_item;      // of the sequence, over all heads
 };
 
 __device__ __forceinline__ int divide_up(int a, int b) { return (a + b - 1) / b; }
 
+// Keys of the chunks of a sequence of so many keys: short ones are cut for one sequence to occupy many multiprocessors,
+// long ones for fewer ends of chunks. As `Form.chunk_of`.
+__device__ __forceinline__ int chunk_of(int keys) {
+  if (keys > CHUNK && keys < 8 * CHUNK) return CHUNK / 2;
+  return keys >= 64 * CHUNK ? LONGEST : CHUNK;
+}
+
 // Items of sequence s: chunks, or nodes of FAN chunks; 0 where the sequence is not of this launch.
 __device__ __forceinline__ int items_of(const Params& p, int s) {
   const int q0 = p.cu[s], keys = p.used[s], rows = (p.cu[s + 1] - q0) * GROUP;
-  const int items = max(divide_up(keys, p.whole_nodes ? CHUNK * FAN : CHUNK), 1);
+  const int items = max(divide_up(keys, chunk_of(keys) * (p.whole_nodes ? FAN : 1)), 1);
   return rows > 0 && rows <= ROWS && q0 < p.T ? items : 0;
 }
 
@@ -159,7 +151,8 @@ __device__ __forceinline__ Chunk first_chunk(const Params& p, const int* ends, i
   c.keys = p.used[low];
   c.start = c.keys - queries;
   c.rows = min(queries, p.T - c.q0) * GROUP;
-  c.chunks = max(divide_up(c.keys, CHUNK), 1);
+  c.size = chunk_of(c.keys);
+  c.chunks = max(divide_up(c.keys, c.size), 1);
   c.last = min(c.at + (p.whole_nodes ? FAN : 1), c.chunks) - 1;
   return c;
 }
@@ -186,7 +179,7 @@ struct Left {
 
 // How many tiles of a chunk warp `warp` has.
 __device__ __forceinline__ int tiles_of(const Chunk& c, int warp) {
-  const int keys = min(c.keys - c.at * CHUNK, CHUNK) - TILE * warp;
+  const int keys = min(c.keys - c.at * c.size, c.size) - TILE * warp;
   return keys > 0 ? divide_up(keys, TILE * WARPS) : 0;
 }
 
@@ -198,7 +191,7 @@ struct Ahead {
 
 // Asks for the pages of a warp's tiles; they are there when each lane has `arrived` and the warp has met.
 __device__ __forceinline__ Ahead look(const Params& p, const Chunk& c, int* pages, int warp, int lane) {
-  const int place = (c.at * CHUNK + TILE * (warp + WARPS * lane)) / PAGE, tiles = tiles_of(c, warp);
+  const int place = (c.at * c.size + TILE * (warp + WARPS * lane)) / PAGE, tiles = tiles_of(c, warp);
   if (lane < tiles) {
     if (place < p.table_width) copy(pages + lane, p.table + c.s * p.table_row + place);
     else pages[lane] = 0;
@@ -222,10 +215,10 @@ __device__ __forceinline__ void load_first(const Params& p, Tile& tile, const Ch
   __syncwarp();
 #pragma unroll
   for (int h = 0; h < STEP; h++)
-    if (h < a.tiles) load_k(p, tile, h, a.pages[h], c.at * CHUNK + TILE * (warp + WARPS * h), c.head, lane);
+    if (h < a.tiles) load_k(p, tile, h, a.pages[h], c.at * c.size + TILE * (warp + WARPS * h), c.head, lane);
 #pragma unroll
   for (int h = 0; h < STEP; h++)
-    if (h < a.tiles) load_v(p, tile, h, a.pages[h], c.at * CHUNK + TILE * (warp + WARPS * h), c.head, lane);
+    if (h < a.tiles) load_v(p, tile, h, a.pages[h], c.at * c.size + TILE * (warp + WARPS * h), c.head, lane);
 }
 
 // A warp's tiles of chunk c, the first of which are in `tile` or on their way; at the end the next chunk's first ones are.
@@ -236,7 +229,7 @@ __device__ __forceinline__ void walk(const Params& p, const Chunk& c, const Ahea
   const float scale = scale_of(p, c.head);
   clear(rows);
   if (here.tiles == 0 && ahead.tiles) load_first(p, tile, next, ahead, warp, lane);
-  int key = c.at * CHUNK + TILE * warp;
+  int key = c.at * c.size + TILE * warp;
   for (int i = 0; i < here.tiles; i += STEP) {
     const bool inside = i + STEP < here.tiles;
     const int more = inside ? here.tiles - i - STEP : ahead.tiles;  // tiles that may be asked for
@@ -253,7 +246,7 @@ __device__ __forceinline__ void walk(const Params& p, const Chunk& c, const Ahea
 #pragma unroll
     for (int h = 0; h < STEP; h++)
       if (key + TILE * WARPS * h + TILE > plain) hide(p, c, h, key + TILE * WARPS * h, lane, s, tile);
-    key = inside ? key + STEP * TILE * WARPS : next.at * CHUNK + TILE * warp;
+    key = inside ? key + STEP * TILE * WARPS : next.at * next.size + TILE * warp;
     const int head = inside ? c.head : next.head;
 #pragma unroll
     for (int h = 0; h < STEP; h++)
@@ -271,7 +264,6 @@ struct Shared {
   Scratch scratch[WARPS];
   Chunk chunk[2][WARPS];  // a warp's copy of this chunk's description and of the next one's, in turn
   int pages[2][WARPS][32];  // likewise, of each of a warp's tiles
-  Chunk waiting;  // a chunk whose delivery was counted, but not yet answered
   int room[WARPS], answer;
 };
 
@@ -307,7 +299,7 @@ __device__ __forceinline__ State gather(const Shared& sh, int row, int lane) {
 // The chunk again, a row a warp: in a tile's product a hidden key's weight 0 meets its ∞ and NaN, here it is left out,
 // as is a key with logit −∞. Leaves the state of every row as that of warp 0, the other warps' empty.
 __device__ __noinline__ void careful(const Params& p, const Chunk& c, Shared& sh, int warp, int lane) {
-  const int lo = c.at * CHUNK, end = min(c.keys, lo + CHUNK);
+  const int lo = c.at * c.size, end = min(c.keys, lo + c.size);
   const float scale = scale_of(p, c.head);
   for (int row = warp; row < c.rows; row += WARPS) {
     float q[D / 32], w[D / 32] = {}, m = minus_infinity(), l = 0.f;
@@ -423,20 +415,12 @@ __device__ __forceinline__ void merge(const Params& p, i64 slot, i64 step, int n
 
 // Counts this block; true for the one that comes last of `all`, who then sees what the others have written.
 __device__ __forceinline__ bool arrives_last(int* counter, int all, Shared& sh) {
-#if ELSA_FENCE
   __threadfence();
-#endif
   __syncthreads();
   if (threadIdx.x == 0) {
-#if ELSA_FENCE
     sh.answer = atomicAdd(counter, 1) == all - 1;
-#else
-    sh.answer = arrive(counter) == all - 1;
-#endif
     if (sh.answer) *counter = 0;
-#if ELSA_FENCE
     __threadfence();
-#endif
   }
   __syncthreads();
   return sh.answer;
@@ -485,81 +469,17 @@ __device__ __forceinline__ void deliver(const Params& p, const Chunk& c, int war
   if (last) complete(p, c, warp, lane, sh);
 }
 
-#if ELSA_DEFER
-// As `deliver`, but what is complete by this chunk is merged at the next chunk's end, when the count has been answered.
-struct Answer {
-  int before;  // of thread 0
-  int waits;
-};
-__device__ __forceinline__ void settle(const Params& p, Answer& a, int warp, int lane, Shared& sh) {
-  if (a.waits && sh.answer) complete(p, sh.waiting, warp, lane, sh);
-  a.waits = 0;
-}
-__device__ __forceinline__ void take_answer(const Params& p, const Answer& a, Shared& sh) {
-  if (a.waits && threadIdx.x == 0) {
-    sh.answer = a.before == chunks_in_node(sh.waiting) - 1;
-    if (sh.answer) p.node_counters[first_slot(p, sh.waiting)] = 0;
-  }
-}
-__device__ __forceinline__ void deliver_later(const Params& p, const Chunk& c, int warp, int lane, Shared& sh, Answer& a) {
-  const i64 slot = first_slot(p, c);
-  for (int row = warp; row < c.rows; row += WARPS) {
-    const State x = gather(sh, row, lane);
-    if (c.chunks == 1) finish(p, c, row, lane, x);
-    else put(p, slot + c.at % FAN * slot_step(p), row, lane, x);
-  }
-  const bool several = c.chunks > 1;
-  take_answer(p, a, sh);
-  __syncthreads();  // from here on c is thread 0's alone: the description of the chunk after the next takes its place
-  int before = 0;
-  if (several && threadIdx.x == 0) before = arrive(p.node_counters + slot);
-  settle(p, a, warp, lane, sh);
-  if (several) {
-    if (threadIdx.x == 0) sh.waiting = c;
-    a.before = before;
-    a.waits = 1;
-  }
-}
-#endif
-
 extern "C" __global__ void __launch_bounds__(THREADS, ELSA_MIN_BLOCKS) paged_decode(const __grid_constant__ Params p) {
   __shared__ Shared sh;
   extern __shared__ int ends[];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  await_previous();
-  let_next_start();
-#if ELSA_SPEC
-  const bool only = p.B == 1 && !p.whole_nodes;
-  if (only) {  // its first pages are the block's, however many keys there are
-    const int place = ((int)blockIdx.x / p.Hkv * CHUNK + TILE * (warp + WARPS * lane)) / PAGE;
-    if (lane < CHUNK / (TILE * WARPS)) {
-      if (place < p.table_width) copy(&sh.pages[0][warp][lane], p.table + place);
-      else sh.pages[0][warp][lane] = 0;
-    }
-  }
+  if (p.B == 1 && threadIdx.x == 0)  // what the first loads of the only sequence wait for: a part of it each block
+    for (int place = 32 * blockIdx.x; place < p.table_width; place += 32 * gridDim.x) prefetch(p.table + place);
   const int items = (p.B == 1 ? items_of(p, 0) : sum_items(p, ends, sh.room)) * p.Hkv;
-#else
-  if (p.B == 1 && !p.whole_nodes) {  // what the first loads of the only sequence wait for
-    const int place = (int)blockIdx.x / p.Hkv * CHUNK / PAGE + lane;
-    if (warp == 0 && place < p.table_width) prefetch(p.table + place);
-  }
-  const int items = sum_items(p, ends, sh.room) * p.Hkv;
-#endif
-  if ((int)blockIdx.x >= items) {
-    arrived();
-    return;
-  }
+  if ((int)blockIdx.x >= items) return;
   int turn = 0, q_turn = 0;
-#if ELSA_DEFER
-  Answer answer = {0, 0};
-#endif
   describe(sh.chunk[0][warp], first_chunk(p, ends, blockIdx.x), lane);
-#if ELSA_SPEC
-  Ahead ahead = only ? Ahead{sh.pages[0][warp], tiles_of(sh.chunk[0][warp], warp)}
-                     : look(p, sh.chunk[0][warp], sh.pages[0][warp], warp, lane);
-#else
   Ahead ahead = look(p, sh.chunk[0][warp], sh.pages[0][warp], warp, lane);
-#endif
   Tile tile;
   if (ahead.tiles) load_first(p, tile, sh.chunk[0][warp], ahead, warp, lane);
   load_q(p, sh.chunk[0][warp], sh.q[0]);
@@ -584,19 +504,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, ELSA_MIN_BLOCKS) paged_dec
       q_turn ^= 1;
       load_q(p, next, sh.q[q_turn]);
     }
-#if ELSA_DEFER
-    if (!p.whole_nodes) {
-      deliver_later(p, now, warp, lane, sh, answer);
-      continue;
-    }
-#endif
     deliver(p, now, warp, lane, sh);
     __syncthreads();  // the warps' states have been read, and the next Q is there
   }
-#if ELSA_DEFER
-  __syncthreads();  // the answer before this one has been read
-  take_answer(p, answer, sh);
-  __syncthreads();
-  settle(p, answer, warp, lane, sh);
-#endif
 }

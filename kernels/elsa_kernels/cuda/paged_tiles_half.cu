@@ -92,19 +92,11 @@ __device__ __forceinline__ void load_k(const Params& p, Tile& tile, int h, int p
   const int g = lane / 4, t = lane % 4;
   constexpr int EACH = 16 / sizeof(cell);
   const cell* from = p.k + page * p.k_block + (key % PAGE + g) * p.k_place + head * p.k_head + EACH * t;
-#if ELSA_ORDER
-#pragma unroll
-  for (int i = 0; i < PARTS; i++) {
-    const int part = i / 4 * 2 + i % 2, half = i / 2 % 2;  // what lies on a line of 128 bytes together
-    tile.k[h][2 * part + half] = stream(from + 8 * half * p.k_place + 4 * EACH * part);
-  }
-#else
 #pragma unroll
   for (int i = 0; i < PARTS / 2; i++) {
     tile.k[h][2 * i] = stream(from + 4 * EACH * i);
     tile.k[h][2 * i + 1] = stream(from + 8 * p.k_place + 4 * EACH * i);
   }
-#endif
 }
 
 __device__ __forceinline__ void load_v(const Params& p, Tile& tile, int h, int page, int key, int head, int lane) {

@@ -16,13 +16,13 @@ from elsa_kernels.cuda import driver, nvrtc
 from elsa_kernels.devices import multiprocessors
 from elsa_kernels.paged.problem import FP8, PagedOperands, PagedProblem
 
-OLDEST = 80  # mma.m16n8k16 and movmatrix
+OLDEST, OLDEST_FP8 = 80, 89  # mma.m16n8k16 and movmatrix; conversion from FP8
 HEAD_DIM, FAN, PLACES = 128, 32, 16  # the last: keys that must lie on one page
 MAX_CHUNK_BYTES = 256 << 20  # of chunks' states; where more would be needed, blocks take whole nodes
 MAX_SEQUENCES = 12288  # whose counts fit in a block's shared memory
 POINTERS = (
-    "q", "k", "v", "out", "lse", "sinks", "k_scale", "v_scale", "cu", "used", "table", "state_m", "state_l", "state_w", "node_counters",
-    "counters",
+    "q", "k", "v", "out", "lse", "sinks", "k_scale", "v_scale", "cu", "used", "table", "state_m", "state_l", "state_w",
+    "node_counters", "counters",
 )  # fmt: skip
 STRIDES = (
     "q_token", "q_head", "k_block", "k_place", "k_head", "v_block", "v_place", "v_head", "table_row", "out_token",
@@ -33,9 +33,10 @@ INTEGERS = ("B", "T", "Hkv", "table_width", "causal", "whole_nodes", "nodes0", "
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """`warps` share chunks of `chunk` keys, `blocks_per_sm` such blocks a multiprocessor; up to `rows` packed rows.
+    """`warps` share chunks of keys (`chunk_of`), `blocks_per_sm` such blocks an SM; up to `rows` packed rows.
 
-    All but the blocks are part of a result's definition.
+    A warp multiplies `step` tiles at a time. `longest`: keys of the chunks of long sequences, where they are more than
+    `chunk`. All but the blocks are part of a result's definition.
     """
 
     warps: int
@@ -43,13 +44,7 @@ class Form:
     blocks_per_sm: int
     rows: int = 8
     step: int = 1
-    defer: int = 0
-    order: int = 0
-    early: int = 1
-    spec: int = 1
-    hint: str = ".L2::128B"
-    fan: int = 32
-    fence: int = 0
+    longest: int = 0
 
     def defines(self, problem: PagedProblem) -> dict[str, int]:
         return {
@@ -63,14 +58,22 @@ class Form:
             "ELSA_CHUNK": self.chunk,
             "ELSA_MIN_BLOCKS": self.blocks_per_sm,
             "ELSA_STEP": self.step,
-            "ELSA_DEFER": self.defer,
-            "ELSA_ORDER": self.order,
-            "ELSA_EARLY": self.early,
-            "ELSA_FENCE": self.fence,
-            "ELSA_FAN": self.fan,
-            "ELSA_SPEC": self.spec,
-            "ELSA_HINT": f'"{self.hint}"',
+            "ELSA_LONGEST": max(self.longest, self.chunk),
         }
+
+    def chunk_of(self, keys: int) -> int:
+        """Keys of the chunks of a sequence of so many: `chunk_of` of the kernel."""
+        if self.chunk < keys < 8 * self.chunk:
+            return self.chunk // 2
+        return max(self.longest, self.chunk) if keys >= 64 * self.chunk else self.chunk
+
+    def chunks_of(self, keys: int) -> int:
+        return -(-keys // self.chunk_of(keys))
+
+    def most_chunks(self, keys: int) -> int:
+        """Of any sequence of up to so many keys, which is not always the longest's."""
+        lengths = (min(keys, most) for most in (keys, 8 * self.chunk - 1, 64 * self.chunk - 1))
+        return max(1, *map(self.chunks_of, lengths))
 
     def state_bytes(self) -> int:
         return 4 * self.rows * (HEAD_DIM + 2)
@@ -84,7 +87,7 @@ def forms() -> dict[str, Form]:
 
 
 def kind_of(problem: PagedProblem) -> str:
-    """16-bit caches, or FP32 ones with up to 4 or up to 8 rows a key head."""
+    """FP8 caches, 16-bit ones, or FP32 ones with up to 4 or up to 8 rows a key head."""
     if problem.kv_dtype == FP8:
         return "8"
     return "16" if problem.dtype != torch.float32 else "32x4" if problem.group <= 4 else "32x8"
@@ -121,13 +124,13 @@ class Slots:
 
     @classmethod
     def of(cls, problem: PagedProblem, form: Form, blocks: int) -> Slots:
-        chunks = max(1, -(-problem.max_seqlen_k // form.chunk))
-        nodes = -(-chunks // form.fan)
+        chunks = form.most_chunks(problem.max_seqlen_k)
+        nodes = -(-chunks // FAN)
         pairs = problem.B * problem.Hkv
         if pairs * chunks * form.state_bytes() > MAX_CHUNK_BYTES:
-            return cls(blocks * form.fan, pairs * nodes if nodes > 1 else 0, True)
+            return cls(blocks * FAN, pairs * nodes if nodes > 1 else 0, True)
         # a sequence's nodes are numbered from ⌊its first chunk / FAN⌋ + its number
-        return cls(pairs * chunks, (problem.B * chunks // form.fan + problem.B) * problem.Hkv if nodes > 1 else 0, False)
+        return cls(pairs * chunks, (problem.B * chunks // FAN + problem.B) * problem.Hkv if nodes > 1 else 0, False)
 
 
 def plan(problem: PagedProblem) -> tuple[Form, int, Slots]:
@@ -151,8 +154,8 @@ def refusal(problem: PagedProblem) -> str | None:
     """Why this form does not take such calls, or None. It does not depend on the sequences or on their number."""
     if problem.device.type != "cuda" or torch.version.hip:
         return "it runs on CUDA devices"
-    if problem.kv_dtype not in ((problem.dtype,) if problem.dtype == torch.float32 else (problem.dtype, FP8)):
-        return f"it does not read {problem.kv_dtype} for {problem.dtype}"
+    if problem.kv_dtype != problem.dtype and (problem.kv_dtype != FP8 or problem.dtype == torch.float32):
+        return f"it reads no {problem.kv_dtype} caches for {problem.dtype} queries"
     if problem.dtype == torch.float32 and problem.precision == "tf32":
         return "in FP32 it multiplies without tensor cores"
     if problem.group == 1 or kind_of(problem) not in forms():
@@ -162,7 +165,8 @@ def refusal(problem: PagedProblem) -> str | None:
     if problem.window is not None or problem.softcap is not None or problem.has_alibi:
         return "it has no window, softcap or ALiBi"
     index = problem.device.index
-    return _refuse_device(torch.cuda.current_device() if index is None else index)
+    oldest = OLDEST_FP8 if problem.kv_dtype == FP8 else OLDEST
+    return _refuse_device(torch.cuda.current_device() if index is None else index, oldest)
 
 
 def misaligned(o: PagedOperands) -> bool:
@@ -172,10 +176,10 @@ def misaligned(o: PagedOperands) -> bool:
 
 
 @functools.cache
-def _refuse_device(device: int) -> str | None:
+def _refuse_device(device: int, oldest: int) -> str | None:
     major, minor = torch.cuda.get_device_capability(device)
-    if 10 * major + minor < OLDEST:
-        return f"needs compute capability 8.0, the device has {major}.{minor}"
+    if 10 * major + minor < oldest:
+        return f"needs compute capability {oldest / 10}, the device has {major}.{minor}"
     return nvrtc.refusal(major, minor)
 
 
@@ -201,7 +205,8 @@ def parameters(
     """states: m, l, W of `slots`; counters: zeros int32 [slots.counters(problem)]."""
     sinks = None if o.sinks is None else o.sinks.float().contiguous()
     tensors = (
-        o.q, o.k_cache, o.v_cache, o.out, o.lse, sinks, o.k_scale, o.v_scale, o.cu_seqlens_q, o.seqused_k, o.block_table, *states, counters,
+        o.q, o.k_cache, o.v_cache, o.out, o.lse, sinks, o.k_scale, o.v_scale, o.cu_seqlens_q, o.seqused_k,
+        o.block_table, *states, counters,
     )  # fmt: skip
     pointers = [None if x is None else x.data_ptr() for x in tensors]
     # the sequences' come after the chunks'
@@ -226,4 +231,4 @@ def run(problem: PagedProblem, operands: PagedOperands, counters_of: Callable[[i
     m, l = (torch.empty(shape, dtype=torch.float32, device=problem.device) for _ in range(2))
     W = torch.empty((*shape, HEAD_DIM), dtype=torch.float32, device=problem.device)
     params = parameters(problem, operands, slots, (m, l, W), counters_of(slots.counters(problem)))
-    driver.launch(kernel(operands.q.get_device(), problem), blocks, 32 * form.warps, 4 * problem.B, params, early=bool(form.early))
+    driver.launch(kernel(operands.q.get_device(), problem), blocks, 32 * form.warps, 4 * problem.B, params)
