@@ -1,15 +1,19 @@
 """Gain of ELSA attention over SDPA on the offload engine, LLaMA-13B's geometry: `bench gain --in-process` cell by cell.
 
 python -m load_tests.gain_suite --output load_tests/results/gain-h200.json \\
-        --cell float16:32768:40 --cell float16:65536:10 --cell float32:32768:4 --cell float32:65536:2
+        --cell float16:32768:40 --cell float16:65536:40 --cell float32:32768:10 --cell float32:65536:6
 
 A cell is DTYPE:CONTEXT:LAYERS. Layers are alike, and time grows with their number on both sides, so a few of them show
 the gain of all in far less time; each row says how many ran. They get the GPU memory that is theirs of --gpu-memory:
 what the model with all its layers would spend on the KV of the missing ones is taken away, so that the same share of
 the KV lies in host memory. Weights are random and all streamed, float32 is strict (no TF32 in linear layers nor in
-either attention), and one engine changes its attention between two requests. Results are written after every cell;
-cells that the work folder holds already are not measured again. Where no Prometheus is, its scrapes are kept in the
-work folder: `--collect` on a machine that has one adds what it makes of them.
+either attention), and one engine changes its attention between two requests. Two layers run a request of the very same
+shapes on both sides before, so that every kernel is there when the clock runs; those that are not are named.
+
+Results are written after every cell; cells that the work folder holds already are not measured again, and rows of the
+results file that the work folder has nothing for stay. Where no Prometheus is, its scrapes are kept in the work folder:
+`--collect` on a machine that has one adds what it makes of them. What `elsa-serve bench gain --engine vllm` wrote to a
+folder beside the cells' is collected with them.
 """
 
 from __future__ import annotations
@@ -17,8 +21,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +39,13 @@ from elsa_serve.offload.loading import DTYPES
 from elsa_serve.offload.plan import Geometry, make_plan
 from elsa_serve.offload.units import parse_size
 from kernels.bench import results_file
+from load_tests.vllm_bench import compiled_kernels
 
 MODEL = Path(__file__).parent / "models" / "llama-13b.json"
 PLENTY = 1 << 50  # bytes of host memory: the plan of all layers is never run
-CELLS = ("float16:32768:40", "float16:65536:10", "float32:32768:4", "float32:65536:2")
+CELLS = ("float16:32768:40", "float16:65536:40", "float32:32768:10", "float32:65536:6")
+REHEARSAL_LAYERS = 2  # all KV of a single one would lie on the device, in the place of a second weight slot
+COMPILED = "compiled.json"  # names of kernels that were compiled while a cell was measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +63,6 @@ class SuiteCell:
         if dtype not in DTYPES or len(numbers) != 2 or not all(n.isdecimal() and int(n) for n in numbers):
             raise argparse.ArgumentTypeError(f"{text!r} is not DTYPE:CONTEXT:LAYERS, such as float32:32768:4")
         return cls(dtype, *map(int, numbers))
-
-    @classmethod
-    def named(cls, name: str) -> SuiteCell:
-        return cls.parse(name.replace("-", ":"))
 
     @property
     def name(self) -> str:
@@ -89,9 +93,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--model", type=Path, default=MODEL, help="a config.json (default: LLaMA-13B's geometry)")
     add("--cell", type=SuiteCell.parse, action="append", metavar="DTYPE:CONTEXT:LAYERS", help="repeatable")
     add("--pairs", type=int, default=6, help="prompts a cell, each on both sides (default: 6)")
-    add("--warm-up", type=int, default=1, help="full prompts a cell and side before the clock runs (default: 1)")
+    add("--warm-up", type=int, default=0, help="prompts of all layers a side, after the two layers' (default: 0)")
     add("--seconds", type=float, default=600.0, help="begin no further pair of a cell after this long (default: 600)")
-    add("--output-tokens", type=int, default=4, help="generated a request (default: 4)")
+    add("--output-tokens", type=int, default=8, help="generated a request (default: 8)")
     add("--gpu-memory", default="24GiB", help="device budget of all layers, enforced (default: 24GiB)")
     add("--chunk-tokens", type=int, help="prompt tokens that pass a layer at a time (default: planned)")
     add("--work", type=Path, default=Path("gain-suite"), help="folder of each cell's own files (default: gain-suite)")
@@ -105,20 +109,47 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def collect(args: argparse.Namespace) -> None:
-    """Write the results and the reports of all cells that the work folder holds."""
-    documents = {
-        SuiteCell.named(file.parent.name): json.loads(file.read_text()) for file in args.work.glob("*/gain.json")
-    }
-    documents = dict(sorted(documents.items(), key=lambda item: (item[0].dtype, item[0].context, item[0].layers)))
-    rows = [row for cell, document in documents.items() for row in rows_of(args, cell, document)]
+    """Write the reports of all that the work folder holds, and its rows into the results file, in the place of older
+    ones of the same engine, dtype and context."""
+    documents = {file.parent: json.loads(file.read_text()) for file in args.work.glob("*/gain.json")}
+    rows = [row for folder, document in documents.items() for row in rows_of(args, folder, document)]
+    if not rows:
+        return
+    new = {kind(row) for row in rows}
+    known = results_file.read(args.output)["rows"] if args.output.exists() else []
+    rows += [row for row in known if kind(row) not in new]
+    rows.sort(key=lambda row: (row["engine"] != "elsa-offload", *kind(row)))
     newest = max(documents.values(), key=lambda document: document["date"])
     head = {key: newest[key] for key in ("machine", "versions", "commit", "command", "date")}
     results_file.write_document(args.output, head | {"rows": rows})
     write_reports(args, documents)
 
 
+def kind(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[key] for key in ("engine", "dtype", "context", "baseline"))
+
+
 def measure(args: argparse.Namespace, cell: SuiteCell) -> int:
+    """The exit status. An engine's own warm-up is a short prompt, which spills no KV into host memory, so that what
+    decode does with it would be compiled in the first pair: hence a request of the same shapes through few layers."""
     folder = args.work / cell.name
+    if (folder / COMPILED).exists():
+        return 0
+    few = replace(cell, layers=min(REHEARSAL_LAYERS, cell.layers))
+    print(f"{few.name}: for kernels to be compiled")
+    with tempfile.TemporaryDirectory() as unused:
+        if status := run_cell(args, few, Path(unused), "--pairs", 1, "--warm-up", 0, "--no-prometheus"):
+            return status
+    print(f"{cell.name}: measured", flush=True)
+    with compiled_kernels() as compiled:
+        status = run_cell(args, cell, folder, "--pairs", args.pairs, "--warm-up", args.warm_up)
+    if not status:
+        (folder / COMPILED).write_text(json.dumps(sorted(set(compiled))))
+    return status
+
+
+def run_cell(args: argparse.Namespace, cell: SuiteCell, folder: Path, *more: object) -> int:
+    """`bench gain` of the cell with `more` flags, into `folder`."""
     model = folder / "model"
     model.mkdir(parents=True, exist_ok=True)
     config = json.loads(args.model.read_text()) | {"num_hidden_layers": cell.layers}
@@ -126,9 +157,8 @@ def measure(args: argparse.Namespace, cell: SuiteCell) -> int:
     settings = {"dtype": cell.dtype, "load-format": "dummy", "resident-layers": 0, **placement(args, cell)}
     # A token a pass, and a prompt in one: what differs between the sides is then attention and nothing that it decides.
     settings |= {"num-speculative-tokens": 0, "prefill-round-tokens": cell.context}
-    flags = ["--context", cell.context, "--pairs", args.pairs, "--warm-up", args.warm_up]
-    flags += ["--seconds", args.seconds, "--output-tokens", args.output_tokens, "--output", folder]
-    flags += ["--set", ",".join(f"{key}={value}" for key, value in settings.items())]
+    flags = [*more, "--context", cell.context, "--seconds", args.seconds, "--output-tokens", args.output_tokens]
+    flags += ["--output", folder, "--set", ",".join(f"{key}={value}" for key, value in settings.items())]
     quiet = [] if sys.stderr.isatty() else ["--quiet"]
     return bench(["gain", str(model), "--in-process", *map(str, flags), *quiet])
 
@@ -161,19 +191,28 @@ def bench(words: Sequence[str]) -> int:
         return 1
 
 
-def rows_of(args: argparse.Namespace, cell: SuiteCell, document: dict[str, Any]) -> list[dict[str, Any]]:
-    """The cell's rows, with what ran and every single time, so that anyone can do the statistics again."""
+def rows_of(args: argparse.Namespace, folder: Path, document: dict[str, Any]) -> list[dict[str, Any]]:
+    """The folder's rows, with what ran and every single time, so that anyone can do the statistics again."""
     (measured,) = document["cells"]
-    flags = dict(item.split("=") for item in ",".join(document["settings"]["set"]).split(","))
-    about = {
-        "model": args.model.stem,
-        "layers": cell.layers,
-        "linear": flags.get("linear", "torch"),
-        "gpu_cap_bytes": int(flags["gpu-memory"]),
-        "gpu_cap_bytes_all_layers": parse_size(args.gpu_memory),
-        "chunk_tokens": int(flags["chunk-tokens"]),
-        **{key: document[key] for key in ("commit", "date", "command", "machine")},
+    flags = {
+        item.partition("=")[0]: item.partition("=")[2] for item in ",".join(document["settings"]["set"]).split(",")
     }
+    layers = json.loads((folder / "model" / "config.json").read_text())["num_hidden_layers"]
+    about = {"model": args.model.stem, "layers": layers, "linear": flags.get("linear", "torch")}
+    if "gpu-memory" in flags:  # the offload engine
+        about |= {
+            "gpu_cap_bytes": int(flags["gpu-memory"]),
+            "gpu_cap_bytes_all_layers": parse_size(args.gpu_memory),
+            "chunk_tokens": int(flags["chunk-tokens"]),
+            "slots": int(flags["slots"]),  # all but one hold weights of the next pass when one ends
+            # What a request stored there.
+            "kv_host_bytes": round(measured["counters"]["candidate"]["d2h_bytes"] / len(measured["pairs"])),
+        }
+    elif "max-num-batched-tokens" in flags:
+        about["chunk_tokens"] = int(flags["max-num-batched-tokens"])
+    about |= {key: document[key] for key in ("commit", "date", "command", "machine")}
+    if (folder / COMPILED).exists():
+        about["compiled_late"] = json.loads((folder / COMPILED).read_text())
     counters = {f"{side}_{key}": measured["counters"][side][key] for side in SIDES for key in ("h2d_bytes", "stall_s")}
     rows = []
     for row in document["rows"]:
@@ -182,14 +221,19 @@ def rows_of(args: argparse.Namespace, cell: SuiteCell, document: dict[str, Any])
     return rows
 
 
-def write_reports(args: argparse.Namespace, documents: dict[SuiteCell, dict[str, Any]]) -> None:
-    """An HTML report a dtype, with its contexts side by side."""
-    for dtype in dict.fromkeys(cell.dtype for cell in documents):
-        found = [document for cell, document in documents.items() if cell.dtype == dtype]
-        layers = ", ".join(f"{cell.context}: {cell.layers}" for cell in documents if cell.dtype == dtype)
-        merged = found[0] | {key: [item for one in found for item in one[key]] for key in ("rows", "cells")}
-        merged["settings"] = found[0]["settings"] | {"layers by context": layers}
-        (args.work / f"report-{dtype}.html").write_text(gain_report(merged))
+def write_reports(args: argparse.Namespace, documents: dict[Path, dict[str, Any]]) -> None:
+    """An HTML report an engine and dtype, with its contexts side by side."""
+    groups: dict[tuple[str, ...], dict[Path, dict[str, Any]]] = {}
+    for folder, document in documents.items():
+        first = document["rows"][0]
+        groups.setdefault((first["engine"], first["dtype"]), {})[folder] = document
+    for (engine, dtype), found in groups.items():
+        ordered = sorted(found, key=lambda folder: found[folder]["rows"][0]["context"])
+        first = found[ordered[0]]
+        merged = first | {key: [item for folder in ordered for item in found[folder][key]] for key in ("rows", "cells")}
+        merged["settings"] = first["settings"] | {"measured": ", ".join(folder.name for folder in ordered)}
+        name = dtype if engine == "elsa-offload" else f"{engine}-{dtype}"
+        (args.work / f"report-{name}.html").write_text(gain_report(merged))
 
 
 if __name__ == "__main__":

@@ -1,21 +1,29 @@
 """How others run a model that does not fit: vLLM's and accelerate's offloading, over offload_bench's prompt and cap.
 
-    python -m load_tests.offload_peers --gpu-memory 40GiB --peer vllm-prefetch --peer accelerate \\
-        --output load_tests/results/offload-h200.json
+    python -m load_tests.offload_peers --gpu-memory 40GiB 24GiB --peer vllm-prefetch --peer accelerate \\
+        --limit 100 --output peers.json
+    python -m load_tests.offload_peers --collect peers.json --output load_tests/results/offload-h200.json
 
 All decoder layers lie in host memory. vLLM needs the whole KV on the GPU and refuses where the cap does not hold it;
-accelerate, with transformers' offloaded cache, copies a layer's KV forth and back for every token. Weights are random:
-vLLM's as its dummy loader draws them, accelerate's as transformers would. What refuses or fails becomes the row's
-`error`.
+accelerate, with transformers' offloaded cache, copies a layer's KV forth and back for every token. vLLM's prefetch
+copies one layer ahead unless told otherwise, into the one buffer there is then, so that the copy waits for the layer
+before it: `vllm-prefetch-2` copies two ahead. Weights are random: vLLM's as its dummy loader draws them, accelerate's
+as transformers would. What refuses, fails or takes too long becomes the row's `error`: with `--limit`, each peer and
+cap runs in a process of its own, which is ended when its time is over, whatever it waits for.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
+import signal
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -23,35 +31,107 @@ import torch
 
 from elsa_serve.offload.loading import DTYPES
 from elsa_serve.offload.units import parse_size
+from kernels.bench import results_file
 from load_tests import vllm_bench
-from load_tests.offload_bench import MODEL, host_peak, prompt_of, record, reset_host_peak
+from load_tests.offload_bench import CONFIGURATION, MODEL, host_peak, prompt_of, record, reset_host_peak
 
 Row = dict[str, Any]
 WARM_UP_TOKENS = 2048
+TIDY_S = 20  # that a process has to end by itself, its row being known
 VLLM_OFFLOADS: dict[str, Callable[[float], Row]] = {  # by the weights' GiB
-    "vllm-prefetch": lambda gib: {
-        "offload_backend": "prefetch", "offload_group_size": 1, "offload_num_in_group": 1, "offload_prefetch_step": 1,
-    },
+    "vllm-prefetch": lambda gib: prefetch(1),
+    "vllm-prefetch-2": lambda gib: prefetch(2),
     "vllm-uva": lambda gib: {"offload_backend": "uva", "cpu_offload_gb": gib},
 }  # fmt: skip
 PEERS = (*VLLM_OFFLOADS, "accelerate")
 
 
+def prefetch(step: int) -> Row:
+    """vLLM's options that keep every layer in host memory and copy it `step` layers ahead."""
+    return {
+        "offload_backend": "prefetch",
+        "offload_group_size": 1,
+        "offload_num_in_group": 1,
+        "offload_prefetch_step": step,
+    }
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
+    if args.collect is not None:
+        if args.output is None:
+            raise SystemExit("--collect puts rows into a results file: name it with --output")
+        collect(args.collect, args.output)
+        return 0
     config = json.loads(args.model.read_text())
     if args.layers is not None:
         config["num_hidden_layers"] = args.layers
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config))
-        for peer in args.peer or PEERS:
-            work = accelerate if peer == "accelerate" else vllm
-            reset_host_peak()
-            row = vllm_bench.attempt(base_row(args, config, peer), lambda: work(args, folder, config, peer))  # noqa: B023
-            print(json.dumps(row), flush=True)
-            if args.output:
-                record(args.output, row | {"peak_host_bytes": host_peak()})
+        for cap in args.gpu_memory:
+            for peer in args.peer or PEERS:
+                run(args, folder, config, peer, cap)
     return 0
+
+
+def run(args: argparse.Namespace, folder: str, config: Row, peer: str, cap: str) -> None:
+    """Measure one peer under one cap, and record its row."""
+    if args.limit is None:
+        keep(args, measure(args, folder, config, peer, cap))
+        return
+    start = time.perf_counter()
+    fresh = multiprocessing.get_context("spawn")
+    receiver, sender = fresh.Pipe(duplex=False)
+    process = fresh.Process(target=alone, args=(sender, args, folder, config, peer, cap))
+    process.start()
+    sender.close()
+    row = base_row(args, config, peer, cap) | {"error": f"no result within {args.limit} s"}
+    try:
+        if receiver.poll(args.limit):
+            row = receiver.recv()
+            process.join(TIDY_S)
+    except EOFError:
+        process.join()
+        row["error"] = f"ended with status {process.exitcode}"
+    finally:  # also where this process is interrupted
+        try:
+            os.killpg(process.pid, signal.SIGKILL)  # type: ignore[arg-type]
+        except ProcessLookupError:  # it has no group yet, or is gone
+            process.kill()
+        process.join()
+    keep(args, {"run_s": round(time.perf_counter() - start, 1)} | row)
+
+
+def alone(sender: Connection, *arguments: Any) -> None:
+    """`measure` in a process that leads a group of its own: what it starts ends with it."""
+    os.setsid()
+    sender.send(measure(*arguments))
+    sender.close()
+
+
+def measure(args: argparse.Namespace, folder: str, config: Row, peer: str, cap: str) -> Row:
+    def work() -> Row:
+        return (accelerate if peer == "accelerate" else vllm)(args, folder, config, peer, parse_size(cap))
+
+    reset_host_peak()
+    return vllm_bench.attempt(base_row(args, config, peer, cap), work) | {"peak_host_bytes": host_peak()}
+
+
+def keep(args: argparse.Namespace, row: Row) -> None:
+    print(json.dumps(row), flush=True)
+    if args.output:
+        record(args.output, row | {"command": results_file.command_line()})
+
+
+def collect(file: Path, output: Path) -> None:
+    """Put another file's rows into `output`, in place of those of the same configuration; each names the machine and
+    the versions it is from, since the rest of `output` may be of others."""
+    document, known = results_file.read(file), results_file.read(output)
+    about = {key: document[key] for key in ("machine", "versions", "date")}
+    rows = [row | about for row in document["rows"]]
+    measured = [[row.get(key) for key in CONFIGURATION] for row in rows]
+    kept = [row for row in known["rows"] if [row.get(key) for key in CONFIGURATION] not in measured]
+    results_file.write_document(output, known | {"rows": kept + rows})
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -63,12 +143,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--context", type=int, default=32768, help="prompt tokens (default: 32768)")
     parser.add_argument("--decode-tokens", type=int, default=4, help="tokens after the first (default: 4)")
-    parser.add_argument("--gpu-memory", default="40GiB", help="of the GPU, at most (default: 40GiB)")
+    parser.add_argument("--gpu-memory", nargs="+", default=["40GiB"], help="of the GPU, at most (default: 40GiB)")
+    parser.add_argument("--limit", type=int, metavar="SECONDS", help="a peer and cap; then an error (default: none)")
+    parser.add_argument("--collect", type=Path, metavar="FILE", help="measure nothing: its rows go into --output")
     parser.add_argument("--output", type=Path, help="results file to put the rows into")
     return parser
 
 
-def base_row(args: argparse.Namespace, config: Row, peer: str) -> Row:
+def base_row(args: argparse.Namespace, config: Row, peer: str, cap: str) -> Row:
     return {
         "system": "hf-accelerate" if peer == "accelerate" else "vllm",
         "model": args.model.stem,
@@ -78,12 +160,12 @@ def base_row(args: argparse.Namespace, config: Row, peer: str) -> Row:
         "linear": "torch",
         "context": args.context,
         "batch": 1,
-        "gpu_cap": args.gpu_memory,
+        "gpu_cap": cap,
         "case": {"accelerate": "cpu_offload, offloaded cache"}.get(peer, peer),
     }
 
 
-def vllm(args: argparse.Namespace, folder: str, config: Row, peer: str) -> Row:
+def vllm(args: argparse.Namespace, folder: str, config: Row, peer: str, cap: int) -> Row:
     """vLLM's own engine without CUDA graphs, the prompt in one piece."""
     total = torch.cuda.get_device_properties(0).total_memory
     layer = 4 * config["hidden_size"] ** 2 + 3 * config["hidden_size"] * config["intermediate_size"]
@@ -93,21 +175,46 @@ def vllm(args: argparse.Namespace, folder: str, config: Row, peer: str) -> Row:
         chunk_tokens=None, command="speed",
     )  # fmt: skip
     changes = VLLM_OFFLOADS[peer](1.01 * weights / 2**30) | {
-        "gpu_memory_utilization": parse_size(args.gpu_memory) / total,
+        "gpu_memory_utilization": cap / total,
         "kv_cache_memory_bytes": None,  # as much as is left
         "compilation_config": {"mode": 0, "cudagraph_mode": "NONE"},
         "enforce_eager": True,
     }
     start = time.perf_counter()
     torch.cuda.reset_peak_memory_stats()
-    with vllm_bench.engine(options, folder, "FLASH_ATTN", **changes) as llm:
+    with drawing_on_device(), vllm_bench.engine(options, folder, "FLASH_ATTN", **changes) as llm:
         load_s = time.perf_counter() - start
         vllm_bench.generate(llm, [prompt_of(WARM_UP_TOKENS, config["vocab_size"])], 2)
         times = vllm_bench.timed(llm, prompt_of(args.context, config["vocab_size"]), options)
         return {**times, "peak_gpu_bytes": torch.cuda.max_memory_reserved(), "load_s": load_s}
 
 
-def accelerate(args: argparse.Namespace, folder: str, config: Row, peer: str) -> Row:
+@contextmanager
+def drawing_on_device() -> Iterator[None]:
+    """vLLM's dummy loader draws what lies in host memory there, on one core: a minute for 13 billion weights."""
+    try:
+        from vllm.model_executor.model_loader import dummy_loader
+    except ImportError:  # the engine will say so
+        yield
+        return
+    draw = dummy_loader.initialize_single_dummy_weight
+
+    def drawn(weight: torch.Tensor, *args: Any, **options: Any) -> None:
+        if weight.device.type != "cpu" or not weight.is_floating_point() or hasattr(weight, "dummy_weight_value"):
+            draw(weight, *args, **options)
+            return
+        here = torch.empty_like(weight, device="cuda")
+        draw(here, *args, **options)
+        weight.data.copy_(here)
+
+    dummy_loader.initialize_single_dummy_weight = drawn
+    try:
+        yield
+    finally:
+        dummy_loader.initialize_single_dummy_weight = draw
+
+
+def accelerate(args: argparse.Namespace, folder: str, config: Row, peer: str, cap: int) -> Row:
     """transformers' model with its layers' weights in pageable host memory, which accelerate's hooks copy."""
     from accelerate import cpu_offload
     from transformers import AutoConfig, DynamicCache
@@ -115,7 +222,7 @@ def accelerate(args: argparse.Namespace, folder: str, config: Row, peer: str) ->
     device = torch.device(args.device)
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(parse_size(args.gpu_memory) / total, device)
+        torch.cuda.set_per_process_memory_fraction(cap / total, device)
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     model = random_model(AutoConfig.from_pretrained(folder), DTYPES[args.dtype], device)

@@ -26,7 +26,7 @@ def offload_table() -> str:
                 f"{_who(row)}{row['dtype']}, {row['layers']} layers, {row['context']} tokens{_how(row)}",
                 row["gpu_cap"],
                 "–" if refused else f"{row['peak_gpu_bytes'] / 2**30:.1f} GiB",
-                "refused" if refused else f"{row['prefill_s']:.2f}",
+                _failure(refused) if refused else f"{row['prefill_s']:.2f}",
                 "–" if copied is None else f"{copied[0]:.2f} / {copied[1]:.2f}",
                 _seconds(row.get("decode_s_per_token")),
                 _seconds(row.get("floor_s") or None),  # 0 where nothing lies in host memory
@@ -38,6 +38,11 @@ def offload_table() -> str:
         "same tokens",
     ]  # fmt: skip
     return table.markdown(header, lines)
+
+
+def _failure(error: str) -> str:
+    """A peer that was ended, or died, has refused nothing."""
+    return error if error.startswith(("no result within", "ended with status")) else "refused"
 
 
 def _who(row: dict[str, Any]) -> str:
@@ -62,24 +67,31 @@ def _seconds(value: float | None) -> str:
 
 
 def gain_table() -> str:
-    """One line a dtype, context and phase: what ELSA gains over SDPA, paired, and what Prometheus made of it."""
+    """One line a dtype, context and phase: what ELSA gains over SDPA (in vLLM over one of its own attentions), paired,
+    and what Prometheus made of it."""
     lines = []
     for row in results_file.read(RESULTS / "gain-h200.json")["rows"]:
         second = row["prometheus_gain_percent"]
         lines.append(
             [
-                f"{row['dtype']}, {row['context']} tokens, {row['layers']} layers, {PHASES[row['phase']]}",
+                f"{_against(row)}{row['dtype']}, {row['context']} tokens, {row['layers']} layers, "
+                f"{PHASES[row['phase']]}",
                 f"{row['baseline_s']:.3f}",
                 f"{row['candidate_s']:.3f}",
                 f"**{row['gain_percent']:+.1f} %**",
-                f"{row['ci_low']:+.1f} … {row['ci_high']:+.1f} %",
+                "–" if row["ci_low"] is None else f"{row['ci_low']:+.1f} … {row['ci_high']:+.1f} %",
                 f"{row['median_gain_percent']:+.1f} %",
                 "–" if second is None else f"{second:+.1f} %",
                 str(row["pairs"]),
             ]
         )
-    header = ["configuration", "SDPA s", "ELSA s", "gain", "95 % interval", "median pair", "by Prometheus", "pairs"]
+    header = ["configuration", "baseline s", "ELSA s", "gain", "95 % interval", "median pair", "by Prometheus", "pairs"]
     return table.markdown(header, lines)
+
+
+def _against(row: dict[str, Any]) -> str:
+    """Of a row whose baseline is not SDPA."""
+    return f"vLLM, {row['baseline'].removeprefix('attention-backend=')}, " if row["engine"] == "vllm" else ""
 
 
 def _vllm_rows(column: str) -> list[dict[str, Any]]:

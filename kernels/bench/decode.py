@@ -23,7 +23,7 @@ from elsa_kernels.paged import decode_counters
 from elsa_kernels.reference import attention_reference
 from elsa_kernels.registry import UnsupportedProblem
 
-from kernels.bench import measure, results_file
+from kernels.bench import measure, peers, results_file
 from kernels.bench.run import GATE, ROUNDS
 
 MAKERS: dict[str, Callable[[DecodeCase], Callable[[Inputs], torch.Tensor]]] = {}
@@ -133,10 +133,7 @@ def ours(case: DecodeCase) -> Callable[[Inputs], torch.Tensor]:
 def flash_attention_3(case: DecodeCase) -> Callable[[Inputs], torch.Tensor]:
     if case.dtype == "float32" or case.kv:
         raise UnsupportedProblem("takes no FP32, and FP8 only with FP8 queries")
-    try:
-        flash = importlib.import_module("vllm.vllm_flash_attn").flash_attn_varlen_func
-    except ImportError as missing:
-        raise UnsupportedProblem("vLLM is not installed") from missing
+    flash = peers.flash_attention_3()
     return lambda x: flash(
         x.q, x.k_cache, x.v_cache, out=x.out, cu_seqlens_q=x.cu_seqlens_q, max_seqlen_q=case.Nq,
         seqused_k=x.seqused_k, max_seqlen_k=case.Nk, block_table=x.block_table, causal=True, fa_version=3,

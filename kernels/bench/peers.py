@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
@@ -72,11 +73,24 @@ def _sdpa(case: Case) -> Call:
     return lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=case.causal, enable_gqa=gqa)
 
 
-def _fa3(case: Case) -> Call:
+def flash_attention_3() -> Callable[..., torch.Tensor]:
+    """FlashAttention-3's function for packed or paged sequences, as vLLM ships it.
+
+    Raises UnsupportedProblem with the reason where there is none.
+    """
     try:
-        from vllm.vllm_flash_attn import flash_attn_varlen_func
-    except ImportError as missing:
-        raise UnsupportedProblem("no FlashAttention-3 here (looked for vLLM's)") from missing
+        vllm = importlib.import_module("vllm.vllm_flash_attn")
+    except Exception as failure:  # vLLM's import runs much code, and ends in more ways than by being absent
+        raise UnsupportedProblem(f"no FlashAttention-3 (looked for vLLM's): {failure}") from failure
+    reason = vllm.fa_version_unsupported_reason(3)
+    if reason is not None:
+        raise UnsupportedProblem(f"vLLM has no FlashAttention-3 here: {reason}")
+    call: Callable[..., torch.Tensor] = vllm.flash_attn_varlen_func
+    return call
+
+
+def _fa3(case: Case) -> Call:
+    flash_attn_varlen_func = flash_attention_3()
     starts_q = torch.arange(0, (case.B + 1) * case.Nq, case.Nq, dtype=torch.int32, device="cuda")
     starts_k = torch.arange(0, (case.B + 1) * case.Nk, case.Nk, dtype=torch.int32, device="cuda")
 

@@ -72,7 +72,12 @@ def gain_on_vllm(args: argparse.Namespace, flags: dict[str, list[str]], context:
     }
     dtypes = {one[one.index("--dtype") + 1] for one in flags.values() if "--dtype" in one}
     labels = {"engine": "vllm", "dtype": " / ".join(sorted(dtypes)) or "auto", "baseline": args.baseline}
-    return compare(args, commands, {}, labels)
+    return compare(args, commands, {}, labels, together=all(map(kv_is_stated, flags.values())))
+
+
+def kv_is_stated(flags: Sequence[str]) -> bool:
+    """Whether a vLLM server is told how much KV it gets, and measures no memory that another takes meanwhile."""
+    return any(word.partition("=")[0] == "--kv-cache-memory-bytes" for word in flags)
 
 
 def ab(args: argparse.Namespace) -> int:
@@ -86,15 +91,26 @@ def ab(args: argparse.Namespace) -> int:
 
 
 def compare(
-    args: argparse.Namespace, commands: dict[str, list[str]], urls: dict[str, str], labels: dict[str, Any]
+    args: argparse.Namespace,
+    commands: dict[str, list[str]],
+    urls: dict[str, str],
+    labels: dict[str, Any],
+    together: bool = False,
 ) -> int:
+    """`together`: the servers start at the same time; else one after the other, as each plans with what is free."""
     if args.rounds > 1 and len(commands) < len(SIDES):
         raise UsageError("--rounds starts both sides anew, so both must be commands that start a server, and no URLs")
     results = opened(args)
     with ExitStack() as stack:
-        programs = {}
-        for side in commands:  # one after the other: each plans with the memory that is free
-            programs[side] = stack.enter_context(Program(commands[side], args.output / f"{side}.log"))
+        programs = {side: Program(command, args.output / f"{side}.log") for side, command in commands.items()}
+        for program in programs.values():
+            stack.callback(program.stop)
+            program.start()
+            if not together:
+                program.wait_ready()
+        if together:
+            for program in programs.values():
+                program.wait_ready()
         urls |= {side: program.url for side, program in programs.items()}
         watcher = stack.enter_context(watched(args, urls))
         for number in range(args.rounds):

@@ -14,7 +14,8 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; margin: 1rem 0; } td, th { padding: .2rem .7rem; border-bottom: 1px solid #ddd; }
 td { text-align: right; font-variant-numeric: tabular-nums; } td:first-child, th { text-align: left; }
-svg { width: 100%; font: 11px system-ui, sans-serif; } .grid { stroke: #e4e4e4; } .band { fill: #8882; }
+td:not(:last-child) { white-space: nowrap; } td:last-child { overflow-wrap: anywhere; }
+svg { width: 100%; font: 11px system-ui, sans-serif; } .grid { stroke: #e4e4e4; } .band { fill: #8885; }
 figure { margin: 1rem 0; } figcaption { font-size: 13px; } .bad { color: #b00; } small { color: #666; }
 """
 NAMES = {"prefill": "Prefill", "decode": "Decode", "end_to_end": "End to end"}
@@ -117,14 +118,18 @@ def gain_plot(data: dict[str, Any]) -> str:
 def copies_plots(data: dict[str, Any]) -> str:
     """Bytes over the bus and the share of the passes in which compute waited for them, against the context."""
     counted = [(cell["cell"]["context"], cell["counters"]) for cell in data["cells"]]
+    requests = [len(cell["pairs"]) for cell in data["cells"]]
     if not any(counters[side]["h2d_bytes"] for _, counters in counted for side in SIDES):
         return "<p>Neither side reports copies between host and GPU.</p>"
-    moved = [Series(side, [(n, counters[side]["h2d_bytes"] / 1e9) for n, counters in counted]) for side in SIDES]
+    moved = [
+        Series(side, [(n, counters[side]["h2d_bytes"] / 1e9 / m) for (n, counters), m in zip(counted, requests)])
+        for side in SIDES
+    ]
     waited = [
         Series(side, [(n, 100 * counters[side]["stall_share"]) for n, counters in counted if counters[side]["steps_s"]])
         for side in SIDES
     ]
-    return plot(moved, x_label="context (tokens)", y_label="to the GPU (GB)", log_x=True) + plot(
+    return plot(moved, x_label="context (tokens)", y_label="to the GPU (GB a request)", log_x=True) + plot(
         waited, x_label="context (tokens)", y_label="stall share (%)", log_x=True
     )
 
@@ -207,10 +212,21 @@ def run_report(data: dict[str, Any]) -> str:
         plot(series, x_label="sent (s)", y_label="first token, or end (s)"),
         plot([one for one in spread if one.points], x_label="seconds", y_label="share of requests within"),
         memory_plot(data),
-        table(("", ""), [(key, str(value)) for key, value in counts.items()]),
+        table(("", ""), [(key, plain(value)) for key, value in counts.items()]),
         environment(data),
     ]
     return page(f"Load test: {data['scenario']['name']}", body)
+
+
+def plain(value: Any) -> str:
+    """A figure of a summary, or several by name."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {plain(one)}" for key, one in value.items())
+    if isinstance(value, (tuple, list)):
+        return " … ".join(map(plain, value))
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1e5 else f"{value:.6g}"
+    return "–" if value is None else str(value)
 
 
 def figure(value: float | None) -> str:
@@ -230,7 +246,7 @@ def sweep_report(data: dict[str, Any]) -> str:
     label = "clients at once"
     body = [
         f"<p>{escape(data['about'])}</p>",
-        table(head, lines),
+        table([key.replace("_", " ") for key in head], lines),
         plot(against("prompt_tokens_per_s", "output_tokens_per_s"), x_label=label, y_label="tokens/s", log_x=True),
         plot(against("ttft_p50", "ttft_p95", "e2e_p95"), x_label=label, y_label="seconds", log_x=True),
         plot(against("itl_p50", "itl_p95"), x_label=label, y_label="seconds between two tokens", log_x=True),

@@ -11,7 +11,7 @@ WIDTH, HEIGHT = 640, 300
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 16, 44
 COLOURS = ("#4269d0", "#ef7c29", "#3ca951", "#a463f2")
 TICKS = 5
-ASIDE = 8  # pixels between error bars at the same x
+ASIDE = 8  # pixels between error bars, or dots of several series, at the same x
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ def plot(
     zero: bool = True,
     log_x: bool = False,
 ) -> str:
-    """An XY plot. `zero` puts 0 into the range of y."""
+    """An XY plot. `zero` puts 0 into the range of y. With `log_x` several series lie side by side at each x."""
     xs = [point[0] for one in series for point in one.points]
     ys = [y for one in series for point in one.points for y in point[1:]]
     ys += [y for band in bands for y in (band.low, band.high)]
@@ -71,7 +71,7 @@ def plot(
     parts += [_tick_x(place(x, y_low)[0], x) for x in shown_x]
     parts += [_tick_y(place(shown_x[0], y)[1], y) for y in ticks(y_low, y_high)]
     for i, one in enumerate(series):
-        aside = ASIDE * (i - (len(series) - 1) / 2)
+        aside = ASIDE * (i - (len(series) - 1) / 2) if log_x else 0.0
         parts.append(_draw(one, COLOURS[i % len(COLOURS)], place, aside))
     parts.append(_labels(x_label, y_label))
     legend = " ".join(
@@ -122,8 +122,8 @@ def _draw(series: Series, colour: str, place: Callable[[float, float], tuple[flo
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
         return f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
     for point, (x, y) in zip(series.points, placed):
+        x += aside
         if len(point) == 4:
-            x += aside
             _, low = place(point[0], point[2])
             _, high = place(point[0], point[3])
             parts.append(f'<line x1="{x:.1f}" y1="{low:.1f}" x2="{x:.1f}" y2="{high:.1f}" stroke="{colour}"/>')

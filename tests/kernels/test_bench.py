@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
+from types import ModuleType
 
 import pytest
 import torch
 from elsa_kernels.reference import attention_reference
+from elsa_kernels.registry import UnsupportedProblem
 
-from kernels.bench import accuracy, inputs, measure, merge, results_file, run, table
+from kernels.bench import accuracy, inputs, measure, merge, peers, results_file, run, table
 from kernels.bench.cases import FAMILIES, SUITES, Case
 
 
@@ -49,6 +52,34 @@ def test_relative_error_sees_a_wrong_mask():
 def test_unknown_family():
     with pytest.raises(ValueError, match="family"):
         inputs.draw(Case("float32", True, 1, 2, 4, 16), "odd", device="cpu")
+
+
+@pytest.fixture
+def vllm(monkeypatch):
+    """A stand-in for vLLM's package of FlashAttention kernels."""
+    module = ModuleType("vllm.vllm_flash_attn")
+    module.fa_version_unsupported_reason = lambda version: None
+    module.flash_attn_varlen_func = lambda *tensors, **options: None
+    monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
+    monkeypatch.setitem(sys.modules, "vllm.vllm_flash_attn", module)
+    return module
+
+
+def test_flash_attention_3_is_found_in_vllm(vllm):
+    assert peers.flash_attention_3() is vllm.flash_attn_varlen_func
+
+
+def test_flash_attention_3_is_missing_with_a_reason(vllm, monkeypatch):
+    vllm.fa_version_unsupported_reason = lambda version: f"FA{version} needs another device"
+    with pytest.raises(UnsupportedProblem, match="FA3 needs another device"):
+        peers.flash_attention_3()
+
+    def broken(name):
+        raise OSError("libcudart.so: cannot open shared object file")
+
+    monkeypatch.setattr(peers.importlib, "import_module", broken)
+    with pytest.raises(UnsupportedProblem, match="libcudart"):
+        peers.flash_attention_3()
 
 
 def test_rotation_covers_the_cache():

@@ -244,7 +244,7 @@ def half_variant(element: str, D: int, causal: bool, features: bool, logits: boo
 SHARED_LIMIT = 227 * 1024
 
 
-@pytest.mark.parametrize(("D", "causal", "features"), [(128, True, False), (64, False, True)])
+@pytest.mark.parametrize(("D", "causal", "features"), [(128, True, False), (64, False, False), (64, False, True)])
 def test_split_kernel_keeps_its_loop_in_registers(D, causal, features):
     compiled = split_variant(D, causal, features)
     sass = aot.machine_code(compiled)
@@ -626,6 +626,25 @@ def test_equal_bits_in_whatever_order_programs_run(dtype):
     else:
         runs = [launch.half_forward(p, operands, section=s) for s in (1, 3, 8)]
     assert all(torch.equal(runs[0], run) for run in runs[1:])
+
+
+@needs_hopper
+@pytest.mark.gpu
+@pytest.mark.hopper
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_more_than_two_to_the_31_elements(dtype):
+    """Of keys and values (whose FP16 pairs are four times as many), then of queries and output."""
+    if torch.cuda.get_device_properties(0).total_memory < 80e9:
+        pytest.skip("needs 80 GB of GPU memory")
+    heads, N, D = 65, 2**18, 128
+    long = torch.zeros(1, heads, N, D, device="cuda", dtype=dtype)
+    assert long.numel() > 2**31
+    long[:, -1].normal_()
+    short = torch.randn(1, heads, 128, D, device="cuda").to(dtype)
+    for q, kv in ((short, long), (long, short)):
+        out = elsa_kernels.attention(q, kv, kv, impl="gluon")[:, -1:, -128:]
+        want = attention_reference(*(x[:, -1:].double() for x in (q[:, :, -128:], kv, kv)))
+        assert relative_error(out, want) < LIMIT[dtype]
 
 
 @needs_hopper

@@ -114,6 +114,18 @@ def test_a_sequence_does_not_depend_on_its_batch(dtype: torch.dtype, Nq: int) ->
     torch.testing.assert_close(together, again, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
+def test_a_short_sequence_does_not_depend_on_how_many_there_are() -> None:
+    """The tile that splits within its launch follows the number of programs; the bits do not."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(64, 12, 197, 64, device=DEVICE) for _ in range(3))
+    together = elsa_kernels.attention(q, k, v, impl="triton")
+    for batch in (2, 8):
+        fewer = elsa_kernels.attention(*(x[:batch] for x in (q, k, v)), impl="triton")
+        assert torch.equal(together[:batch], fewer)
+    judge(together[:1], attention_reference(q[:1], k[:1], v[:1]), torch.float32)
+
+
 PACKED = {
     # lengths of queries and of keys, options
     "prefill": ([20, 0, 1, 68], [20, 0, 1, 75], {"causal": True}),

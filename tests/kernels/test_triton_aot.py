@@ -81,6 +81,20 @@ def test_small_relatives_of_big_devices_get_the_small_tiles() -> None:
     assert tiles.choose("split", 128, "sm_90") != tiles.choose("split", 128, "sm_80")
 
 
+def test_a_crowd_of_programs_gets_taller_tiles_with_the_same_keys() -> None:
+    tile = tiles.choose("inline", 64, "sm_90")
+    assert (tile.BM, tile.num_warps, tile.registers) == (64, 4, 168)
+    few, some, many, odd = (
+        tiles.crowded(tile, blocks, heads) for blocks, heads in ((2, 96), (4, 96), (4, 384), (3, 384))
+    )
+    assert (few.BM, few.registers) == (64, 0)
+    assert some == odd == tile
+    assert (many.BM, many.num_warps, many.registers) == (128, 8, 128)
+    assert few.BN == many.BN == tile.BN
+    unbounded = tiles.choose("inline", 64, "sm_80")
+    assert tiles.crowded(unbounded, 4, 384) == unbounded
+
+
 def test_turing_falls_back_to_plain_fp32_products() -> None:
     from elsa_kernels.registry import Problem
     from elsa_kernels.triton import launch

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -62,21 +63,44 @@ def test_what_is_no_cell_is_refused(text):
 
 
 def test_cells_of_several_runs_come_together(tmp_path, tiny, monkeypatch):
-    """Without the package's entry points, as on a machine that has only the sources."""
+    """Without the package's entry points, as on a machine that has only the sources. What was committed and not
+    measured again stays; what was, is replaced."""
     monkeypatch.setattr("elsa_serve.cli.entry_points", lambda **_: ())
     output = tmp_path / "gain-tiny.json"
     words = ["--model", str(tiny), "--gpu-memory", "24MiB", "--work", str(tmp_path / "work"), "--output", str(output)]
     words += ["--pairs", "2", "--warm-up", "0", "--chunk-tokens", "64"]
     monkeypatch.setattr("elsa_load.prometheus.missing", lambda: "none here")
-    assert gain_suite.main([*words, "--cell", "float32:256:2"]) == 0
+    ran = []  # layers of what ran, and whether kernels that it compiles are noted
+    run_cell = gain_suite.run_cell
+
+    @contextmanager
+    def compiled_kernels():
+        ran.append("noted")
+        yield ["merge", "merge"]
+        ran.append("")
+
+    monkeypatch.setattr(gain_suite, "compiled_kernels", compiled_kernels)
+
+    def noted(args, cell, *rest):
+        ran.append(cell.layers)
+        return run_cell(args, cell, *rest)
+
+    monkeypatch.setattr(gain_suite, "run_cell", noted)
+    assert gain_suite.main([*words, "--cell", "float32:256:3"]) == 0
+    assert ran == [2, "noted", 3, ""]
+    assert gain_suite.main([*words, "--cell", "float32:256:3"]) == 0
+    assert len(ran) == 4, "what is complete is not measured again"
+    kept, old = (results_file.read(output)["rows"][0] | {"context": n, "layers": 7} for n in (128, 192))
+    results_file.write_document(output, results_file.read(output) | {"rows": [kept, old]})
     assert gain_suite.main([*words, "--cell", "float32:192:1"]) == 0
     rows = results_file.read(output)["rows"]
-    assert [(row["context"], row["layers"]) for row in rows] == [(192, 1)] * 3 + [(256, 2)] * 3
-    for row in rows:
+    assert [(row["context"], row["layers"]) for row in rows] == [(128, 7)] + [(192, 1)] * 3 + [(256, 3)] * 3
+    for row in rows[1:]:
+        assert row["compiled_late"] == ["merge"]
         assert {"gpu_cap_bytes", "chunk_tokens", "commit", "gain_percent", "ci_low", "ci_high"} <= row.keys()
         seconds = [sum(column) / 2 for column in zip(*row["pairs_s"])]
         assert seconds == pytest.approx([row["baseline_s"], row["candidate_s"]])
     assert "<svg" in (tmp_path / "work" / "report-float32.html").read_text()
     output.replace(tmp_path / "gain-h200.json")
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    assert "float32, 256 tokens, 2 layers, prefill" in tables.gain_table()
+    assert "float32, 256 tokens, 3 layers, prefill" in tables.gain_table()

@@ -134,7 +134,7 @@ def test_compose_mounts_what_is_there():
 def shipped_prometheus(folder, target):
     """configs/prometheus.yml with this target, and quick enough for a test."""
     config = yaml.safe_load((CONFIGS / "prometheus.yml").read_text())
-    config["global"] = {"scrape_interval": "200ms", "scrape_timeout": "200ms", "evaluation_interval": "200ms"}
+    config["global"] = {"scrape_interval": "500ms", "scrape_timeout": "500ms", "evaluation_interval": "200ms"}
     config["rule_files"] = [str(CONFIGS / file) for file in config["rule_files"]] + [str(RULES[2])]
     (job,) = config["scrape_configs"]
     job["static_configs"] = [{"targets": [target], "labels": {"side": "baseline"}}]
@@ -159,32 +159,38 @@ def complete(url, tokens):
 @needs_prometheus
 def test_every_query_of_the_dashboards_runs_in_a_real_prometheus(generate, tmp_path):
     """Variables replaced as Grafana would. Queries about requests must give numbers after some requests."""
+    panels = [panel for one in generate.dashboards().values() for panel in one["panels"]]
+    texts = [target["expr"] for panel in panels for target in panel["targets"]]
+    for variable, value in (("$job", ".*"), ("$instance", ".*"), ("$__rate_interval", "5m")):
+        texts = [text.replace(variable, value) for text in texts]
+    assert not any("$" in text for text in texts)
+    # The fake engine plans no memory and copies nothing; a single server makes no gain.
+    may_be_empty = [text for text in texts if re.search(r"memory_bytes|kv_cache|bandwidth|last_step|_gain:ratio", text)]
+    queries = [text for text in texts if text not in may_be_empty]
+    assert len(queries) > len(may_be_empty) > 0
     server = [sys.executable, str(Path(__file__).with_name("timed_server.py")), "0.0001", "0.005", "{port}:1"]
     with (
         Program(server, tmp_path / "server.log", startup_s=60, stop_s=10) as served,
         shipped_prometheus(tmp_path, served.url.removeprefix("http://")) as program,
     ):
-        until = time.monotonic() + 30  # it takes up its targets after some seconds
+        until = time.monotonic() + 60  # it takes up its targets after some seconds
         while not ask(program.url, "/api/v1/query", query="up == 1")["data"]["result"]:
             assert time.monotonic() < until
             time.sleep(0.2)
-        for _ in range(4):
-            complete(served.url, 300)
-            time.sleep(0.3)
-        time.sleep(1)
-        empty = []
-        for name, one in generate.dashboards().items():
-            for query in (target["expr"] for panel in one["panels"] for target in panel["targets"]):
-                query = query.replace("$job", ".*").replace("$instance", ".*").replace("$__rate_interval", "5m")
-                assert "$" not in query
-                answer = ask(program.url, "/api/v1/query", query=query)
-                assert answer["status"] == "success", query
-                if not answer["data"]["result"]:
-                    empty.append((name, query))
-        active = ask(program.url, "/api/v1/alerts")["data"]["alerts"]
-        recorded = ask(program.url, "/api/v1/query", query="elsa:requests_unaccounted")["data"]["result"]
-    # The fake engine plans no memory and copies nothing; a single server makes no gain.
-    may_be_empty = re.compile(r"memory_bytes|kv_cache|bandwidth|last_step|_gain:ratio")
-    assert [query for _, query in empty if not may_be_empty.search(query)] == []
+        while True:  # a scrape that a busy machine delays for too long is none: asked again after more requests
+            for _ in range(4):
+                complete(served.url, 300)
+                time.sleep(0.3)
+            time.sleep(1)
+            missing = [
+                query for query in queries if not ask(program.url, "/api/v1/query", query=query)["data"]["result"]
+            ]
+            recorded = ask(program.url, "/api/v1/query", query="elsa:requests_unaccounted")["data"]["result"]
+            active = ask(program.url, "/api/v1/alerts")["data"]["alerts"]
+            if (recorded and not missing and not active) or time.monotonic() > until:
+                break
+        for query in may_be_empty:
+            assert ask(program.url, "/api/v1/query", query=query)["status"] == "success", query
+    assert missing == []
     assert active == []
     assert [float(one["value"][1]) for one in recorded] == [0.0]

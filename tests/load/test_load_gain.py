@@ -1,6 +1,8 @@
 """The whole A/B as a person runs it: two servers, ABBA, a real Prometheus, and gains that are known beforehand."""
 
+import argparse
 import asyncio
+import functools
 import json
 import shlex
 import sys
@@ -8,8 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
-from elsa_load import ab, prometheus
+from elsa_load import ab, bench_gain, prometheus
 from elsa_load.ab import SIDES, Cell, gain_rows, run_cell
+from elsa_load.command import add_command
 from elsa_load.in_process import EngineSide, Gate, Switch
 from elsa_load.processes import Program, free_port
 from elsa_load.prompts import PromptMaker
@@ -120,6 +123,31 @@ def test_rounds_start_both_servers_anew_in_the_other_order(tmp_path):
         assert (tmp_path / f"{side}.log").read_text().count("Listening on") == 2
     assert main([*arguments, "--output", str(tmp_path)]) == 0  # all there: no server is started anew
     assert (tmp_path / "baseline.log").read_text().count("Listening on") == 3
+
+
+def test_servers_of_stated_memory_start_together_and_others_one_by_one(tmp_path, monkeypatch):
+    """Each comes up only once both have begun: alone, the first would never be ready."""
+    flags = ["dtype=float16", "gpu-memory-utilization=0.05,kv-cache-memory-bytes=1G"]
+    assert bench_gain.kv_is_stated(bench_gain.flags_of(flags))
+    assert not bench_gain.kv_is_stated(bench_gain.flags_of(flags[:1]))
+    timed = f"{shlex.quote(sys.executable)} {shlex.quote(str(HERE / 'timed_server.py'))} 0.0001 0.001 {{port}}:1"
+    folder = shlex.quote(str(tmp_path))
+    wait = f"until [ $(ls {folder}/begun.* | wc -l) = 2 ]; do sleep 0.05; done"
+    commands = {side: ["sh", "-c", f"touch {folder}/begun.{side}; {wait}; exec {timed}"] for side in SIDES}
+    asked = ["--quiet", "--no-prometheus", "--rest", "0", "--context", "256", "--pairs", "2", "--output-tokens", "2"]
+    parser = argparse.ArgumentParser()
+    add_command(parser.add_subparsers())
+    args = parser.parse_args(["bench", "gain", str(DEMO), *asked, "--output", str(tmp_path / "together")])
+    labels = {"engine": "vllm", "dtype": "float16", "baseline": "a"}
+    args.baseline, args.candidate = "a", "b"
+    assert bench_gain.compare(args, commands, {}, labels, together=True) == 0
+    for file in tmp_path.glob("begun.*"):
+        file.unlink()
+    monkeypatch.setattr(bench_gain, "Program", functools.partial(Program, startup_s=2))
+    args.output = tmp_path / "apart"
+    with pytest.raises(ElsaError, match="was not ready in 2 s"):
+        bench_gain.compare(args, commands, {}, labels)
+    assert [file.name for file in tmp_path.glob("begun.*")] == ["begun.baseline"]
 
 
 def test_rounds_want_servers_that_can_be_started(tmp_path, url, capsys):

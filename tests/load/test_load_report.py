@@ -75,7 +75,7 @@ def test_the_report_of_an_ab_has_every_plot(gains):
     seen = Seen(gain_report(gains))
     assert loads_nothing(seen)
     assert seen.plots["gain (%)"] == [{"circle": len(PHASES) * len(CONTEXTS), "polyline": 0}]
-    for copies in ("to the GPU (GB)", "stall share (%)"):
+    for copies in ("to the GPU (GB a request)", "stall share (%)"):
         assert seen.plots[copies] == [{"circle": len(SIDES) * len(CONTEXTS), "polyline": 0}]
     cells = len(PHASES) * len(CONTEXTS)
     assert seen.plots["seconds"] == [{"circle": 3 * len(SIDES), "polyline": 0}] * cells  # over time, pair by pair

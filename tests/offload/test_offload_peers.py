@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,9 +67,72 @@ def test_vllm_offloads_everything_under_the_cap_and_a_refusal_is_a_row(
     )
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 7)
-    prefetch, uva = rows_of(["--peer", "vllm-prefetch", "--peer", "vllm-uva", *flags])
+    peers = ["--peer", "vllm-prefetch", "--peer", "vllm-uva", "--peer", "vllm-prefetch-2"]
+    prefetch, uva, deeper = rows_of([*peers, *flags])
     assert (prefetch["prefill_s"], prefetch["decode_s_per_token"], prefetch["case"]) == (3.5, 0.5, "vllm-prefetch")
     assert "no room for KV" in uva["error"]
+    assert deeper["case"] == "vllm-prefetch-2"
+    assert [one.get("offload_prefetch_step") for one in asked] == [1, None, 2]
     assert {one["gpu_memory_utilization"] for one in asked} == {0.25}
     layer = 4 * 64 * 64 + 3 * 64 * 96
     assert asked[1]["cpu_offload_gb"] >= 2 * layer * 4 / 2**30
+
+
+def test_what_takes_too_long_is_ended_and_an_error_of_its_own_row(flags: list[str]) -> None:
+    start = time.monotonic()  # a second is over before such a process has imported torch
+    rows = rows_of(["--peer", "accelerate", "--gpu-memory", "1GiB", "2GiB", "--limit", "1", *without_cap(flags)])
+    assert [(row["gpu_cap"], row["error"]) for row in rows] == [
+        (cap, "no result within 1 s") for cap in ("1GiB", "2GiB")
+    ]
+    assert all(row["run_s"] >= 1 for row in rows)
+    assert "spawn" not in results_file.read(Path(flags[-1]))["command"]
+    assert time.monotonic() - start < 60
+    assert not multiprocessing.active_children()
+
+
+def died(*_: Any) -> None:
+    os._exit(3)
+
+
+def died_late(*arguments: Any) -> None:
+    offload_peers.alone(*arguments)
+    os._exit(3)
+
+
+def test_a_process_that_ends_leaves_a_row_whether_it_measured_or_died(
+    flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (row,) = rows_of(["--peer", "vllm-uva", "--limit", "300", *flags])  # neither vLLM nor a GPU is here
+    assert row["case"] == "vllm-uva"
+    assert row["peak_host_bytes"] > 0  # known to the process alone
+    assert "Error" in row["error"]
+    monkeypatch.setattr(offload_peers, "alone", died)
+    (row,) = rows_of(["--peer", "vllm-uva", "--limit", "300", *flags])
+    assert (row["case"], row["error"]) == ("vllm-uva", "ended with status 3")
+    monkeypatch.setattr(offload_peers, "alone", died_late)  # after it told its row, which stays
+    (row,) = rows_of(["--peer", "vllm-uva", "--limit", "300", *flags])
+    assert "Error" in row["error"]
+
+
+def test_collected_rows_replace_their_own_and_keep_their_machine(
+    flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(offload_peers, "accelerate", lambda *_: {"prefill_s": 2.0})
+    measured = Path(flags[-1])
+    (row,) = rows_of(["--peer", "accelerate", *flags])
+    results_file.write_document(measured, results_file.read(measured) | {"machine": {"gpu": "B"}})
+    output = measured.with_name("committed.json")
+    other = {"system": "elsa-offload", "prefill_s": 1.0}
+    head = results_file.read(measured) | {"machine": {"gpu": "A"}}
+    results_file.write_document(output, head | {"rows": [row | {"prefill_s": 9.0}, other]})
+    assert offload_peers.main(["--collect", str(measured), "--output", str(output)]) == 0
+    found = results_file.read(output)
+    assert found["machine"] == {"gpu": "A"}
+    assert [(one["system"], one["prefill_s"], one.get("machine")) for one in found["rows"]] == [
+        ("elsa-offload", 1.0, None), ("hf-accelerate", 2.0, {"gpu": "B"}),
+    ]  # fmt: skip
+
+
+def without_cap(flags: list[str]) -> list[str]:
+    at = flags.index("--gpu-memory")
+    return flags[:at] + flags[at + 2 :]

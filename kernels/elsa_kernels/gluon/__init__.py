@@ -1,6 +1,7 @@
 """The implementation "gluon": Hopper's own form (TMA, warp specialisation, wgmma) of FP32-accurate and half attention.
 
-Importing this package imports neither Triton nor a compiler; the first question about a Hopper device does.
+Importing this package imports neither Triton nor a compiler; the first question about a Hopper device does. NOTES.md
+tells what was measured on the way.
 """
 
 from __future__ import annotations

@@ -39,6 +39,9 @@ def plan(problem: Problem, arch: str) -> Plan:
     BD = max(16, triton.next_power_of_2(problem.D))
     tile = tiles.rows_of_tile(tiles.choose(mode, BD, arch), rows)
     blocks = triton.cdiv(rows, tile.BM)
+    if mode == "inline":
+        tile = tiles.crowded(tile, blocks, problem.B * problem.Hkv)
+        blocks = triton.cdiv(rows, tile.BM)
     first, end = _reach(problem)
     if rows > tiles.DECODE_ROWS or end - first <= tiles.CHUNK_KEYS:
         return Plan(mode, tile, BD, blocks, chunk=0, first_chunk=0, chunks=1)

@@ -1,7 +1,7 @@
 """Which tile a kernel runs with: read from tuning/triton.json, a function of mode, head dimension and device alone.
 
-Never of the batch or of the lengths, apart from the three row classes of `rows_of_tile`: so a row's result depends
-on its own sequence and nothing else. Nothing is tuned while serving.
+Never of the batch or of the lengths, apart from the three row classes of `rows_of_tile` and from `crowded`, which
+changes no bit: so a row's result depends on its own sequence and nothing else. Nothing is tuned while serving.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from importlib import resources
 # Packed query rows (queries × heads of a group) up to which KV is cut into chunks, one program each.
 DECODE_ROWS = 64
 CHUNK_KEYS = 512
+MULTIPROCESSORS = 132  # of an H100 or H200
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,3 +76,19 @@ def rows_of_tile(tile: Tile, rows: int) -> Tile:
     if rows > DECODE_ROWS:
         return tile
     return replace(tile, BM=16 if rows <= 16 else 32 if rows <= 32 else 64, num_warps=4)
+
+
+def crowded(tile: Tile, blocks: int, heads: int) -> Tile:
+    """The tile for so many programs of it, where its registers were bounded so that three share a multiprocessor.
+
+    With at most two for each there is nothing to bound for. With more than three, twice the rows split each key half
+    as often, if that pads no more. Same BN, and rows do not meet: the same bits.
+    """
+    programs = blocks * heads
+    if not tile.registers:
+        return tile
+    if programs <= 2 * MULTIPROCESSORS:
+        return replace(tile, registers=0)
+    if programs > 3 * MULTIPROCESSORS and blocks % 2 == 0:
+        return replace(tile, BM=2 * tile.BM, num_warps=2 * tile.num_warps, registers=128)
+    return tile
