@@ -46,11 +46,14 @@ FP8_ON_HOST = [
 LONG = Batch("long", ((1, 2100), (2, 300), (1, 30), (2, 1024), (1, 4500)), H=4, D=128)  # one node of 32 chunks, several
 
 
-def around_the_sizes(form: Form, *, fp8: bool = False) -> Batch:
-    """Lengths on both sides of those at which the size of a sequence's chunks changes."""
-    cuts = [n * form.chunk for n in (1, 8, 64)]
-    lengths = tuple((1 + n % 2, n) for cut in cuts for n in (cut - 1, cut, cut + 1))
-    return Batch("around_the_sizes", lengths, H=2, Hkv=1, D=128, fp8=fp8, scales=(0.37, 2.9) if fp8 else None)
+def around_the_sizes(form: Form, group: int = 2, *, fp8: bool = False) -> Batch:
+    """Lengths on both sides of those at which the size of a sequence's chunks changes; two queries where they fit."""
+    lengths = tuple(
+        (min(1 + keys % 2, form.rows // group), keys)
+        for keys in (n * form.chunk + more for n in (1, 8, 64) for more in (-1, 0, 1))
+        if keys <= 64 * form.chunk
+    )
+    return Batch("around_the_sizes", lengths, H=group, Hkv=1, D=128, fp8=fp8, scales=(0.37, 2.9) if fp8 else None)
 
 
 class Host:
@@ -247,8 +250,7 @@ def test_on_a_gpu(batch: Batch, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("kind", FORMS)
 def test_lengths_around_the_sizes_of_chunks_on_a_gpu(kind: str) -> None:
     dtype = torch.float32 if kind.startswith("32") else torch.float16
-    group = 8 if kind == "32x8" else 4
-    batch = dataclasses.replace(around_the_sizes(FORMS[kind], fp8=kind == "8"), H=group)
+    batch = around_the_sizes(FORMS[kind], {"32x4": 2, "32x8": 8}.get(kind, 4), fp8=kind == "8")
     with mock.patch.object(cuda_decode, "forms", return_value=FORMS):
         check(batch, "triton", "cuda", dtype)
 
