@@ -193,11 +193,11 @@ class ElsaMetadataBuilder(AttentionMetadataBuilder[ElsaMetadata]):
             self._dcp_lens = torch.zeros(2, self._counters_for[0], dtype=torch.int32, device=device)
             prove(self._dcp, device)
         self._counters: torch.Tensor | None = None
-        self._chunk: int | None = None
+        self._splits: Callable[[int], int] | None = None
         if device.type == "cuda" and impls:
             rows, longest = self._counters_for
             self._counters = decode_counters(rows, impls[0].num_kv_heads, longest, device)
-            self._chunk = self._plan_decode(impls[0], vllm_config.model_config.dtype)
+            self._splits = self._plan_decode(impls[0], vllm_config.model_config.dtype)
             threads = min(MANY_THREADS, os.cpu_count() or 1)
             warm_up(impls[0], kv_cache_spec.block_size, vllm_config.model_config.dtype, device, threads)
         self._recorder = metrics.recorder()
@@ -242,7 +242,7 @@ class ElsaMetadataBuilder(AttentionMetadataBuilder[ElsaMetadata]):
         )
         seqlens, fallback = self._seqlens(step, batch.max_query_len)
         if count:
-            splits = sum(-(-keys // self._chunk) for keys in step.decode_kv_lens) if self._chunk else 0
+            splits = sum(map(self._splits, step.decode_kv_lens)) if self._splits else 0
             self._recorder.step(step, splits, fallback)
         return ElsaMetadata(
             num_tokens=batch.num_actual_tokens,
@@ -275,8 +275,8 @@ class ElsaMetadataBuilder(AttentionMetadataBuilder[ElsaMetadata]):
             return None, "host_lengths_unknown"
         return tuple(zip(step.query_lens, step.kv_lens)), None
 
-    def _plan_decode(self, impl: Any, dtype: torch.dtype) -> int:
-        """Keys in one split of a row in decode, on a GPU. Warns where the largest graph will hold much for them."""
+    def _plan_decode(self, impl: Any, dtype: torch.dtype) -> Callable[[int], int]:
+        """Splits of a row in decode by its keys, on a GPU. Warns where the largest graph will hold much for them."""
         from elsa_kernels.devices import architecture
         from elsa_kernels.paged import PagedProblem
         from elsa_kernels.paged.launch import decode_memory
@@ -288,7 +288,7 @@ class ElsaMetadataBuilder(AttentionMetadataBuilder[ElsaMetadata]):
             page=self.kv_cache_spec.block_size, dtype=dtype, kv_dtype=dtype, device=self.device, precision="fp32",
             causal=True, scale=impl.scale, window=None, softcap=None, max_seqlen_q=tokens, max_seqlen_k=longest,
         )  # fmt: skip
-        keys, held = decode_memory(problem, architecture(self.device.index or 0))
+        splits, held = decode_memory(problem, architecture(self.device.index or 0))
         if held > MUCH_BYTES:
             logger.warning(
                 "ELSA: a decode batch of %d requests of %d tokens needs %.1f GiB for its splits, which vLLM does not "
@@ -297,7 +297,7 @@ class ElsaMetadataBuilder(AttentionMetadataBuilder[ElsaMetadata]):
                 longest,
                 held / 2**30,
             )
-        return keys
+        return splits
 
     def _share(self, batch: Any, seqlens: tuple[tuple[int, int], ...] | None) -> Share:
         assert self._dcp is not None

@@ -74,8 +74,10 @@ CASES = [
     DecodeCase("bfloat16", 1, 40, 40, 32768),
     DecodeCase("bfloat16", 1, 32, 8, 32768),
     DecodeCase("float16", 64, 32, 8, 2048),
+    DecodeCase("float16", 1, 32, 8, 4096),
     DecodeCase("float16", 1, 32, 8, 32768, Nq=4),
     DecodeCase("float16", 1, 32, 8, 32768, kv="float8_e4m3fn"),
+    DecodeCase("float16", 8, 32, 8, 32768, kv="float8_e4m3fn"),
 ]
 
 

@@ -33,24 +33,36 @@ CASES = {
         decode.DecodeCase("float16", 1, 32, 8, 32768),
         decode.DecodeCase("float16", 8, 32, 8, 32768),
         decode.DecodeCase("float16", 1, 32, 8, 131072),
+        decode.DecodeCase("float16", 1, 32, 8, 4096),
+    ],
+    "8": [
+        decode.DecodeCase("float16", 1, 32, 8, 32768, kv="float8_e4m3fn"),
+        decode.DecodeCase("float16", 8, 32, 8, 32768, kv="float8_e4m3fn"),
     ],
     "32x4": [decode.DecodeCase("float32", 1, 32, 8, 32768), decode.DecodeCase("float32", 8, 32, 8, 32768)],
     "32x8": [decode.DecodeCase("float32", 1, 64, 8, 32768)],
 }
 CANDIDATES = {
-    "16": [Form(4, 1024, 3), Form(8, 1024, 1), Form(8, 1024, 2), Form(4, 2048, 3), Form(4, 512, 3), Form(8, 2048, 1)],
+    "16": [
+        Form(8, 2048, 1, step=2, longest=4096), Form(8, 2048, 1, step=2), Form(8, 2048, 1), Form(8, 1024, 1, step=2),
+        Form(4, 1024, 2, step=2), Form(4, 2048, 2, step=2), Form(4, 1024, 3),
+    ],
+    "8": [
+        Form(8, 2048, 1, step=2, longest=4096), Form(8, 2048, 1, step=4), Form(8, 2048, 1), Form(4, 1024, 3, step=2),
+        Form(4, 1024, 2, step=4),
+    ],
     "32x4": [Form(4, 1024, 3, 4), Form(8, 1024, 1, 4), Form(4, 512, 3, 4), Form(8, 2048, 1, 4)],
     "32x8": [Form(4, 1024, 2), Form(4, 512, 2)],
-}
+}  # fmt: skip
 
 
 def compile_form(job: tuple[str, Form, int]) -> str | None:
     """In a process of its own, into the cache on disk. Returns why the form is out, or None."""
     kind, form, arch = job
     case = CASES[kind][0]
-    dtype = getattr(torch, case.dtype)
+    dtype, kv_dtype = getattr(torch, case.dtype), getattr(torch, case.kv or case.dtype)
     problem = PagedProblem(
-        T=1, B=1, H=case.H, Hkv=case.Hkv, D=case.D, page=case.page, dtype=dtype, kv_dtype=dtype,
+        T=1, B=1, H=case.H, Hkv=case.Hkv, D=case.D, page=case.page, dtype=dtype, kv_dtype=kv_dtype,
         device=torch.device("cpu"), precision="fp32", causal=True, scale=1.0, window=None, softcap=None,
         max_seqlen_q=1, max_seqlen_k=1,
     )  # fmt: skip

@@ -148,6 +148,15 @@ static uint4 stream(const void* p) {
   return v;
 }
 
+static std::vector<std::vector<std::pair<int*, const int*>>> copies;  // of a thread
+
+static void copy(int* to, const int* from) { copies[threadIdx.x].push_back({to, from}); }
+
+static void arrived() {  // no copy is made before it has to be
+  for (auto& [to, from] : copies[threadIdx.x]) *to = *from;
+  copies[threadIdx.x].clear();
+}
+
 static void prefetch(const void*) {}
 
 static float exp_2(float x) { return exp2f(x); }
@@ -177,6 +186,16 @@ static float unpack(uint16_t bits) {
 }
 
 static unsigned pack(float first, float second) { return narrow(first) | (unsigned)narrow(second) << 16; }
+
+#if ELSA_FP8
+static float e4m3(unsigned b) {
+  const unsigned e = b >> 3 & 15, m = b & 7;
+  const float v = e == 15 && m == 7 ? NAN : e ? ldexpf(1.f + m / 8.f, (int)e - 7) : ldexpf(m / 8.f, -6);
+  return b & 0x80 ? -v : v;
+}
+
+static unsigned widen(uint16_t two) { return pack(e4m3(two & 0xff), e4m3(two >> 8)); }
+#endif
 
 // Fragments as the PTX ISA has them: in a group of four lanes t is the lane, g the group.
 static void mma(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
@@ -231,6 +250,7 @@ extern "C" void launch(const Params* p, int blocks, const int* order) {
     fibers.resize(THREADS);
     warps.assign(THREADS / 32, {32});
     block = {THREADS};
+    copies.assign(THREADS, {});
     running = THREADS;
     any_in_block = 0;
     for (int i = 0; i < THREADS; i++) {

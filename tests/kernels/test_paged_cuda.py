@@ -16,9 +16,9 @@ import pytest
 import torch
 from elsa_kernels import attention_paged
 from elsa_kernels.cuda import nvrtc
-from elsa_kernels.paged import cuda_decode, decode_counters, gather, launch, registry
+from elsa_kernels.paged import cuda_decode, decode_counters, gather, launch, registry, tuning
 from elsa_kernels.paged.cuda_decode import Form
-from elsa_kernels.paged.problem import PagedOperands, PagedProblem
+from elsa_kernels.paged.problem import FP8, PagedOperands, PagedProblem
 
 from tests.kernels import aot
 from tests.kernels.paged_aot import problem as a_problem
@@ -28,12 +28,32 @@ from tests.kernels.test_paged import alone_arguments
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 needs_nvrtc = pytest.mark.skipif(nvrtc.unavailable() is not None, reason=f"{nvrtc.unavailable()}")
 needs_gpp = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")
-FORMS = {"16": Form(8, 2048, 1), "32x4": Form(8, 2048, 1, rows=4), "32x8": Form(4, 1024, 2)}
-SMALL = {torch.float32: Form(warps=2, chunk=32, blocks_per_sm=1, rows=4), torch.float16: Form(2, 32, 1)}
+FORMS = {
+    "16": Form(8, 2048, 1, step=2, longest=4096), "8": Form(8, 2048, 1, step=2, longest=4096),
+    "32x4": Form(8, 2048, 1, rows=4), "32x8": Form(4, 1024, 2),
+}  # fmt: skip
+SMALL = {
+    torch.float32: Form(warps=2, chunk=32, blocks_per_sm=1, rows=4, longest=64),
+    torch.float16: Form(2, 128, 1, step=2, longest=256),
+}
 WIDE = [dataclasses.replace(batch, D=128, page=max(16, batch.page // 16 * 16)) for batch in BATCHES if batch.D == 32]
 BY_NAME = {batch.name: batch for batch in WIDE}
 ON_HOST = ["decode_gqa", "verification", "no_keys", "padded", "sinks", "bad_values_gqa", "bad_keys", "hidden_value"]
-LONG = Batch("long", ((1, 2100), (2, 300), (1, 30), (2, 1024)), H=4, D=128)  # nodes of 32 chunks, one and several
+FP8_ON_HOST = [
+    BY_NAME["fp8"], BY_NAME["fp8_scales"],
+    *(dataclasses.replace(BY_NAME[name], fp8=True) for name in ("decode_gqa", "hidden_value")),
+]  # fmt: skip
+LONG = Batch("long", ((1, 2100), (2, 300), (1, 30), (2, 1024), (1, 4500)), H=4, D=128)  # one node of 32 chunks, several
+
+
+def around_the_sizes(form: Form, group: int = 2, *, fp8: bool = False) -> Batch:
+    """Lengths on both sides of those at which the size of a sequence's chunks changes; two queries where they fit."""
+    lengths = tuple(
+        (min(1 + keys % 2, form.rows // group), keys)
+        for keys in (n * form.chunk + more for n in (1, 8, 64) for more in (-1, 0, 1))
+        if keys <= 64 * form.chunk
+    )
+    return Batch("around_the_sizes", lengths, H=group, Hkv=1, D=128, fp8=fp8, scales=(0.37, 2.9) if fp8 else None)
 
 
 class Host:
@@ -72,12 +92,13 @@ class Host:
         with mock.patch.object(cuda_decode, "MAX_CHUNK_BYTES", bound):
             slots = cuda_decode.Slots.of(problem, form, self.blocks)
         assert slots.whole_nodes == self.whole_nodes
-        shape = (slots.chunks + slots.nodes, form.rows)
+        shape = (slots.chunks + slots.nodes + 1, form.rows)  # the last one is nobody's
         states = tuple(torch.full(s, float("nan")) for s in (shape, shape, (*shape, problem.D)))
-        counters = torch.zeros(slots.counters(problem), dtype=torch.int32)
+        counters = torch.zeros(slots.counters(problem) + 1, dtype=torch.int32)
         params = cuda_decode.parameters(problem, operands, slots, states, counters)
         self.library(problem, form).launch(ctypes.byref(params), self.blocks, ctypes.c_void_p(self.order.data_ptr()))
         assert not counters.any()
+        assert all(bool(x[-1].isnan().all()) for x in states)
         start = 0
         for s, (queries, keys) in enumerate(gather.host_lengths(problem, operands)):  # those that are not the kernel's
             rows = slice(start, min(start + queries, problem.T))
@@ -108,11 +129,22 @@ def test_bfloat16_on_the_host(host: Host) -> None:
 
 
 @needs_gpp
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("batch", FP8_ON_HOST, ids=lambda batch: batch.name)
+def test_fp8_on_the_host(batch: Batch, dtype: torch.dtype, host: Host) -> None:
+    check(batch, "cuda_on_host", "cpu", dtype)
+
+
+@needs_gpp
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-def test_bits_on_the_host_depend_on_the_sequence_alone(dtype: torch.dtype, host: Host) -> None:
+@pytest.mark.parametrize("name", ["long", "around_the_sizes", "around_the_sizes_fp8"])
+def test_bits_on_the_host_depend_on_the_sequence_alone(name: str, dtype: torch.dtype, host: Host) -> None:
     """Not on the order in which blocks run, on their number, on whether they take whole nodes, or on the batch."""
-    check(LONG, "cuda_on_host", "cpu", dtype)
-    made = make(LONG, "cpu", dtype)
+    if dtype == torch.float32 and name.endswith("fp8"):
+        pytest.skip("FP8 caches are for 16-bit queries")
+    batch = LONG if name == "long" else around_the_sizes(SMALL[dtype], fp8=name.endswith("fp8"))
+    check(batch, "cuda_on_host", "cpu", dtype)
+    made = make(batch, "cpu", dtype)
     expected, lse = attention_paged(**made.arguments, return_lse=True, impl="cuda_on_host")
     for blocks, whole_nodes in ((5, False), (13, False), (2, True), (7, True)):
         order = torch.randperm(blocks, generator=torch.Generator().manual_seed(blocks)).int()
@@ -120,17 +152,23 @@ def test_bits_on_the_host_depend_on_the_sequence_alone(dtype: torch.dtype, host:
             out, its_lse = attention_paged(**made.arguments, return_lse=True, impl="cuda_on_host")
         assert torch.equal(out, expected)
         assert torch.equal(its_lse, lse)
-    for s in range(len(LONG.lengths)):
+    for s in range(len(batch.lengths)):
         alone = attention_paged(**alone_arguments(made, s), impl="cuda_on_host")
         assert torch.equal(alone, expected[made.rows(s)])
 
 
 @needs_nvrtc
 @pytest.mark.parametrize(
-    ("dtype", "group"), [(torch.float16, 4), (torch.bfloat16, 8), (torch.float32, 4), (torch.float32, 8)]
-)
-def test_a_tile_is_in_registers_while_the_next_is_on_its_way(dtype: torch.dtype, group: int) -> None:
-    described = a_problem(dtype, group, 128)
+    ("dtype", "group", "kv_dtype"),
+    [
+        (torch.float16, 4, None), (torch.bfloat16, 8, None), (torch.float32, 4, None), (torch.float32, 8, None),
+        (torch.float16, 8, FP8), (torch.bfloat16, 4, FP8),
+    ],
+)  # fmt: skip
+def test_a_tile_is_in_registers_while_the_next_is_on_its_way(
+    dtype: torch.dtype, group: int, kv_dtype: torch.dtype | None
+) -> None:
+    described = a_problem(dtype, group, 128, kv_dtype)
     form = FORMS[cuda_decode.kind_of(described)]
     cubin = nvrtc.compile_cubin(cuda_decode.source(dtype), 90, form.defines(described))
     used = aot.cubin_resources(cubin)
@@ -140,8 +178,18 @@ def test_a_tile_is_in_registers_while_the_next_is_on_its_way(dtype: torch.dtype,
 
 def test_the_table_has_forms_of_known_kinds() -> None:
     for kind, form in cuda_decode.forms().items():
-        assert form.rows == FORMS[kind].rows
-        assert form.chunk % (16 * form.warps) == 0
+        assert form == FORMS[kind]  # those that are tested
+
+
+@pytest.mark.parametrize("form", [*SMALL.values(), *FORMS.values()], ids=str)
+def test_the_longest_sequence_has_not_always_the_most_chunks(form: Form) -> None:
+    cuts = [n * form.chunk for n in (1, 8, 64)]
+    lengths = [0, *(n for cut in cuts for n in (cut - 1, cut, cut + 1)), 200 * form.chunk]
+    for most in lengths:
+        assert form.most_chunks(most) == max(1, *(form.chunks_of(n) for n in lengths if n <= most))
+    for n in lengths:
+        assert form.chunks_of(n) <= -(-n // tuning.SMALLEST_CHUNK) or form in SMALL.values()
+    assert form.most_chunks(64 * form.chunk) == 64 > form.chunks_of(64 * form.chunk) or form.longest <= form.chunk
 
 
 @needs_nvrtc
@@ -167,19 +215,19 @@ def test_memory_for_states_is_bounded() -> None:
 
 
 def test_what_a_decode_batch_takes() -> None:
-    """As the vLLM plugin asks: keys of a split, and bytes, bounded in both forms."""
+    """As the vLLM plugin asks: splits of a sequence, and bytes, bounded in both forms."""
     described = dataclasses.replace(a_problem(torch.float16, 4, 128), B=256, max_seqlen_k=131072, max_seqlen_q=1)
     with (
         mock.patch.object(cuda_decode, "_refuse_device", return_value=None),
         mock.patch.object(cuda_decode, "multiprocessors", return_value=132),
         mock.patch("torch.cuda.current_device", return_value=0),
     ):
-        keys, size = launch.decode_memory(described, "sm_90")
-        assert keys == cuda_decode.forms()["16"].chunk
+        splits, size = launch.decode_memory(described, "sm_90")
+        assert [splits(n) for n in (100, 2048, 2049, 16384, 131071, 131072)] == [1, 1, 3, 8, 64, 32]
         assert size < 80 << 20
         with mock.patch.object(cuda_decode, "forms", return_value={}):
-            keys, size = launch.decode_memory(described, "sm_90")
-    assert keys == 512
+            splits, size = launch.decode_memory(described, "sm_90")
+    assert [splits(n) for n in (1, 512, 513, 131072)] == [1, 1, 2, 256]
     assert 80 << 20 < size < 640 << 20
 
 
@@ -199,19 +247,31 @@ def test_on_a_gpu(batch: Batch, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("kind", FORMS)
+def test_lengths_around_the_sizes_of_chunks_on_a_gpu(kind: str) -> None:
+    dtype = torch.float32 if kind.startswith("32") else torch.float16
+    batch = around_the_sizes(FORMS[kind], {"32x4": 2, "32x8": 8}.get(kind, 4), fp8=kind == "8")
+    with mock.patch.object(cuda_decode, "forms", return_value=FORMS):
+        check(batch, "triton", "cuda", dtype)
+
+
+@pytest.mark.gpu
 @pytest.mark.usefixtures("all_forms")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [*DTYPES, FP8], ids=str)
 @pytest.mark.parametrize(
-    "lengths", [((1, 70_000), (2, 33_000), (1, 5), (1, 1025)), ((1, 9000),) * 40], ids=["few", "many"]
+    "lengths",
+    [((1, 140_000), (2, 33_000), (1, 5), (1, 2049), (1, 131_071), (1, 16_383)), ((1, 9000),) * 40],
+    ids=["few", "many"],
 )
 def test_bits_on_a_gpu_depend_on_the_sequence_alone(lengths: tuple[tuple[int, int], ...], dtype: torch.dtype) -> None:
-    made = make(Batch("long", lengths, H=8, D=128), "cuda", dtype)
-    counters = decode_counters(len(lengths), 2, 70_000, "cuda")
+    batch = Batch("long", lengths, H=8, D=128, fp8=dtype == FP8)
+    made = make(batch, "cuda", torch.float16 if dtype == FP8 else dtype)
+    counters = decode_counters(len(lengths), 2, 140_000, "cuda")
     expected, lse = attention_paged(**made.arguments, counters=counters, return_lse=True, impl="triton")
     assert int(counters.abs().sum()) == 0
     with mock.patch.object(cuda_decode, "MAX_CHUNK_BYTES", -1):
         out, its_lse = attention_paged(**made.arguments, counters=counters, return_lse=True, impl="triton")
     assert torch.equal(out, expected)
     assert torch.equal(its_lse, lse)
-    for s in range(min(len(lengths), 4)):
+    for s in range(min(len(lengths), 6)):
         assert torch.equal(attention_paged(**alone_arguments(made, s), impl="triton"), expected[made.rows(s)])

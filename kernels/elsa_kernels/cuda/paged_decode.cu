@@ -1,23 +1,27 @@
 // Attention of up to ROWS packed rows (queries × heads of a group) over a paged KV with D = 128, in one launch. sm_80 and
 // newer, compiled by NVRTC, with the tiles of paged_tiles_half.cu or paged_tiles_fp32.cu.
 //
-// K and V go from global memory straight into the registers of the products. So a warp has the next 8 KiB in flight
-// whenever it computes, and needs nobody: warps meet once a chunk, and while they do, each has the first tile of the next
-// chunk in flight.
+// K and V go from global memory straight into the registers of the products. So a warp has the next tiles in flight
+// whenever it computes, and needs nobody: warps meet once a chunk, and while they do, each has the first tiles of the
+// next chunk in flight.
 //
-// A sequence's keys are cut into chunks of CHUNK, counted from key 0; of a chunk's tiles warp w takes every WARPS-th.
+// A sequence's keys are cut into chunks, counted from key 0, of a size that follows from their number (`chunk_of`); of a
+// chunk's tiles warp w takes every WARPS-th, STEP at a time.
 // The warps' states merge to the chunk's, up to FAN chunks' to a node's, nodes' to the sequence's, always in the order of
 // positions. Who merges is whom an integer counter names last, or, in calls that would need much memory for chunks
 // (`whole_nodes`), the block that has computed all chunks of the node; the sums are the same ones. Bits depend on the
 // sequence alone.
 //
-// Needs: ELSA_FP32 and ELSA_BF16 (both 0 for FP16), ELSA_ROWS, ELSA_GROUP, ELSA_PAGE (a multiple of 16), ELSA_WARPS,
-// ELSA_CHUNK, ELSA_MIN_BLOCKS.
+// Needs: ELSA_FP32 and ELSA_BF16 (both 0 for FP16), ELSA_FP8 (of the caches, 16-bit queries), ELSA_ROWS, ELSA_GROUP,
+// ELSA_PAGE (a multiple of 16), ELSA_WARPS, ELSA_CHUNK, ELSA_LONGEST, ELSA_STEP, ELSA_MIN_BLOCKS.
 
 constexpr int WARPS = ELSA_WARPS, CHUNK = ELSA_CHUNK, THREADS = 32 * WARPS, GROUP = ELSA_GROUP, PAGE = ELSA_PAGE;
 constexpr int D = 128, ROWS = ELSA_ROWS, FAN = 32, TILE = ELSA_FP32 ? 8 : 16;
+constexpr int STEP = ELSA_STEP;  // tiles that a warp multiplies at a time
 constexpr int PITCH = D + 4;  // of a row in shared memory
-static_assert(CHUNK % (TILE * WARPS) == 0 && CHUNK / (TILE * WARPS) <= 32, "a lane has the page of each of its warp's tiles");
+constexpr int LONGEST = ELSA_LONGEST;  // of all chunks
+static_assert(CHUNK / 2 % (TILE * WARPS * STEP) == 0 && LONGEST % CHUNK == 0, "whole steps of all warps");
+static_assert(LONGEST <= 32 * TILE * WARPS, "a lane asks for the page of each of its warp's tiles");
 static_assert(PAGE % TILE == 0, "a tile lies on one page");
 
 typedef unsigned int u32;
@@ -28,18 +32,26 @@ typedef float element;
 #else
 typedef u16 element;
 #endif
+#if ELSA_FP8
+typedef unsigned char cell;  // of the cache
+#else
+typedef element cell;
+#endif
+constexpr int PARTS = TILE * D * sizeof(cell) / 512;  // 16 bytes a lane of a tile's keys, and of its values
 
 struct Params {
-  const element *q, *k, *v;
+  const element* q;
+  const cell *k, *v;
   element* out;
   float* lse;          // may be null, [T, H]
   const float* sinks;  // may be null, [H]
+  const float *k_scale, *v_scale;  // of an FP8 cache; may be null, [1] or [Hkv]
   const int *cu, *used, *table;
   // States [slots, ROWS], [slots, ROWS], [slots, ROWS, D]: of chunks (an item's, or FAN a block), from nodes0 on of nodes.
   float *state_m, *state_l, *state_w;
   int *node_counters, *counters;  // [slots]; [B, Hkv]. Zeros, left as zeros
   i64 q_token, q_head, k_block, k_place, k_head, v_block, v_place, v_head, table_row, out_token, out_head;  // strides
-  int B, T, Hkv, table_width, causal, whole_nodes, nodes0;
+  int B, T, Hkv, table_width, causal, whole_nodes, nodes0, k_scales, v_scales;
   float scale;  // times log2(e)
 };
 
@@ -51,6 +63,12 @@ __device__ __forceinline__ uint4 stream(const void* p) {
                : "l"(p));
   return v;
 }
+
+__device__ __forceinline__ void copy(int* to, const int* from) {  // into shared memory, until `arrived`
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from) : "memory");
+}
+
+__device__ __forceinline__ void arrived() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 __device__ __forceinline__ void prefetch(const void* p) {  // 128 bytes
   asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
@@ -73,15 +91,23 @@ struct Chunk {
   int chunks;          // of the sequence
   int q0, rows;        // the sequence's first query, packed rows
   int keys, start;     // of the sequence; position of its first query
+  int size;            // keys of the sequence's chunks, `chunk_of`
   int first_item;      // of the sequence, over all heads
 };
 
 __device__ __forceinline__ int divide_up(int a, int b) { return (a + b - 1) / b; }
 
+// Keys of the chunks of a sequence of so many keys: short ones are cut for one sequence to occupy many multiprocessors,
+// long ones for fewer ends of chunks. As `Form.chunk_of`.
+__device__ __forceinline__ int chunk_of(int keys) {
+  if (keys > CHUNK && keys < 8 * CHUNK) return CHUNK / 2;
+  return keys >= 64 * CHUNK ? LONGEST : CHUNK;
+}
+
 // Items of sequence s: chunks, or nodes of FAN chunks; 0 where the sequence is not of this launch.
 __device__ __forceinline__ int items_of(const Params& p, int s) {
   const int q0 = p.cu[s], keys = p.used[s], rows = (p.cu[s + 1] - q0) * GROUP;
-  const int items = max(divide_up(keys, p.whole_nodes ? CHUNK * FAN : CHUNK), 1);
+  const int items = max(divide_up(keys, chunk_of(keys) * (p.whole_nodes ? FAN : 1)), 1);
   return rows > 0 && rows <= ROWS && q0 < p.T ? items : 0;
 }
 
@@ -125,7 +151,8 @@ __device__ __forceinline__ Chunk first_chunk(const Params& p, const int* ends, i
   c.keys = p.used[low];
   c.start = c.keys - queries;
   c.rows = min(queries, p.T - c.q0) * GROUP;
-  c.chunks = max(divide_up(c.keys, CHUNK), 1);
+  c.size = chunk_of(c.keys);
+  c.chunks = max(divide_up(c.keys, c.size), 1);
   c.last = min(c.at + (p.whole_nodes ? FAN : 1), c.chunks) - 1;
   return c;
 }
@@ -152,30 +179,83 @@ struct Left {
 
 // How many tiles of a chunk warp `warp` has.
 __device__ __forceinline__ int tiles_of(const Chunk& c, int warp) {
-  const int keys = min(c.keys - c.at * CHUNK, CHUNK) - TILE * warp;
+  const int keys = min(c.keys - c.at * c.size, c.size) - TILE * warp;
   return keys > 0 ? divide_up(keys, TILE * WARPS) : 0;
 }
 
-// Lane i gets the page of the warp's tile i.
-__device__ __forceinline__ int pages_of(const Params& p, const Chunk& c, int warp, int lane) {
-  const int place = (c.at * CHUNK + TILE * (warp + WARPS * lane)) / PAGE;
-  return lane < tiles_of(c, warp) && place < p.table_width ? p.table[c.s * p.table_row + place] : 0;
-}
-
-// A chunk that a warp is about to read: lane i has the page of the warp's tile i.
+// A chunk that a warp is about to read: of each of the warp's tiles the page, in shared memory.
 struct Ahead {
-  int pages, tiles;
+  const int* pages;
+  int tiles;
 };
 
-struct Tile;  // what a warp multiplies at a time
-__device__ __forceinline__ void load_first(const Params& p, Tile& tile, const Chunk& c, const Ahead& a, int warp, int lane);
+// Asks for the pages of a warp's tiles; they are there when each lane has `arrived` and the warp has met.
+__device__ __forceinline__ Ahead look(const Params& p, const Chunk& c, int* pages, int warp, int lane) {
+  const int place = (c.at * c.size + TILE * (warp + WARPS * lane)) / PAGE, tiles = tiles_of(c, warp);
+  if (lane < tiles) {
+    if (place < p.table_width) copy(pages + lane, p.table + c.s * p.table_row + place);
+    else pages[lane] = 0;
+  }
+  return {pages, tiles};
+}
+
+// What a head's logits (times log2(e)) and values are to be multiplied by.
+__device__ __forceinline__ float scale_of(const Params& p, int head) {
+  return ELSA_FP8 && p.k_scale ? p.scale * p.k_scale[p.k_scales ? head : 0] : p.scale;
+}
+__device__ __forceinline__ float factor_of(const Params& p, int head) {
+  return ELSA_FP8 && p.v_scale ? p.v_scale[p.v_scales ? head : 0] : 1.f;
+}
 
 #include TILES  // put in its place by the launcher
 
+// Asks for the tiles of the warp's first step in chunk c.
 __device__ __forceinline__ void load_first(const Params& p, Tile& tile, const Chunk& c, const Ahead& a, int warp, int lane) {
-  const int page = __shfl_sync(~0u, a.pages, 0), key = c.at * CHUNK + TILE * warp;
-  load_k(p, tile, page, key, c.head, lane);
-  load_v(p, tile, page, key, c.head, lane);
+  arrived();
+  __syncwarp();
+#pragma unroll
+  for (int h = 0; h < STEP; h++)
+    if (h < a.tiles) load_k(p, tile, h, a.pages[h], c.at * c.size + TILE * (warp + WARPS * h), c.head, lane);
+#pragma unroll
+  for (int h = 0; h < STEP; h++)
+    if (h < a.tiles) load_v(p, tile, h, a.pages[h], c.at * c.size + TILE * (warp + WARPS * h), c.head, lane);
+}
+
+// A warp's tiles of chunk c, the first of which are in `tile` or on their way; at the end the next chunk's first ones are.
+__device__ __forceinline__ void walk(const Params& p, const Chunk& c, const Ahead& here, const Chunk& next,
+                                     const Ahead& ahead, const Query& q, int warp, int lane, Scratch& scratch,
+                                     Tile& tile, Rows& rows) {
+  const int plain = p.causal ? min(c.keys, c.start + 1) : c.keys;  // all rows see the keys before it
+  const float scale = scale_of(p, c.head);
+  clear(rows);
+  if (here.tiles == 0 && ahead.tiles) load_first(p, tile, next, ahead, warp, lane);
+  int key = c.at * c.size + TILE * warp;
+  for (int i = 0; i < here.tiles; i += STEP) {
+    const bool inside = i + STEP < here.tiles;
+    const int more = inside ? here.tiles - i - STEP : ahead.tiles;  // tiles that may be asked for
+    if (!inside) {
+      arrived();
+      __syncwarp();
+    }
+    const int* pages = inside ? here.pages + i + STEP : ahead.pages;
+    int page[STEP];
+#pragma unroll
+    for (int h = 0; h < STEP; h++) page[h] = h < more ? pages[h] : 0;
+    Logits s;
+    products(tile, q, lane, scale, s);
+#pragma unroll
+    for (int h = 0; h < STEP; h++)
+      if (key + TILE * WARPS * h + TILE > plain) hide(p, c, h, key + TILE * WARPS * h, lane, s, tile);
+    key = inside ? key + STEP * TILE * WARPS : next.at * next.size + TILE * warp;
+    const int head = inside ? c.head : next.head;
+#pragma unroll
+    for (int h = 0; h < STEP; h++)
+      if (h < more) load_k(p, tile, h, page[h], key + TILE * WARPS * h, head, lane);
+    weigh(s, rows, i / STEP, lane, scratch, tile);
+#pragma unroll
+    for (int h = 0; h < STEP; h++)
+      if (h < more) load_v(p, tile, h, page[h], key + TILE * WARPS * h, head, lane);
+  }
 }
 
 struct Shared {
@@ -183,6 +263,7 @@ struct Shared {
   Left left[WARPS];
   Scratch scratch[WARPS];
   Chunk chunk[2][WARPS];  // a warp's copy of this chunk's description and of the next one's, in turn
+  int pages[2][WARPS][32];  // likewise, of each of a warp's tiles
   int room[WARPS], answer;
 };
 
@@ -218,19 +299,20 @@ __device__ __forceinline__ State gather(const Shared& sh, int row, int lane) {
 // The chunk again, a row a warp: in a tile's product a hidden key's weight 0 meets its ∞ and NaN, here it is left out,
 // as is a key with logit −∞. Leaves the state of every row as that of warp 0, the other warps' empty.
 __device__ __noinline__ void careful(const Params& p, const Chunk& c, Shared& sh, int warp, int lane) {
-  const int lo = c.at * CHUNK, end = min(c.keys, lo + CHUNK);
+  const int lo = c.at * c.size, end = min(c.keys, lo + c.size);
+  const float scale = scale_of(p, c.head);
   for (int row = warp; row < c.rows; row += WARPS) {
     float q[D / 32], w[D / 32] = {}, m = minus_infinity(), l = 0.f;
     for (int i = 0; i < D / 32; i++) q[i] = unpack(p.q[place_of(c, row, p.q_token, p.q_head) + lane + 32 * i]);
     const int seen = p.causal ? min(end, c.start + row / GROUP + 1) : end;
     for (int key = lo; key < seen; key++) {
       const i64 page = p.table[c.s * p.table_row + key / PAGE];
-      const element* k = p.k + page * p.k_block + key % PAGE * p.k_place + c.head * p.k_head;
-      const element* v = p.v + page * p.v_block + key % PAGE * p.v_place + c.head * p.v_head;
+      const cell* k = p.k + page * p.k_block + key % PAGE * p.k_place + c.head * p.k_head;
+      const cell* v = p.v + page * p.v_block + key % PAGE * p.v_place + c.head * p.v_head;
       float s = 0.f;
       for (int i = 0; i < D / 32; i++) s = fmaf(q[i], unpack(k[lane + 32 * i]), s);
       for (int d = 16; d; d /= 2) s += __shfl_xor_sync(~0u, s, d);
-      s *= p.scale;
+      s *= scale;
       if (s == minus_infinity()) continue;
       const float top = fmaxf(m, s), decay = exp_2(m - top), e = exp_2(s - top);
       m = top;
@@ -255,7 +337,8 @@ __device__ __forceinline__ void finish(const Params& p, const Chunk& c, int row,
     x.m = top;
   }
   const float l = x.l == 0.f ? 1.f : x.l;
-  const float4 out = make_float4(x.w.x / l, x.w.y / l, x.w.z / l, x.w.w / l);
+  float4 out = make_float4(x.w.x / l, x.w.y / l, x.w.z / l, x.w.w / l);
+  if (ELSA_FP8) out = scaled(out, factor_of(p, c.head));
   write(p.out + place_of(c, row, p.out_token, p.out_head) + 4 * lane, out);
   if (p.lse && lane == 0) {
     p.lse[(i64)(c.q0 + row / GROUP) * p.Hkv * GROUP + head] = (x.m + log2f(x.l)) * 0.6931471805599453f;
@@ -390,15 +473,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, ELSA_MIN_BLOCKS) paged_dec
   __shared__ Shared sh;
   extern __shared__ int ends[];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  if (p.B == 1 && !p.whole_nodes) {  // what the first loads of the only sequence wait for
-    const int place = (int)blockIdx.x / p.Hkv * CHUNK / PAGE + lane;
-    if (warp == 0 && place < p.table_width) prefetch(p.table + place);
-  }
-  const int items = sum_items(p, ends, sh.room) * p.Hkv;
+  if (p.B == 1 && threadIdx.x == 0)  // what the first loads of the only sequence wait for: a part of it each block
+    for (int place = 32 * blockIdx.x; place < p.table_width; place += 32 * gridDim.x) prefetch(p.table + place);
+  const int items = (p.B == 1 ? items_of(p, 0) : sum_items(p, ends, sh.room)) * p.Hkv;
   if ((int)blockIdx.x >= items) return;
   int turn = 0, q_turn = 0;
   describe(sh.chunk[0][warp], first_chunk(p, ends, blockIdx.x), lane);
-  Ahead ahead = {pages_of(p, sh.chunk[0][warp], warp, lane), tiles_of(sh.chunk[0][warp], warp)};
+  Ahead ahead = look(p, sh.chunk[0][warp], sh.pages[0][warp], warp, lane);
   Tile tile;
   if (ahead.tiles) load_first(p, tile, sh.chunk[0][warp], ahead, warp, lane);
   load_q(p, sh.chunk[0][warp], sh.q[0]);
@@ -408,10 +489,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, ELSA_MIN_BLOCKS) paged_dec
     Chunk& next = sh.chunk[turn ^ 1][warp];
     const Ahead here = ahead;
     more = now.at < now.last || now.item + (int)gridDim.x < items;
-    ahead = {0, 0};
+    ahead = {nullptr, 0};
     if (more) {
       describe(next, now.at < now.last ? following(now) : first_chunk(p, ends, now.item + gridDim.x), lane);
-      ahead = {pages_of(p, next, warp, lane), tiles_of(next, warp)};
+      ahead = look(p, next, sh.pages[turn ^ 1][warp], warp, lane);
     }
     Rows rows;
     walk(p, now, here, next, ahead, sh.q[q_turn], warp, lane, sh.scratch[warp], tile, rows);

@@ -12,7 +12,7 @@ __device__ __forceinline__ float unpack(float v) { return v; }
 __device__ __forceinline__ void write(element* to, const float4& x) { *reinterpret_cast<float4*>(to) = x; }
 
 struct Tile {
-  float4 k[4][2], v[4][2];
+  float4 k[STEP][4][2], v[STEP][4][2];
 };
 
 struct Query {
@@ -20,7 +20,7 @@ struct Query {
 };
 
 struct Scratch {
-  float4 p[2][8][MINE];  // P of a tile and of the next in turn: key h + 2i at 4h + i
+  float4 p[2][STEP][8][MINE];  // P of a tile and of the next in turn: key h + 2i at 4h + i
 };
 
 __device__ __forceinline__ void load_q(const Params& p, const Chunk& c, Query& q) {
@@ -47,18 +47,32 @@ __device__ __forceinline__ void load_rows(float4 (&to)[4][2], const float* cache
   }
 }
 
-__device__ __forceinline__ void load_k(const Params& p, Tile& tile, int page, int key, int head, int lane) {
-  load_rows(tile.k, p.k, p.k_block, p.k_place, p.k_head, page, key, head, lane);
+__device__ __forceinline__ void load_k(const Params& p, Tile& tile, int h, int page, int key, int head, int lane) {
+  load_rows(tile.k[h], p.k, p.k_block, p.k_place, p.k_head, page, key, head, lane);
 }
 
-__device__ __forceinline__ void load_v(const Params& p, Tile& tile, int page, int key, int head, int lane) {
-  load_rows(tile.v, p.v, p.v_block, p.v_place, p.v_head, page, key, head, lane);
+__device__ __forceinline__ void load_v(const Params& p, Tile& tile, int h, int page, int key, int head, int lane) {
+  load_rows(tile.v[h], p.v, p.v_block, p.v_place, p.v_head, page, key, head, lane);
 }
 
 struct Rows {
   float m[MINE], l[MINE];  // of this lane's rows; l: of its keys alone
   float w[ROWS][8];        // of this lane's channels and keys
 };
+
+__device__ __forceinline__ void clear(Rows& rows) {
+#pragma unroll
+  for (int j = 0; j < MINE; j++) {
+    rows.m[j] = minus_infinity();
+    rows.l[j] = 0.f;
+  }
+#pragma unroll
+  for (int r = 0; r < ROWS; r++)
+#pragma unroll
+    for (int j = 0; j < 8; j++) rows.w[r][j] = 0.f;
+}
+
+typedef float Logits[STEP][MINE];
 
 __device__ __forceinline__ float dot(float sum, const float4& a, const float4& b) {
   return fmaf(a.w, b.w, fmaf(a.z, b.z, fmaf(a.y, b.y, fmaf(a.x, b.x, sum))));
@@ -77,42 +91,48 @@ __device__ __forceinline__ void halve(float (&s)[4 * ROWS], int lane) {
 }
 
 // This lane's logits, scaled.
-__device__ __forceinline__ void products(const Tile& tile, const Query& q, int lane, float scale, float (&mine)[MINE]) {
-  float s[4 * ROWS];
+__device__ __forceinline__ void products(const Tile& tile, const Query& q, int lane, float scale, Logits& mine) {
 #pragma unroll
-  for (int r = 0; r < ROWS; r++) {
-    const float4 low = q.row[r][lane % 16], high = q.row[r][16 + lane % 16];
+  for (int h = 0; h < STEP; h++) {
+    float s[4 * ROWS];
 #pragma unroll
-    for (int i = 0; i < 4; i++) s[i * ROWS + r] = dot(dot(0.f, tile.k[i][0], low), tile.k[i][1], high);
+    for (int r = 0; r < ROWS; r++) {
+      const float4 low = q.row[r][lane % 16], high = q.row[r][16 + lane % 16];
+#pragma unroll
+      for (int i = 0; i < 4; i++) s[i * ROWS + r] = dot(dot(0.f, tile.k[h][i][0], low), tile.k[h][i][1], high);
+    }
+    halve<8>(s, lane);
+    halve<4>(s, lane);
+    halve<2>(s, lane);
+    halve<1>(s, lane);
+#pragma unroll
+    for (int j = 0; j < MINE; j++) mine[h][j] = s[j] * scale;
   }
-  halve<8>(s, lane);
-  halve<4>(s, lane);
-  halve<2>(s, lane);
-  halve<1>(s, lane);
-#pragma unroll
-  for (int j = 0; j < MINE; j++) mine[j] = s[j] * scale;
 }
 
 // Hides keys that do not exist or that a row does not see. Values of keys that do not exist are set to 0.
-__device__ __forceinline__ void hide(const Params& p, const Chunk& c, int key, int lane, float (&s)[MINE], Tile& tile) {
+__device__ __forceinline__ void hide(const Params& p, const Chunk& c, int h, int key, int lane, Logits& s, Tile& tile) {
   const int mine = key + lane / 16 + lane % 16 / 4 * 2;
 #pragma unroll
   for (int j = 0; j < MINE; j++) {
     const int row = lane % 4 * MINE + j;
-    if (mine >= c.keys || (p.causal && mine > c.start + row / GROUP)) s[j] = minus_infinity();
+    if (mine >= c.keys || (p.causal && mine > c.start + row / GROUP)) s[h][j] = minus_infinity();
   }
 #pragma unroll
   for (int i = 0; i < 4; i++)
-    if (key + lane / 16 + 2 * i >= c.keys) tile.v[i][0] = tile.v[i][1] = make_float4(0.f, 0.f, 0.f, 0.f);
+    if (key + lane / 16 + 2 * i >= c.keys) tile.v[h][i][0] = tile.v[h][i][1] = make_float4(0.f, 0.f, 0.f, 0.f);
 }
 
-// New maxima, and this lane's P to where all lanes find it.
-__device__ __forceinline__ void softmax(const float (&s)[MINE], Rows& rows, int lane, float4 (&to)[8][MINE]) {
+// New maxima, this lane's P to where all lanes find it, and the values weighed with it.
+__device__ __forceinline__ void weigh(const Logits& s, Rows& rows, int turn, int lane, Scratch& scratch, const Tile& tile) {
+  auto& p = scratch.p[turn % 2];
   float top[MINE], anchor[MINE];
   bool changed = false;
 #pragma unroll
   for (int j = 0; j < MINE; j++) {
-    top[j] = s[j];
+    top[j] = s[0][j];
+#pragma unroll
+    for (int h = 1; h < STEP; h++) top[j] = fmaxf(top[j], s[h][j]);
 #pragma unroll
     for (int d = 4; d < 32; d *= 2) top[j] = fmaxf(top[j], __shfl_xor_sync(~0u, top[j], d));
     top[j] = fmaxf(top[j], rows.m[j]);
@@ -134,61 +154,32 @@ __device__ __forceinline__ void softmax(const float (&s)[MINE], Rows& rows, int 
       for (int j = 0; j < 8; j++) rows.w[r][j] *= f;
     }
   }
-  float* mine = reinterpret_cast<float*>(&to[0][0]) + lane * MINE;
 #pragma unroll
-  for (int j = 0; j < MINE; j++) {
-    mine[j] = exp_2(s[j] - anchor[j]);
-    rows.l[j] += mine[j];
-  }
-  __syncwarp();
-}
-
-__device__ __forceinline__ void accumulate(const Tile& tile, const float4 (&p)[8][MINE], int lane, Rows& rows) {
+  for (int h = 0; h < STEP; h++) {
+    float* mine = reinterpret_cast<float*>(&p[h][0][0]) + lane * MINE;
 #pragma unroll
-  for (int i = 0; i < 4; i++) {
-    const float4 low = tile.v[i][0], high = tile.v[i][1];
-    const float v[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-#pragma unroll
-    for (int f = 0; f < MINE; f++) {
-      const float4 four = p[lane / 16 * 4 + i][f];
-      const float weights[4] = {four.x, four.y, four.z, four.w};
-#pragma unroll
-      for (int r = 0; r < 4; r++)
-#pragma unroll
-        for (int j = 0; j < 8; j++) rows.w[4 * f + r][j] = fmaf(weights[r], v[j], rows.w[4 * f + r][j]);
+    for (int j = 0; j < MINE; j++) {
+      mine[j] = exp_2(s[h][j] - anchor[j]);
+      rows.l[j] += mine[j];
     }
   }
-}
-
-// A warp's tiles of chunk c, the first of which is in `tile` or on its way; at the end the next chunk's first one is.
-__device__ __forceinline__ void walk(const Params& p, const Chunk& c, const Ahead& here, const Chunk& next,
-                                     const Ahead& ahead, const Query& q, int warp, int lane, Scratch& scratch,
-                                     Tile& tile, Rows& rows) {
-  const int plain = p.causal ? min(c.keys, c.start + 1) : c.keys;  // all rows see the keys before it
+  __syncwarp();
 #pragma unroll
-  for (int j = 0; j < MINE; j++) {
-    rows.m[j] = minus_infinity();
-    rows.l[j] = 0.f;
-  }
+  for (int h = 0; h < STEP; h++)
 #pragma unroll
-  for (int r = 0; r < ROWS; r++)
+    for (int i = 0; i < 4; i++) {
+      const float4 low = tile.v[h][i][0], high = tile.v[h][i][1];
+      const float v[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 #pragma unroll
-    for (int j = 0; j < 8; j++) rows.w[r][j] = 0.f;
-  if (here.tiles == 0 && ahead.tiles) load_first(p, tile, next, ahead, warp, lane);
-  int key = c.at * CHUNK + TILE * warp;
-  for (int i = 1; i <= here.tiles; i++) {
-    const bool inside = i < here.tiles, more = inside || ahead.tiles;
-    const int page = __shfl_sync(~0u, inside ? here.pages : ahead.pages, inside ? i : 0);
-    float s[MINE];
-    products(tile, q, lane, p.scale, s);
-    if (key + TILE > plain) hide(p, c, key, lane, s, tile);
-    key = inside ? key + TILE * WARPS : next.at * CHUNK + TILE * warp;
-    const int head = inside ? c.head : next.head;
-    if (more) load_k(p, tile, page, key, head, lane);
-    softmax(s, rows, lane, scratch.p[i % 2]);
-    accumulate(tile, scratch.p[i % 2], lane, rows);
-    if (more) load_v(p, tile, page, key, head, lane);
-  }
+      for (int f = 0; f < MINE; f++) {
+        const float4 four = p[h][lane / 16 * 4 + i][f];
+        const float weights[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+        for (int r = 0; r < 4; r++)
+#pragma unroll
+          for (int j = 0; j < 8; j++) rows.w[4 * f + r][j] = fmaf(weights[r], v[j], rows.w[4 * f + r][j]);
+      }
+    }
 }
 
 // Returns whether something in the warp's state is not finite.

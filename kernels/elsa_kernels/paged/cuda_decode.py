@@ -14,38 +14,42 @@ import torch
 
 from elsa_kernels.cuda import driver, nvrtc
 from elsa_kernels.devices import multiprocessors
-from elsa_kernels.paged.problem import PagedOperands, PagedProblem
+from elsa_kernels.paged.problem import FP8, PagedOperands, PagedProblem
 
-OLDEST = 80  # mma.m16n8k16 and movmatrix
+OLDEST, OLDEST_FP8 = 80, 89  # mma.m16n8k16 and movmatrix; conversion from FP8
 HEAD_DIM, FAN, PLACES = 128, 32, 16  # the last: keys that must lie on one page
 MAX_CHUNK_BYTES = 256 << 20  # of chunks' states; where more would be needed, blocks take whole nodes
 MAX_SEQUENCES = 12288  # whose counts fit in a block's shared memory
 POINTERS = (
-    "q", "k", "v", "out", "lse", "sinks", "cu", "used", "table", "state_m", "state_l", "state_w", "node_counters",
-    "counters",
+    "q", "k", "v", "out", "lse", "sinks", "k_scale", "v_scale", "cu", "used", "table", "state_m", "state_l", "state_w",
+    "node_counters", "counters",
 )  # fmt: skip
 STRIDES = (
     "q_token", "q_head", "k_block", "k_place", "k_head", "v_block", "v_place", "v_head", "table_row", "out_token",
     "out_head",
 )  # fmt: skip
-INTEGERS = ("B", "T", "Hkv", "table_width", "causal", "whole_nodes", "nodes0")
+INTEGERS = ("B", "T", "Hkv", "table_width", "causal", "whole_nodes", "nodes0", "k_scales", "v_scales")
 
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """`warps` share chunks of `chunk` keys, `blocks_per_sm` such blocks a multiprocessor; up to `rows` packed rows.
+    """`warps` share chunks of keys (`chunk_of`), `blocks_per_sm` such blocks an SM; up to `rows` packed rows.
 
-    All but the blocks are part of a result's definition.
+    A warp multiplies `step` tiles at a time. `longest`: keys of the chunks of long sequences, where they are more than
+    `chunk`. All but the blocks are part of a result's definition.
     """
 
     warps: int
     chunk: int
     blocks_per_sm: int
     rows: int = 8
+    step: int = 1
+    longest: int = 0
 
     def defines(self, problem: PagedProblem) -> dict[str, int]:
         return {
             "ELSA_FP32": int(problem.dtype == torch.float32),
+            "ELSA_FP8": int(problem.kv_dtype == FP8),
             "ELSA_BF16": int(problem.dtype == torch.bfloat16),
             "ELSA_ROWS": self.rows,
             "ELSA_GROUP": problem.group,
@@ -53,7 +57,23 @@ class Form:
             "ELSA_WARPS": self.warps,
             "ELSA_CHUNK": self.chunk,
             "ELSA_MIN_BLOCKS": self.blocks_per_sm,
+            "ELSA_STEP": self.step,
+            "ELSA_LONGEST": max(self.longest, self.chunk),
         }
+
+    def chunk_of(self, keys: int) -> int:
+        """Keys of the chunks of a sequence of so many: `chunk_of` of the kernel."""
+        if self.chunk < keys < 8 * self.chunk:
+            return self.chunk // 2
+        return max(self.longest, self.chunk) if keys >= 64 * self.chunk else self.chunk
+
+    def chunks_of(self, keys: int) -> int:
+        return -(-keys // self.chunk_of(keys))
+
+    def most_chunks(self, keys: int) -> int:
+        """Of any sequence of up to so many keys, which is not always the longest's."""
+        lengths = (min(keys, most) for most in (keys, 8 * self.chunk - 1, 64 * self.chunk - 1))
+        return max(1, *map(self.chunks_of, lengths))
 
     def state_bytes(self) -> int:
         return 4 * self.rows * (HEAD_DIM + 2)
@@ -67,7 +87,9 @@ def forms() -> dict[str, Form]:
 
 
 def kind_of(problem: PagedProblem) -> str:
-    """16-bit caches, or FP32 ones with up to 4 or up to 8 rows a key head."""
+    """FP8 caches, 16-bit ones, or FP32 ones with up to 4 or up to 8 rows a key head."""
+    if problem.kv_dtype == FP8:
+        return "8"
     return "16" if problem.dtype != torch.float32 else "32x4" if problem.group <= 4 else "32x8"
 
 
@@ -102,7 +124,7 @@ class Slots:
 
     @classmethod
     def of(cls, problem: PagedProblem, form: Form, blocks: int) -> Slots:
-        chunks = max(1, -(-problem.max_seqlen_k // form.chunk))
+        chunks = form.most_chunks(problem.max_seqlen_k)
         nodes = -(-chunks // FAN)
         pairs = problem.B * problem.Hkv
         if pairs * chunks * form.state_bytes() > MAX_CHUNK_BYTES:
@@ -132,8 +154,8 @@ def refusal(problem: PagedProblem) -> str | None:
     """Why this form does not take such calls, or None. It does not depend on the sequences or on their number."""
     if problem.device.type != "cuda" or torch.version.hip:
         return "it runs on CUDA devices"
-    if problem.kv_dtype != problem.dtype:
-        return f"it reads caches of q's dtype, not {problem.kv_dtype}"
+    if problem.kv_dtype != problem.dtype and (problem.kv_dtype != FP8 or problem.dtype == torch.float32):
+        return f"it reads no {problem.kv_dtype} caches for {problem.dtype} queries"
     if problem.dtype == torch.float32 and problem.precision == "tf32":
         return "in FP32 it multiplies without tensor cores"
     if problem.group == 1 or kind_of(problem) not in forms():
@@ -143,7 +165,8 @@ def refusal(problem: PagedProblem) -> str | None:
     if problem.window is not None or problem.softcap is not None or problem.has_alibi:
         return "it has no window, softcap or ALiBi"
     index = problem.device.index
-    return _refuse_device(torch.cuda.current_device() if index is None else index)
+    oldest = OLDEST_FP8 if problem.kv_dtype == FP8 else OLDEST
+    return _refuse_device(torch.cuda.current_device() if index is None else index, oldest)
 
 
 def misaligned(o: PagedOperands) -> bool:
@@ -153,10 +176,10 @@ def misaligned(o: PagedOperands) -> bool:
 
 
 @functools.cache
-def _refuse_device(device: int) -> str | None:
+def _refuse_device(device: int, oldest: int) -> str | None:
     major, minor = torch.cuda.get_device_capability(device)
-    if 10 * major + minor < OLDEST:
-        return f"needs compute capability 8.0, the device has {major}.{minor}"
+    if 10 * major + minor < oldest:
+        return f"needs compute capability {oldest / 10}, the device has {major}.{minor}"
     return nvrtc.refusal(major, minor)
 
 
@@ -182,7 +205,8 @@ def parameters(
     """states: m, l, W of `slots`; counters: zeros int32 [slots.counters(problem)]."""
     sinks = None if o.sinks is None else o.sinks.float().contiguous()
     tensors = (
-        o.q, o.k_cache, o.v_cache, o.out, o.lse, sinks, o.cu_seqlens_q, o.seqused_k, o.block_table, *states, counters,
+        o.q, o.k_cache, o.v_cache, o.out, o.lse, sinks, o.k_scale, o.v_scale, o.cu_seqlens_q, o.seqused_k,
+        o.block_table, *states, counters,
     )  # fmt: skip
     pointers = [None if x is None else x.data_ptr() for x in tensors]
     # the sequences' come after the chunks'
@@ -193,7 +217,7 @@ def parameters(
     )  # fmt: skip
     integers = (
         problem.B, problem.T, problem.Hkv, o.block_table.shape[1], problem.causal, slots.whole_nodes,
-        slots.chunks,
+        slots.chunks, *(x is not None and x.numel() > 1 for x in (o.k_scale, o.v_scale)),
     )  # fmt: skip
     return Params(*pointers, *strides, *map(int, integers), problem.scale * math.log2(math.e))
 

@@ -9,6 +9,7 @@ not depend on its neighbours.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -98,17 +99,23 @@ def decode_launches(problem: PagedProblem, mode: str, arch: str, above: int = 0)
     return launches
 
 
-def decode_memory(problem: PagedProblem, arch: str) -> tuple[int, int]:
-    """What decode of such a batch takes: keys of a split of one-query sequences, bytes for states at the most."""
-    above, found = 0, []
+def decode_memory(problem: PagedProblem, arch: str) -> tuple[Callable[[int], int], int]:
+    """What decode of such a batch takes: splits of a one-query sequence by its keys, bytes for states at the most."""
+    above = 0
+    found: list[tuple[Callable[[int], int], int]] = []
     if cuda_decode.refusal(problem) is None:
         form, _, slots = cuda_decode.plan(problem)
         above = form.rows
-        found.append((form.chunk, slots.bytes(form)))
+        found.append((form.chunks_of, slots.bytes(form)))
     for cut in decode_launches(problem, tuning.choose_mode(problem.dtype, problem.precision, arch), arch, above):
         if cut.above < problem.max_seqlen_q * problem.group:
-            found.append((cut.tile.CHUNK, slots_of(problem, cut).held * state_bytes(problem, cut)))
+            held = slots_of(problem, cut).held * state_bytes(problem, cut)
+            found.append((functools.partial(_splits, cut.tile.CHUNK), held))
     return found[0][0], max(size for _, size in found)
+
+
+def _splits(chunk: int, keys: int) -> int:
+    return -(-keys // chunk)
 
 
 @dataclass(frozen=True, slots=True)
