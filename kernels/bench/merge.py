@@ -14,7 +14,7 @@ from typing import Any
 
 from kernels.bench import results_file
 
-MEASURED = ("ms", "tflops", "relerr", "graph", "percent_of_ceiling", "commit", "date")
+MEASURED = ("ms", "tflops", "tbps", "relerr", "graph", "percent_of_ceiling", "commit", "date")
 
 
 def merged(newer: dict[str, Any], older: dict[str, Any]) -> list[results_file.Row]:

@@ -90,7 +90,10 @@ def test_rotation_covers_the_cache():
 
 def test_a_merged_file_says_where_its_older_rows_come_from(tmp_path):
     case = Case("float32", True, 1, 4, 64, 32).row()
-    new, old = ([case | {"impl": i, "ms": ms} for i in impls] for ms, impls in ((1, ["a"]), (2, ["a", "b"])))
+    new, old = (
+        [case | {"impl": i, "ms": ms, "tflops": ms, "tbps": ms} for i in impls]
+        for ms, impls in ((1, ["a"]), (2, ["a", "b"]))
+    )
     for name, rows in (("new", new), ("old", old)):
         results_file.write(tmp_path / f"{name}.json", rows)
     before = results_file.read(tmp_path / "old.json")
