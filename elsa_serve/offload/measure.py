@@ -29,8 +29,9 @@ from elsa_kernels.cpu.native import library
 from elsa_kernels.registry import Operands
 
 from elsa_serve import __version__, envs
-from elsa_serve.errors import BudgetError, ElsaError
+from elsa_serve.errors import BudgetError
 from elsa_serve.offload import attention as attentions
+from elsa_serve.offload import probes
 from elsa_serve.offload.device import require_exact_matmul
 from elsa_serve.offload.disk import DirectFile, read_rate
 from elsa_serve.offload.graphs import PAGE, Capturing, GraphAttention
@@ -38,10 +39,7 @@ from elsa_serve.offload.host import FileBuffer, HostBuffer
 from elsa_serve.offload.in_place import worker_threads
 from elsa_serve.offload.kv import Extent, Span
 from elsa_serve.offload.machine import Rates, assumed_rates, gpu_facts, host_memory
-from elsa_serve.offload.predict import Share, device_seconds, whole_layers
 from elsa_serve.offload.units import format_size
-from elsa_serve.protocol import GenerationRequest, SamplingParams, stream
-from elsa_serve.stats import Record, StepStats
 
 FORM = 7  # of the measurement: what an earlier form kept is measured again
 REPEATS = 5
@@ -52,11 +50,6 @@ ROWS, WEIGHTS = 48, 3  # products of one row in a timed run, and matrices that t
 QUERIES = 8  # calls of attention of one query in a timed run
 CPU_ROWS = 32  # query tokens that bind the CPU kernel by arithmetic
 SUSTAINED_S = 0.8  # for which a GPU computes before its clock is what its power allows, half of it timed
-WIDE = 4  # layers of the probe of a prompt's activations, all but the last of which its tokens pass whole
-PROMPTS = 3  # that a probe is timed over, and DECODES passes
-SHALLOW, DEEP = 2, 10  # layers of the other probes: their difference is a layer's issue, the rest is the pass's
-DECODES = 12
-WARM_UP_TOKENS = 3  # until a decode pass is replayed from its graph
 LARGE_DEVICE = 8 << 30  # bytes free from which the full sizes are measured
 
 logger = logging.getLogger(__name__)
@@ -229,7 +222,7 @@ def measure_rates(
     # The last: they leave the device's memory free. The probes' prompts are over before power limits the clock.
     brief, lasting = _device_rates(device, dtype, attention, linear, heads, sizes)
     measured = replace(assumed_rates(dtype), **found | brief)
-    share: dict[str, Any] = _engine_rates(device, dtype, attention, linear, sizes, measured)
+    share: dict[str, Any] = probes.engine_rates(device, dtype, attention, linear, sizes, measured)
     return replace(measured, **lasting | share)
 
 
@@ -510,106 +503,6 @@ def warm_up(work: Callable[[], object]) -> None:
     work()
     while time.perf_counter() < until:
         work()
-
-
-# --- the engine's own share ---------------------------------------------------------------------------------------
-
-
-def _engine_rates(
-    device: torch.device, dtype: torch.dtype, attention: str, linear: str, sizes: Sizes, rates: Rates
-) -> dict[str, float]:
-    """What a layer and a pass cost beyond bytes and FLOPs, from small models whose layers are all resident."""
-    hidden, prompt, on_gpu = sizes.probe_hidden, sizes.probe_prompt, device.type == "cuda"
-
-    def probe(hidden: int, layers: int, prompt: int, **options: Any) -> _Probe:
-        return _probe(device, dtype, attention, linear, rates, hidden, layers, prompt, **options)
-
-    try:
-        wide = probe(hidden, WIDE, prompt, chunk_tokens=prompt)
-        halves = probe(hidden, WIDE, prompt, chunk_tokens=prompt // 2)
-        deep, flat = (probe(hidden // 4, layers, 2 * CPU_ROWS, graphs=False) for layers in (DEEP, SHALLOW))
-        deep_graph, flat_graph = deep, flat
-        if on_gpu:
-            deep_graph, flat_graph = (probe(hidden // 4, layers, 2 * CPU_ROWS) for layers in (DEEP, SHALLOW))
-    except (ElsaError, torch.cuda.OutOfMemoryError) as error:
-        logger.warning("the engine's own share of a pass cannot be measured (%s): it is assumed", error)
-        return {}
-    layer_s = max(1e-6, (deep.decode_s - flat.decode_s) / (DEEP - SHALLOW))
-    graph_layer_s = max(1e-6, (deep_graph.decode_s - flat_graph.decode_s) / (DEEP - SHALLOW))
-    geometry = wide.plan.geometry
-    free = replace(rates, activations=math.inf)
-    rest = wide.prefill_s - device_seconds(geometry, free, [Share(0, prompt)], on_gpu)
-    activations = geometry.activation_bytes() * whole_layers(geometry, prompt, on_gpu) * prompt
-    read = flat_graph.plan.geometry.layer_bytes / rates.device_memory
-    return {
-        "layer_s": layer_s,
-        "pass_s": max(1e-6, flat.decode_s - SHALLOW * layer_s),
-        "graph_layer_s": max(1e-6, graph_layer_s - read),
-        "graph_pass_s": max(1e-6, flat_graph.decode_s - SHALLOW * graph_layer_s),
-        "chunk_s": max(1e-6, (halves.prefill_s - wide.prefill_s) / WIDE),
-        # Never less than a twentieth of the prefill: rates measured a moment apart may leave nothing of it.
-        "activations": activations / max(rest, 0.05 * wide.prefill_s),
-    }
-
-
-@dataclass(frozen=True, slots=True)
-class _Probe:
-    plan: Any
-    prefill_s: float
-    decode_s: float  # a pass of one token
-
-
-class _Passes:
-    def __init__(self) -> None:
-        self.steps: list[StepStats] = []
-
-    def record(self, *stats: Record) -> None:
-        self.steps += [one for one in stats if isinstance(one, StepStats)]
-
-
-def _probe(
-    device: torch.device,
-    dtype: torch.dtype,
-    attention: str,
-    linear: str,
-    rates: Rates,
-    hidden: int,
-    layers: int,
-    prompt: int,
-    **options: Any,
-) -> _Probe:
-    """A LLaMA of this width through the engine: a prompt some times over, the last with tokens after it."""
-    from transformers import LlamaConfig
-
-    from elsa_serve.offload.engine import OffloadEngine
-
-    dim = min(128, max(8, hidden // 8))
-    config = LlamaConfig(
-        hidden_size=hidden, intermediate_size=hidden * 43 // 16, num_hidden_layers=layers, vocab_size=1024,
-        num_attention_heads=hidden // dim, num_key_value_heads=hidden // dim, max_position_embeddings=1 << 17,
-    )  # fmt: skip
-    passes = _Passes()
-    with tempfile.TemporaryDirectory(prefix="elsa-probe-") as folder:
-        config.save_pretrained(folder)
-        engine = OffloadEngine(
-            folder, sink=passes, device=device, dtype=dtype, attention=attention, linear=linear, rates=rates,
-            context=prompt + WARM_UP_TOKENS + DECODES + 2, max_batch=1, resident_layers=layers, load_format="dummy",
-            prefix_caching=False, num_speculative_tokens=0, prefill_round_tokens=prompt, progress=False, **options,
-        )  # fmt: skip
-        try:
-            # One to warm up; in the last, passes that warm decoding up, and those that are timed.
-            for seed, count in enumerate((2, *[1] * (PROMPTS - 1), 1 + WARM_UP_TOKENS + DECODES)):
-                tokens = torch.randint(1024, (prompt,), generator=torch.Generator().manual_seed(seed)).tolist()
-                sampling = SamplingParams(max_tokens=count, temperature=0.0, ignore_eos=True)
-                if seed == 1:
-                    passes.steps.clear()
-                for _ in stream(engine, GenerationRequest(f"probe-{seed}", tokens, sampling)):
-                    pass
-        finally:
-            engine.shutdown()
-    prefill = [step.duration_s for step in passes.steps if step.prompt_tokens]
-    decode = [step.duration_s for step in passes.steps if not step.prompt_tokens and step.generated_tokens == 1]
-    return _Probe(engine.plan, statistics.median(prefill), statistics.median(decode[WARM_UP_TOKENS:]))
 
 
 def _name(dtype: torch.dtype) -> str:

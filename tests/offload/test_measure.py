@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from elsa_serve.errors import BudgetError
-from elsa_serve.offload import measure
+from elsa_serve.offload import measure, probes
 from elsa_serve.offload.machine import Rates, assumed_rates
 
 CPU = torch.device("cpu")
@@ -46,8 +46,8 @@ def test_a_probe_that_cannot_run_leaves_its_rates_assumed(
     def refuse(*_: object, **__: object) -> None:
         raise BudgetError("no memory for a probe")
 
-    monkeypatch.setattr(measure, "_probe", refuse)
-    found = measure._engine_rates(CPU, torch.float32, "elsa", "torch", TINY, measured)
+    monkeypatch.setattr(probes, "_probe", refuse)
+    found = probes.engine_rates(CPU, torch.float32, "elsa", "torch", TINY, measured)
     assert found == {}
     assert "no memory for a probe" in caplog.text
 
