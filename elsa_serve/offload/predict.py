@@ -159,7 +159,8 @@ def _work(plan: Plan, shares: Sequence[Share]) -> _Work:
     in_place, mapped, in_place_flops, to_disk = 0.0, 0.0, 0.0, 0.0
     fetched, fetch_hidden_s = 0.0, 0.0
     fused = plan.device_type == "cuda"
-    if in_graph(plan, shares):
+    replayed = in_graph(plan, shares)
+    if replayed:
         rates = replace(rates, device_attention=rates.graph_attention)
     device_s = device_seconds(geometry, rates, [Share(0, share.new) for share in shares], fused)
     hops = 0
@@ -199,7 +200,7 @@ def _work(plan: Plan, shares: Sequence[Share]) -> _Work:
     issue = geometry.layers * chunks * rates.layer_s + rates.pass_s
     if fused:
         device_s += geometry.layers * (rates.graph_layer_s + (chunks - 1) * rates.chunk_s)
-    if in_graph(plan, shares):
+    if replayed:
         device_s, issue = device_s + rates.graph_pass_s, 0.0
     return _Work(
         to_device, to_host, to_disk, fetched, fetch_hidden_s, from_disk, in_place, mapped, in_place_flops, device_s,
@@ -210,10 +211,9 @@ def _work(plan: Plan, shares: Sequence[Share]) -> _Work:
 def _beside_fetch(plan: Plan, new: int) -> float:
     """Seconds for which the device computes while the KV of its next layer is brought to the working buffer: between
     the last chunk's attention in one layer and the first one's in the next."""
-    geometry = plan.geometry
-    parameters = geometry.weights_bytes / geometry.dtype.itemsize / geometry.layers
+    parameters = plan.geometry.weights_bytes / plan.geometry.dtype.itemsize
     chunk = new / -(-new // plan.chunk_tokens)  # they are of one size
-    return geometry.layers * 2.0 * parameters * chunk / plan.rates.flops
+    return 2.0 * parameters * chunk / plan.rates.flops
 
 
 def _time(work: _Work, rates: Rates, one_memory: bool) -> Prediction:

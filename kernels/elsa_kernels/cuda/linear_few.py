@@ -94,10 +94,7 @@ def refusal(device: int, K: int) -> str | None:
 def _refuse_device(device: int) -> str | None:
     if torch.version.hip:
         return "it runs on CUDA devices"
-    major, minor = torch.cuda.get_device_capability(device)
-    if 10 * major + minor < OLDEST:
-        return f"needs compute capability 8.0, the device has {major}.{minor}"
-    return nvrtc.refusal(major, minor)
+    return nvrtc.refusal(*torch.cuda.get_device_capability(device), OLDEST)
 
 
 @functools.cache

@@ -91,8 +91,11 @@ def architectures() -> tuple[int, ...]:
     return tuple(values)
 
 
-def refusal(major: int, minor: int) -> str | None:
-    """Why nothing can be compiled here for devices of compute capability major.minor, or None."""
+def refusal(major: int, minor: int, oldest: int = 0) -> str | None:
+    """Why nothing can be compiled here for devices of compute capability major.minor, or None. `oldest` (10·major +
+    minor): what the code itself needs."""
+    if 10 * major + minor < oldest:
+        return f"needs compute capability {oldest / 10}, the device has {major}.{minor}"
     reason = unavailable()
     if reason is None and 10 * major + minor not in architectures():
         release = ".".join(str(n) for n in version())

@@ -177,10 +177,7 @@ def misaligned(o: PagedOperands) -> bool:
 
 @functools.cache
 def _refuse_device(device: int, oldest: int) -> str | None:
-    major, minor = torch.cuda.get_device_capability(device)
-    if 10 * major + minor < oldest:
-        return f"needs compute capability {oldest / 10}, the device has {major}.{minor}"
-    return nvrtc.refusal(major, minor)
+    return nvrtc.refusal(*torch.cuda.get_device_capability(device), oldest)
 
 
 def kernel(device: int, problem: PagedProblem) -> ctypes.c_void_p:
