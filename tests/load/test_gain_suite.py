@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
+from elsa_load.ab import agrees
+from elsa_load.intervals import paired_gain
 
 from elsa_serve import results_file
 from elsa_serve.offload.checkpoint import load_config
@@ -104,3 +106,16 @@ def test_cells_of_several_runs_come_together(tmp_path, tiny, monkeypatch):
     output.replace(tmp_path / "gain-h200.json")
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     assert "float32, 256 tokens, 3 layers, prefill" in tables.gain_table()
+
+
+def test_what_is_committed_follows_from_its_times_and_prometheus_agrees():
+    rows = results_file.read(tables.RESULTS / "gain-h200.json")["rows"]
+    assert rows
+    for row in rows:
+        found = paired_gain(*zip(*row["pairs_s"]), row["confidence"])
+        assert (row["gain_percent"], row["ci_low"], row["ci_high"]) == pytest.approx(
+            (found.percent, found.low, found.high)
+        )
+        assert agrees(row), (row["dtype"], row["context"], row["phase"])
+        assert row["prometheus_gain_percent"] is not None
+        assert not row.get("compiled_late")
