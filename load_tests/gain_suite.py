@@ -110,7 +110,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def collect(args: argparse.Namespace) -> None:
     """Write the reports of all that the work folder holds, and its rows into the results file, in the place of older
-    ones of the same engine, dtype and context."""
+    ones of the same engine, dtype, context and chunks."""
     documents = {file.parent: json.loads(file.read_text()) for file in args.work.glob("*/gain.json")}
     rows = [row for folder, document in documents.items() for row in rows_of(args, folder, document)]
     if not rows:
@@ -126,7 +126,7 @@ def collect(args: argparse.Namespace) -> None:
 
 
 def kind(row: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(row[key] for key in ("engine", "dtype", "context", "baseline"))
+    return (*(row[key] for key in ("engine", "dtype", "context", "baseline")), row.get("chunk_tokens", 0))
 
 
 def measure(args: argparse.Namespace, cell: SuiteCell) -> int:

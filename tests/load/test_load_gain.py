@@ -321,14 +321,15 @@ def fake_python(tmp_path):
 
 def test_gain_on_vllm_starts_two_of_its_servers(tmp_path, fake_python):
     arguments = ["bench", "gain", "some-model", "--engine", "vllm", "--python", str(fake_python), "--quiet"]
-    arguments += ["--set", "gpu-memory-utilization=0.4,dtype=float16,enforce-eager", "--no-prometheus"]
+    settings = "gpu-memory-utilization=0.4,dtype=float16,compilation-config.cudagraph_mode=NONE,enforce-eager"
+    arguments += ["--set", settings, "--no-prometheus"]
     arguments += ["--context", "256", "--pairs", "2", "--output-tokens", "3", "--output", str(tmp_path / "out")]
     assert main(arguments) == 0
     calls = [line.split(" --port ")[0] for line in (tmp_path / "calls").read_text().splitlines()]
     shared = "--max-model-len 260 --no-enable-prefix-caching"
     assert calls == [
-        "-m elsa_serve serve some-model --engine vllm --gpu-memory-utilization 0.4 --dtype float16 --enforce-eager "
-        f"--attention-backend {backend} {shared}"
+        "-m elsa_serve serve some-model --engine vllm --gpu-memory-utilization 0.4 --dtype float16 "
+        f"--compilation-config.cudagraph_mode NONE --enforce-eager --attention-backend {backend} {shared}"
         for backend in ("FLASH_ATTN", "elsa")
     ]
     rows = json.loads((tmp_path / "out" / "gain.json").read_text())["rows"]
