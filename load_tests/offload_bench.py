@@ -39,7 +39,9 @@ from elsa_serve.offload.engine import OffloadEngine
 from elsa_serve.offload.loading import DTYPES
 from elsa_serve.offload.machine import Rates, host_memory
 from elsa_serve.offload.measure import Heads, rates
-from elsa_serve.offload.plan import HOST_PROCESS
+from elsa_serve.offload.plan import HOST_PROCESS, Plan
+from elsa_serve.offload.predict import pass_time
+from elsa_serve.offload.rounds import rounds_of
 from elsa_serve.offload.split import CHOICES, split_linears
 from elsa_serve.offload.weights import ModelWeights, load_model
 from elsa_serve.protocol import GenerationRequest, SamplingParams, stream
@@ -266,7 +268,7 @@ def measure(
         "gpu_cap_bytes": plan.gpu_budget,
         **timed,
         # The twin that copies and computes in turn is not what the planner predicts.
-        "predicted_prefill_s": None if run.serial else plan.ttft_s,
+        "predicted_prefill_s": None if run.serial else prompt_seconds(plan, run.context),
         "predicted_decode_s_per_token": None if run.serial else plan.s_per_token,
         "peak_gpu_bytes": memory.device_used,
         "peak_torch_bytes": memory.peak_reserved,
@@ -281,6 +283,12 @@ def measure(
         "tokens_equal": tokens[:compared] == same[:compared],
         "error": None,
     }
+
+
+def prompt_seconds(plan: Plan, tokens: int) -> float:
+    """What the planner expects of this prompt. Its own first-token time is that of a prompt of full length, and the
+    tokens after ours may cost that one a pass more."""
+    return sum(pass_time(plan, [share]).seconds for share in rounds_of(plan, tokens))
 
 
 def make_engine(run: argparse.Namespace, directory: Path, weights: ModelWeights, steps: Steps) -> OffloadEngine:

@@ -173,8 +173,9 @@ def speculation(bench: Bench) -> Iterator[dict[str, Any]]:
     seconds = statistics.median(one.duration_s for one in passes)
     plain = tokens_per_s(passes)
     yield bench.row | {
-        "case": "speculation off", "batch": 1, "decode_s_per_token": seconds, "predicted_s_per_pass": predicted(passes),
-        "tokens_per_s": plain, "cached_tokens": ends[0].cached_tokens, "first_prompt_s": bench.first_s,
+        "case": "speculation off", "batch": 1, "decode_s_per_token": seconds,
+        "predicted_decode_s_per_token": predicted(passes), "tokens_per_s": plain,
+        "cached_tokens": ends[0].cached_tokens, "first_prompt_s": bench.first_s,
     }  # fmt: skip
     bench.engine.make_lookup = lambda prompt, most, longest: KnownTokens(prompt, tokens, pattern, longest)
     (again,), _, passes = bench.run([prompt], len(tokens))
