@@ -232,7 +232,7 @@ def vllm(args: argparse.Namespace, folder: str, config: Row, peer: str, cap: int
     torch.cuda.reset_peak_memory_stats()
     with forgotten(), drawing_on_device(), vllm_bench.engine(options, folder, "FLASH_ATTN", **changes) as llm:
         load_s = time.perf_counter() - start
-        vllm_bench.generate(llm, [prompt_of(WARM_UP_TOKENS, config["vocab_size"])], 2)
+        vllm_bench.generate(llm, [prompt_of(min(args.context, WARM_UP_TOKENS), config["vocab_size"])], 2)
         times = vllm_bench.timed(llm, prompt_of(args.context, config["vocab_size"]), options)
         return {**times, "peak_gpu_bytes": torch.cuda.max_memory_reserved(), "load_s": load_s}
 
