@@ -246,7 +246,7 @@ class Feed:
             self._reclaim()
         try:
             flat = self._reads[position].result()
-        except (OSError, CheckpointError) as error:
+        except Exception as error:
             logger.warning("layer %d is read again: %s", self._layer(position), error)
             self._reads[position].release()
             self._reads[position] = self._disk.order(self._layer(position))

@@ -104,7 +104,7 @@ class Deadly:
 def test_a_worker_killed_at_its_work_ends_the_request_that_it_worked_for(
     make: Any, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    """In the pass in which a second prompt joins one that decodes: the prompt ends with an error, the decode goes on."""
+    """In the pass in which a second prompt joins one that decodes: the prompt ends in error, the decode goes on."""
     engine = make(context=200, gpu_memory="1180KiB", slots=2, chunk_tokens=100)
     prompts = [prompt_of(50, seed=1), prompt_of(120, seed=2)]
     expected = alone(make, prompts, max_tokens=60)
