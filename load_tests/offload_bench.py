@@ -4,7 +4,8 @@
         --run attention=elsa --run serial=1 --run attention=sdpa --run gpu-memory=24GiB
 
 Every --run changes some of the flags for one configuration; without any, the flags are the one configuration. All runs
-of a process share the loaded and page-locked weights. Each run warms up on a shorter prompt first; prefill is one pass
+of a process share the loaded and page-locked weights. The rates of host memory are measured right before each run: on a
+host that is shared they change within minutes. Each run warms up on a shorter prompt first; prefill is one pass
 over the prompt, decode the median over the passes after it. `floor_s` is what this machine allows for the placement:
 the KV in host memory, read once a pass by all cores, the weights over PCIe, or both out of one memory, whichever takes
 the longest.
@@ -24,7 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,10 @@ from elsa_serve.offload.device import indexed
 from elsa_serve.offload.engine import OffloadEngine
 from elsa_serve.offload.loading import DTYPES
 from elsa_serve.offload.machine import Rates, host_memory
-from elsa_serve.offload.measure import Heads, rates
-from elsa_serve.offload.plan import HOST_PROCESS
+from elsa_serve.offload.measure import Heads, memory_rates, rates, sizes_for
+from elsa_serve.offload.plan import HOST_PROCESS, Plan
+from elsa_serve.offload.predict import pass_time
+from elsa_serve.offload.rounds import rounds_of
 from elsa_serve.offload.split import CHOICES, split_linears
 from elsa_serve.offload.weights import ModelWeights, load_model
 from elsa_serve.protocol import GenerationRequest, SamplingParams, stream
@@ -80,16 +83,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise SystemExit("runs with weights=vllm come last, and need --linear torch: they change the weights in place")
     rows: list[dict[str, Any]] = []
     if args.measure:
-        device = indexed(torch.device(args.device))
-        heads = heads_of(json.loads(args.model.read_text()))
-        rates(device, DTYPES[args.dtype], attention=args.attention, linear=args.linear, heads=heads, refresh=True)
+        rates_now(args, refresh=True)
     with tempfile.TemporaryDirectory() as folder, shared_weights(args, Path(folder)) as (directory, weights, load_s):
-        bandwidth = read_bandwidth(weights)
         first_tokens: dict[str, list[int]] = {}
         for run in runs:
             if run.weights == "vllm":  # from here on: what transformers drew is not kept
                 draw_as_vllm(weights)
-            row = measure(args, run, directory, weights, bandwidth, first_tokens)
+            row = measure(args, run, directory, weights, first_tokens)
             row["load_s"] = load_s
             rows.append(row)
             print(json.dumps({key: value for key, value in row.items() if value is not None}), flush=True)
@@ -225,15 +225,15 @@ def measure(
     run: argparse.Namespace,
     directory: Path,
     weights: ModelWeights,
-    bandwidth: float,
     first_tokens: dict[str, list[int]],
 ) -> dict[str, Any]:
     """One configuration's row. A refusal or a failure becomes the row's `error`."""
     row = base_row(args, run, weights)
     steps = Steps([])
+    bandwidth, found = read_bandwidth(weights), rates_now(run)
     reset_host_peak()
     try:
-        engine = make_engine(run, directory, weights, steps)
+        engine = make_engine(run, directory, weights, steps, found)
     except (ElsaError, torch.cuda.OutOfMemoryError) as refusal:
         return row | {"error": f"{type(refusal).__name__}: {refusal}"}
     try:
@@ -256,34 +256,54 @@ def measure(
     own = timed["decode_h2d_bytes_per_s"] or 0.0, timed.get("host_attention_bytes_per_s") or 0.0
     # The shared weights lie in host memory whole, whatever the placement.
     asked = HOST_PROCESS + weights.store.host_nbytes + plan.kv_host_bytes
-    return row | {
-        "resident_layers": len(plan.resident_layers),
-        "slots": plan.slots,
-        "chunk_tokens": plan.chunk_tokens,
-        "kv_gpu_tokens": plan.kv_gpu_tokens,
-        "kv_host_bytes": kv_on_host,
-        "weights_host_bytes": streamed,
-        "gpu_cap_bytes": plan.gpu_budget,
-        **timed,
-        # The twin that copies and computes in turn is not what the planner predicts.
-        "predicted_prefill_s": None if run.serial else plan.ttft_s,
-        "predicted_decode_s_per_token": None if run.serial else plan.s_per_token,
-        "peak_gpu_bytes": memory.device_used,
-        "peak_torch_bytes": memory.peak_reserved,
-        "peak_host_bytes": used,
-        "asked_host_bytes": asked,
-        "host_used_per_asked": used / asked if used else None,
-        "huge_page_bytes": huge,
-        "floor_s": floor_seconds(streamed, kv_on_host, bandwidth, rates, *own),
-        "h2d_bytes_per_s": rates.h2d,
-        "both_bytes_per_s": rates.h2d_beside_cpu_attention + rates.cpu_attention_beside_h2d,
-        "host_read_bytes_per_s": bandwidth,
-        "tokens_equal": tokens[:compared] == same[:compared],
-        "error": None,
-    }
+    return (
+        row
+        | {
+            "resident_layers": len(plan.resident_layers),
+            "slots": plan.slots,
+            "chunk_tokens": plan.chunk_tokens,
+            "kv_gpu_tokens": plan.kv_gpu_tokens,
+            "kv_host_bytes": kv_on_host,
+            "weights_host_bytes": streamed,
+            "gpu_cap_bytes": plan.gpu_budget,
+            **timed,
+            # The twin that copies and computes in turn is not what the planner predicts.
+            "predicted_prefill_s": None if run.serial else prompt_seconds(plan, run.context),
+            "predicted_decode_s_per_token": None if run.serial else plan.s_per_token,
+            "peak_gpu_bytes": memory.device_used,
+            "peak_torch_bytes": memory.peak_reserved,
+            "peak_host_bytes": used,
+            "asked_host_bytes": asked,
+            "host_used_per_asked": used / asked if used else None,
+            "huge_page_bytes": huge,
+            "floor_s": floor_seconds(streamed, kv_on_host, bandwidth, rates, *own),
+            "h2d_bytes_per_s": rates.h2d,
+            "cpu_attention_bytes_per_s": [rates.cpu_attention, rates.cpu_attention_beside_h2d],  # alone, beside copies
+            "both_bytes_per_s": rates.h2d_beside_cpu_attention + rates.cpu_attention_beside_h2d,
+            "host_read_bytes_per_s": bandwidth,
+            "tokens_equal": tokens[:compared] == same[:compared],
+            "error": None,
+        }
+    )
 
 
-def make_engine(run: argparse.Namespace, directory: Path, weights: ModelWeights, steps: Steps) -> OffloadEngine:
+def prompt_seconds(plan: Plan, tokens: int) -> float:
+    """What the planner expects of this prompt. Its own first-token time is that of a prompt of full length, and the
+    tokens after ours may cost that one a pass more."""
+    return sum(pass_time(plan, [share]).seconds for share in rounds_of(plan, tokens))
+
+
+def rates_now(args: argparse.Namespace, refresh: bool = False) -> Rates:
+    """This machine's rates, those of its host memory measured now: what others on its host leave of that changes."""
+    device, dtype = indexed(torch.device(args.device)), DTYPES[args.dtype]
+    heads = heads_of(json.loads(args.model.read_text()))
+    kept = rates(device, dtype, attention=args.attention, linear=args.linear, heads=heads, refresh=refresh)
+    return replace(kept, **memory_rates(device, dtype, heads, sizes_for(device, dtype)))
+
+
+def make_engine(
+    run: argparse.Namespace, directory: Path, weights: ModelWeights, steps: Steps, rates: Rates
+) -> OffloadEngine:
     # The weights are loaded already, so they are no longer part of what is free.
     host = run.host_memory or int(0.9 * host_memory().available) + weights.store.nbytes
     return OffloadEngine(
@@ -308,6 +328,7 @@ def make_engine(run: argparse.Namespace, directory: Path, weights: ModelWeights,
         serial=bool(run.serial),
         load_format="dummy",
         weights=weights,
+        rates=rates,
     )
 
 

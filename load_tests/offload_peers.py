@@ -1,15 +1,16 @@
 """How others run a model that does not fit: vLLM's and accelerate's offloading, over offload_bench's prompt and cap.
 
-    python -m load_tests.offload_peers --gpu-memory 40GiB 24GiB --peer vllm-prefetch --peer accelerate \\
+    python -m load_tests.offload_peers --case vllm-prefetch-2:40GiB vllm-prefetch-2:24GiB accelerate:8GiB \\
         --limit 100 --output peers.json
     python -m load_tests.offload_peers --collect peers.json --output load_tests/results/offload-h200.json
 
-All decoder layers lie in host memory. vLLM needs the whole KV on the GPU and refuses where the cap does not hold it;
-accelerate, with transformers' offloaded cache, copies a layer's KV forth and back for every token. vLLM's prefetch
-copies one layer ahead unless told otherwise, into the one buffer there is then, so that the copy waits for the layer
-before it: `vllm-prefetch-2` copies two ahead. Weights are random: vLLM's as its dummy loader draws them, accelerate's
-as transformers would. What refuses, fails or takes too long becomes the row's `error`: with `--limit`, each peer and
-cap runs in a process of its own, which is ended when its time is over, whatever it waits for.
+All decoder layers lie in host memory, but for `vllm-prefetch-3-of-4`, where every fourth stays on the GPU. vLLM needs
+the whole KV on the GPU and refuses where the cap does not hold it; accelerate, with transformers' offloaded cache,
+copies a layer's KV forth and back for every token. vLLM's prefetch copies one layer ahead unless told otherwise, into
+the one buffer there is then, so that the copy waits for the layer before it: the others copy two ahead. Weights are
+random: vLLM's as its dummy loader draws them, accelerate's as transformers would. What refuses, fails or takes too long
+becomes the row's `error`: with `--limit`, cases run in processes of their own, vLLM's one after the other in one, which
+is ended when a case's time is over, whatever it waits for.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -37,13 +38,14 @@ from load_tests.offload_bench import CONFIGURATION, MODEL, host_peak, prompt_of,
 
 Row = dict[str, Any]
 WARM_UP_TOKENS = 2048
-TIDY_S = 20  # that a process has to end by itself, its row being known
 VLLM_OFFLOADS: dict[str, Callable[[float], Row]] = {  # by the weights' GiB
-    "vllm-prefetch": lambda gib: prefetch(1),
     "vllm-prefetch-2": lambda gib: prefetch(2),
+    "vllm-prefetch-3-of-4": lambda gib: prefetch(2) | {"offload_group_size": 4, "offload_num_in_group": 3},
+    "vllm-prefetch": lambda gib: prefetch(1),
     "vllm-uva": lambda gib: {"offload_backend": "uva", "cpu_offload_gb": gib},
 }  # fmt: skip
 PEERS = (*VLLM_OFFLOADS, "accelerate")
+REFUSAL = "ValueError"  # how vLLM says that memory does not suffice
 
 
 def prefetch(step: int) -> Row:
@@ -68,45 +70,77 @@ def main(argv: Sequence[str] | None = None) -> int:
         config["num_hidden_layers"] = args.layers
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config))
-        for cap in args.gpu_memory:
-            for peer in args.peer or PEERS:
-                run(args, folder, config, peer, cap)
+        run(args, folder, config)
     return 0
 
 
-def run(args: argparse.Namespace, folder: str, config: Row, peer: str, cap: str) -> None:
-    """Measure one peer under one cap, and record its row."""
-    if args.limit is None:
-        keep(args, measure(args, folder, config, peer, cap))
-        return
-    start = time.perf_counter()
-    fresh = multiprocessing.get_context("spawn")
-    receiver, sender = fresh.Pipe(duplex=False)
-    process = fresh.Process(target=alone, args=(sender, args, folder, config, peer, cap))
-    process.start()
-    sender.close()
-    row = base_row(args, config, peer, cap) | {"error": f"no result within {args.limit} s"}
+def run(args: argparse.Namespace, folder: str, config: Row) -> None:
+    """Measure one case after the other, and record its row."""
+    worker: Worker | None = None
     try:
-        if receiver.poll(args.limit):
-            row = receiver.recv()
-            process.join(TIDY_S)
-    except EOFError:
-        process.join()
-        row["error"] = f"ended with status {process.exitcode}"
+        for peer, cap in args.case:
+            start = time.perf_counter()
+            if args.limit is None:
+                row = measure(args, folder, config, peer, cap)
+            else:
+                if worker is None or not worker.serves(peer):
+                    worker = Worker(args, folder, config, worker)
+                row = base_row(args, config, peer, cap) | worker.measure(peer, cap, args.limit)
+            keep(args, {"run_s": round(time.perf_counter() - start, 1)} | row)
     finally:  # also where this process is interrupted
+        if worker is not None:
+            worker.end()
+
+
+class Worker:
+    """A process that measures one peer's cases, as long as none fails for another reason than a refusal: a second
+    engine finds the libraries imported and the host memory page-locked."""
+
+    def __init__(self, args: argparse.Namespace, folder: str, config: Row, before: Worker | None = None) -> None:
+        if before is not None:
+            before.end()
+        fresh = multiprocessing.get_context("spawn")
+        self._connection, other = fresh.Pipe()
+        self._process = fresh.Process(target=serve, args=(other, args, folder, config))
+        self._process.start()
+        other.close()
+        self._system: str | None = None
+        self._usable = True
+
+    def serves(self, peer: str) -> bool:
+        return self._usable and self._system in (None, system(peer))
+
+    def measure(self, peer: str, cap: str, limit: float) -> Row:
+        self._system = system(peer)
         try:
-            os.killpg(process.pid, signal.SIGKILL)  # type: ignore[arg-type]
+            self._connection.send((peer, cap))
+            if self._connection.poll(limit):
+                row: Row = self._connection.recv()
+                self._usable = (row["error"] or REFUSAL).startswith(REFUSAL)
+                return row
+            row = {"error": f"no result within {limit} s"}
+        except (EOFError, OSError):
+            self._process.join()
+            row = {"error": f"ended with status {self._process.exitcode}"}
+        self._usable = False
+        return row
+
+    def end(self) -> None:
+        """With all that it started, at once: giving tens of GiB back in good order takes it seconds."""
+        self._connection.close()
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)  # type: ignore[arg-type]
         except ProcessLookupError:  # it has no group yet, or is gone
-            process.kill()
-        process.join()
-    keep(args, {"run_s": round(time.perf_counter() - start, 1)} | row)
+            self._process.kill()
+        self._process.join()
 
 
-def alone(sender: Connection, *arguments: Any) -> None:
+def serve(connection: Connection, args: argparse.Namespace, folder: str, config: Row) -> None:
     """`measure` in a process that leads a group of its own: what it starts ends with it."""
     os.setsid()
-    sender.send(measure(*arguments))
-    sender.close()
+    with suppress(EOFError):
+        while True:
+            connection.send(measure(args, folder, config, *connection.recv()))
 
 
 def measure(args: argparse.Namespace, folder: str, config: Row, peer: str, cap: str) -> Row:
@@ -136,23 +170,37 @@ def collect(file: Path, output: Path) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer", action="append", choices=PEERS, help="default: all, in this order")
+    parser.add_argument(
+        "--case", nargs="+", type=case, default=[(peer, "40GiB") for peer in PEERS], metavar="PEER:CAP",
+        help=f"of {', '.join(PEERS)}, with so much of the GPU at most (default: each with 40GiB)",
+    )  # fmt: skip
     parser.add_argument("--model", type=Path, default=MODEL, help="a config.json (default: LLaMA-13B's geometry)")
     parser.add_argument("--layers", type=int, help="decoder layers (default: the model's)")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="float16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--context", type=int, default=32768, help="prompt tokens (default: 32768)")
     parser.add_argument("--decode-tokens", type=int, default=4, help="tokens after the first (default: 4)")
-    parser.add_argument("--gpu-memory", nargs="+", default=["40GiB"], help="of the GPU, at most (default: 40GiB)")
-    parser.add_argument("--limit", type=int, metavar="SECONDS", help="a peer and cap; then an error (default: none)")
+    parser.add_argument("--limit", type=int, metavar="SECONDS", help="of a case; then an error (default: none)")
     parser.add_argument("--collect", type=Path, metavar="FILE", help="measure nothing: its rows go into --output")
     parser.add_argument("--output", type=Path, help="results file to put the rows into")
     return parser
 
 
+def case(text: str) -> tuple[str, str]:
+    peer, _, cap = text.partition(":")
+    if peer not in PEERS:
+        raise argparse.ArgumentTypeError(f"{text!r}: peers are {', '.join(PEERS)}")
+    parse_size(cap)
+    return peer, cap
+
+
+def system(peer: str) -> str:
+    return "hf-accelerate" if peer == "accelerate" else "vllm"
+
+
 def base_row(args: argparse.Namespace, config: Row, peer: str, cap: str) -> Row:
     return {
-        "system": "hf-accelerate" if peer == "accelerate" else "vllm",
+        "system": system(peer),
         "model": args.model.stem,
         "layers": config["num_hidden_layers"],
         "dtype": args.dtype,
@@ -182,11 +230,23 @@ def vllm(args: argparse.Namespace, folder: str, config: Row, peer: str, cap: int
     }
     start = time.perf_counter()
     torch.cuda.reset_peak_memory_stats()
-    with drawing_on_device(), vllm_bench.engine(options, folder, "FLASH_ATTN", **changes) as llm:
+    with forgotten(), drawing_on_device(), vllm_bench.engine(options, folder, "FLASH_ATTN", **changes) as llm:
         load_s = time.perf_counter() - start
-        vllm_bench.generate(llm, [prompt_of(WARM_UP_TOKENS, config["vocab_size"])], 2)
+        vllm_bench.generate(llm, [prompt_of(min(args.context, WARM_UP_TOKENS), config["vocab_size"])], 2)
         times = vllm_bench.timed(llm, prompt_of(args.context, config["vocab_size"]), options)
         return {**times, "peak_gpu_bytes": torch.cuda.max_memory_reserved(), "load_s": load_s}
+
+
+@contextmanager
+def forgotten() -> Iterator[None]:
+    """vLLM keeps the last offloader, and its host memory, until it makes the next: both together are too much."""
+    try:
+        yield
+    finally:
+        with suppress(ImportError):
+            from vllm.model_executor.offloader import set_offloader
+
+            set_offloader(None)
 
 
 @contextmanager
@@ -242,7 +302,7 @@ def accelerate(args: argparse.Namespace, folder: str, config: Row, peer: str, ca
         return seconds
 
     with torch.inference_mode():
-        passes(prompt_of(min(args.context, WARM_UP_TOKENS), config["vocab_size"]), 1)
+        passes(prompt_of(min(args.context, WARM_UP_TOKENS), config["vocab_size"]), 0)
         prefill_s, *decodes = passes(prompt_of(args.context, config["vocab_size"]), args.decode_tokens)
     return {
         "prefill_s": prefill_s,

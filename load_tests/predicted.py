@@ -20,6 +20,7 @@ RESULTS = Path(__file__).parent / "results"
 PHASES = {
     "prefill": ("predicted_prefill_s", "prefill_s"),
     "decode": ("predicted_decode_s_per_token", "decode_s_per_token"),
+    "pass": ("predicted_s_per_pass", "s_per_pass"),  # of several tokens, or of several requests
 }
 
 
@@ -53,6 +54,7 @@ def configuration(row: dict[str, Any]) -> str:
         f"{row['context']} tokens",
         row["gpu_cap"],
         row["attention"],
+        row.get("case"),
         asked,
     )
     return " ".join(part for part in parts if part)

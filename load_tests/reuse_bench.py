@@ -39,6 +39,7 @@ from load_tests.offload_bench import (
     Steps,
     floor_seconds,
     prompt_of,
+    rates_now,
     read_bandwidth,
     record,
     shared_weights,
@@ -76,6 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--layers", type=int, help="decoder layers (default: the model's)")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="float16")
     parser.add_argument("--linear", choices=("torch",), default="torch")
+    parser.set_defaults(attention="elsa")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--context", type=int, default=32768, help="tokens of the document (default: 32768)")
     parser.add_argument("--tokens", type=int, default=24, help="generated a token a pass (default: 24)")
@@ -101,6 +103,7 @@ def make_engine(args: argparse.Namespace, directory: Path, weights: ModelWeights
         num_speculative_tokens=DRAFT_TOKENS,
         load_format="dummy",
         weights=weights,
+        rates=rates_now(args),
     )
 
 
@@ -173,8 +176,9 @@ def speculation(bench: Bench) -> Iterator[dict[str, Any]]:
     seconds = statistics.median(one.duration_s for one in passes)
     plain = tokens_per_s(passes)
     yield bench.row | {
-        "case": "speculation off", "batch": 1, "decode_s_per_token": seconds, "predicted_s_per_pass": predicted(passes),
-        "tokens_per_s": plain, "cached_tokens": ends[0].cached_tokens, "first_prompt_s": bench.first_s,
+        "case": "speculation off", "batch": 1, "decode_s_per_token": seconds,
+        "predicted_decode_s_per_token": predicted(passes), "tokens_per_s": plain,
+        "cached_tokens": ends[0].cached_tokens, "first_prompt_s": bench.first_s,
     }  # fmt: skip
     bench.engine.make_lookup = lambda prompt, most, longest: KnownTokens(prompt, tokens, pattern, longest)
     (again,), _, passes = bench.run([prompt], len(tokens))

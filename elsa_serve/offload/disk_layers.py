@@ -28,7 +28,7 @@ from elsa_serve import envs
 from elsa_serve.errors import CheckpointError
 from elsa_serve.offload.disk import PIECE, THREADS, Bounce, DirectFile
 from elsa_serve.offload.host import HostBuffer
-from elsa_serve.offload.streams import Copy
+from elsa_serve.offload.streams import Copy, of_worker
 from elsa_serve.stats import DiskReads
 
 BUFFERS = 3  # one that is read into, one that is full, one that is copied to the device
@@ -75,7 +75,7 @@ class Read:
         self._over.wait()
         self._owner.waited_s += time.perf_counter() - began
         if self._error is not None:
-            raise self._error
+            raise of_worker(self._error)
         if self._flat is None:
             raise RuntimeError(f"the read of layer {self.layer} was given up")
         return self._flat
@@ -246,7 +246,7 @@ class Feed:
             self._reclaim()
         try:
             flat = self._reads[position].result()
-        except (OSError, CheckpointError) as error:
+        except Exception as error:
             logger.warning("layer %d is read again: %s", self._layer(position), error)
             self._reads[position].release()
             self._reads[position] = self._disk.order(self._layer(position))

@@ -7,7 +7,9 @@ device: so a pass that comes again, with the same requests' memory, is captured 
 
 from __future__ import annotations
 
+import functools
 import logging
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -133,22 +135,29 @@ class Capturing:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream: torch.cuda.Stream | None = None  # of all captures: cuBLAS takes memory for each stream
         self._pool: Any = None
 
     def __call__(self, issue: Callable[[], Result]) -> tuple[Callable[[], None], Result]:
         """(replay, what the function returned). Raises RuntimeError for what cannot be captured."""
-        if self._stream is None:
-            self._stream, self._pool = torch.cuda.Stream(self._device), torch.cuda.graph_pool_handle()
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        stream, busy = _capture_stream(self._device)
         current = torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            issue()  # kernels are built and libraries take their memory, which no capture allows
-        current.wait_stream(self._stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            result = issue()
+        with busy:
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                issue()  # kernels are built and libraries take their memory, which no capture allows
+            current.wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+                result = issue()
         return graph.replay, result
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> tuple[torch.cuda.Stream, threading.Lock]:
+    """The stream of all captures of this process, one at a time: cuBLAS takes 32 MiB for each stream that it has seen,
+    and keeps them, so that an engine would miss those of every probe that measured its rates."""
+    return torch.cuda.Stream(device), threading.Lock()
 
 
 class GraphAttention:

@@ -8,6 +8,7 @@ running small random models through the engine.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import logging
 import math
@@ -16,7 +17,7 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ from elsa_serve.offload.kv import Extent, Span
 from elsa_serve.offload.machine import Rates, assumed_rates, gpu_facts, host_memory
 from elsa_serve.offload.units import format_size
 
-FORM = 7  # of the measurement: what an earlier form kept is measured again
+FORM = 8  # of the measurement: what an earlier form kept is measured again
 REPEATS = 5
 PAUSE_S = 2e-3  # between two layers' attention on the host
 WARM_UP_S = 0.3
@@ -73,10 +74,12 @@ class Heads:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """How much is measured: bytes of a copy, of the CPU's KV and of the file; then the device's work."""
+    """How much is measured: bytes of a copy, of the KV that the CPU attends in a call, of the host memory that both go
+    through in turn, and of the file; then the device's work."""
 
     copy: int
     kv: int
+    host: int
     file: int
     attention: int  # tokens
     product: tuple[int, int, int]  # m, k, n
@@ -88,12 +91,14 @@ def sizes_for(device: torch.device, dtype: torch.dtype) -> Sizes:
     """Large enough to leave caches and launches behind, small enough for the memory that is free."""
     if device.type == "cpu":
         kv = min(256 << 20, host_memory().available // 16)
-        return Sizes(64 << 20, kv, 64 << 20, 512, (256, 1024, 1024), 256, 256)
-    kv = min(640 << 20, host_memory().available // 16)  # a layer of 32K tokens, beyond caches
+        return Sizes(64 << 20, kv, kv, 64 << 20, 512, (256, 1024, 1024), 256, 256)
+    # Servers' caches hold hundreds of MiB, and what comes from there again and again is no rate of the memory's.
+    host = min(4 << 30, host_memory().available // 16)
+    kv = min(640 << 20, host)  # a layer of 32K tokens
     if gpu_facts(device).free < LARGE_DEVICE:
-        return Sizes(64 << 20, kv, 64 << 20, 4096, (2048, 2048, 8192), 1024, 2048)
+        return Sizes(min(64 << 20, host), kv, host, 64 << 20, 4096, (2048, 2048, 8192), 1024, 2048)
     attention = 8192 if dtype == torch.float32 else 16384
-    return Sizes(512 << 20, kv, 256 << 20, attention, (8192, 4096, 11008), 4096, 8192)
+    return Sizes(min(512 << 20, host), kv, host, 256 << 20, attention, (8192, 4096, 11008), 4096, 8192)
 
 
 # --- the cache ----------------------------------------------------------------------------------------------------
@@ -217,7 +222,7 @@ def measure_rates(
     require_exact_matmul()
     sizes = sizes or sizes_for(device, dtype)
     found: dict[str, Any] = {"source": f"measured on {_machine_key(device).partition(', torch')[0]}"}
-    found |= _memory_rates(device, dtype, heads, sizes)
+    found |= memory_rates(device, dtype, heads, sizes)
     found |= {"disk": _disk_rate(sizes.file), "disk_write": _disk_write_rate(sizes.file, device)}
     # The last: they leave the device's memory free. The probes' prompts are over before power limits the clock.
     brief, lasting = _device_rates(device, dtype, attention, linear, heads, sizes)
@@ -226,57 +231,66 @@ def measure_rates(
     return replace(measured, **lasting | share)
 
 
-def _memory_rates(device: torch.device, dtype: torch.dtype, heads: Heads, sizes: Sizes) -> dict[str, float]:
-    """Host memory's pipes: copies each way, reads by all cores, the CPU kernel, and copies beside the CPU kernel."""
+def memory_rates(device: torch.device, dtype: torch.dtype, heads: Heads, sizes: Sizes) -> dict[str, float]:
+    """Host memory's pipes: copies each way, reads by all cores, the CPU kernel, and copies beside the CPU kernel.
+
+    On a host that other machines share these change from minute to minute: twofold has been seen.
+    """
     on_gpu = device.type == "cuda"
-    host, home = HostBuffer(sizes.copy, pin=on_gpu), HostBuffer(sizes.kv, pin=on_gpu)
+    home = HostBuffer(sizes.host, pin=on_gpu)
     try:
-        host.tensor.fill_(1)  # pages that nobody has written are one page of zeros, read from the cache
-        home.tensor.view(dtype).fill_(0.01)
+        home.tensor.view(dtype).fill_(0.01)  # pages that nobody has written are one page of zeros, read from the cache
+        copied = itertools.cycle(home.tensor[: sizes.host // sizes.copy * sizes.copy].split(sizes.copy))
         place = torch.zeros(sizes.copy, dtype=torch.uint8, device=device)
-        attention = _CpuAttention(device, home.tensor, dtype, heads)
+        attention = _CpuAttention(device, home.tensor, sizes.kv, dtype, heads)
         one, many = attention.call(1), attention.call(CPU_ROWS)
         warm_up(one)
-        h2d = sizes.copy / seconds(lambda: place.copy_(host.tensor, non_blocking=True), on_gpu)
-        copies, beside = _both(device, place, host.tensor, one, h2d)
+        h2d = sizes.copy / seconds(lambda: place.copy_(next(copied), non_blocking=True), on_gpu)
+        copies, beside = _both(device, place, copied, one, h2d)
         return {
             "h2d": h2d,
-            "d2h": sizes.copy / seconds(lambda: host.tensor.copy_(place, non_blocking=True), on_gpu),
             "host_memory": home.nbytes / seconds(lambda: _read(home.tensor), False),
             "cpu_attention": attention.nbytes / paused(one),
             "cpu_attention_flops": attention.flops(CPU_ROWS) / seconds(many, False, repeats=2),
             "h2d_beside_cpu_attention": copies,
             "cpu_attention_beside_h2d": attention.nbytes / beside,
+            "d2h": sizes.copy / seconds(lambda: next(copied).copy_(place, non_blocking=True), on_gpu),
         }
     finally:
-        host.close()
         home.close()
 
 
 class _CpuAttention:
-    """Attention of some query tokens over K and V in host memory, as the engine runs it: its kernel, its threads."""
+    """Attention of some query tokens over K and V in host memory, as the engine runs it: its kernel, its threads. Every
+    call takes the next `nbytes` of the storage."""
 
-    def __init__(self, device: torch.device, storage: torch.Tensor, dtype: torch.dtype, heads: Heads) -> None:
-        tokens = storage.numel() // heads.token_bytes(dtype)
-        self.nbytes = heads.token_bytes(dtype) * tokens
-        self.k, self.v = storage[: self.nbytes].view(dtype).view(2, 1, heads.keys, tokens, heads.dim)
+    def __init__(
+        self, device: torch.device, storage: torch.Tensor, nbytes: int, dtype: torch.dtype, heads: Heads
+    ) -> None:
+        self.tokens = nbytes // heads.token_bytes(dtype)
+        self.nbytes = heads.token_bytes(dtype) * self.tokens
+        shape = 2, 1, heads.keys, self.tokens, heads.dim
+        parts = storage[: storage.numel() // self.nbytes * self.nbytes].split(self.nbytes)
+        self._keys = [part.view(dtype).view(shape) for part in parts]
         self._heads = heads
         self._pool = library.Pool(worker_threads(device)) if native.unavailable() is None else None
 
     def call(self, rows: int) -> Callable[[], object]:
-        q = torch.full((1, self._heads.queries, rows, self._heads.dim), 0.01, dtype=self.k.dtype)
+        q = torch.full((1, self._heads.queries, rows, self._heads.dim), 0.01, dtype=self._keys[0].dtype)
+        keys = itertools.cycle(self._keys)
         options: dict[str, Any] = {"causal": True, "return_state": True}
         pool = self._pool
         if pool is None:
-            return lambda: elsa_kernels.attention(q, self.k, self.v, impl="cpu", **options)
-        operands = Operands(q, self.k, self.v)
+            return lambda: elsa_kernels.attention(q, *next(keys), impl="cpu", **options)
+        operands = [Operands(q, k, v) for k, v in self._keys]
         problem = build_problem(
-            operands, scale=None, q_start=None, window=None, softcap=None, precision=None, **options
+            operands[0], scale=None, q_start=None, window=None, softcap=None, precision=None, **options
         )
-        return lambda: pool.attend(problem, operands)
+        turns = itertools.cycle(operands)
+        return lambda: pool.attend(problem, next(turns))
 
     def flops(self, rows: int) -> float:
-        return 4.0 * self._heads.queries * rows * self.k.shape[2] * self._heads.dim
+        return 4.0 * self._heads.queries * rows * self.tokens * self._heads.dim
 
 
 def _read(data: torch.Tensor) -> object:
@@ -287,7 +301,7 @@ def _read(data: torch.Tensor) -> object:
 
 
 def _both(
-    device: torch.device, place: torch.Tensor, host: torch.Tensor, attend: Callable[[], object], h2d: float
+    device: torch.device, place: torch.Tensor, host: Iterator[torch.Tensor], attend: Callable[[], object], h2d: float
 ) -> tuple[float, float]:
     """(bytes per second of copies, seconds of a call of `attend`) while both run."""
     if device.type == "cuda":
@@ -296,23 +310,23 @@ def _both(
 
 
 def _both_cuda(
-    device: torch.device, place: torch.Tensor, host: torch.Tensor, attend: Callable[[], object], h2d: float
+    device: torch.device, place: torch.Tensor, host: Iterator[torch.Tensor], attend: Callable[[], object], h2d: float
 ) -> tuple[float, float]:
-    copies = max(4, math.ceil(BESIDE_S * h2d / host.numel()))
+    copies = max(4, math.ceil(BESIDE_S * h2d / place.numel()))
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     side = torch.cuda.Stream(device)
     torch.cuda.synchronize(device)
     with torch.cuda.stream(side):
         start.record()
         for _ in range(copies):
-            place.copy_(host, non_blocking=True)
+            place.copy_(next(host), non_blocking=True)
         end.record()
     taken = paused(attend, end.query)
     end.synchronize()
-    return copies * host.numel() / (start.elapsed_time(end) / 1e3), taken
+    return copies * place.numel() / (start.elapsed_time(end) / 1e3), taken
 
 
-def _both_cpu(place: torch.Tensor, host: torch.Tensor, attend: Callable[[], object]) -> tuple[float, float]:
+def _both_cpu(place: torch.Tensor, host: Iterator[torch.Tensor], attend: Callable[[], object]) -> tuple[float, float]:
     """Without a GPU a thread copies, as the engine's lanes do."""
     over = threading.Event()
     copied: list[float] = []
@@ -320,7 +334,7 @@ def _both_cpu(place: torch.Tensor, host: torch.Tensor, attend: Callable[[], obje
     def copy() -> None:
         while not over.is_set():
             began = time.perf_counter()
-            place.copy_(host)
+            place.copy_(next(host))
             copied.append(time.perf_counter() - began)
 
     worker = threading.Thread(target=copy, name="elsa-measure", daemon=True)
@@ -329,7 +343,7 @@ def _both_cpu(place: torch.Tensor, host: torch.Tensor, attend: Callable[[], obje
     taken = paused(attend, lambda: time.perf_counter() > until)
     over.set()
     worker.join()
-    return host.numel() * len(copied) / sum(copied), taken
+    return place.numel() * len(copied) / sum(copied), taken
 
 
 def _device_rates(
@@ -356,7 +370,7 @@ def _device_rates(
     }
     brief = {name: amount / seconds(call, on_gpu) for name, (amount, call) in work.items()}
     lasting = {name: work[name][0] / sustained(work[name][1]) for name in ("flops", "attention_flops") if on_gpu}
-    work.clear()
+    del work, one, in_graph  # with the graphs' memory
     if on_gpu:
         torch.cuda.empty_cache()
     return brief, lasting

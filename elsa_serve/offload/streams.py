@@ -409,11 +409,20 @@ class _CpuCopy(Copy):
     def synchronize(self) -> None:
         self._done.wait()
         if self._error is not None:
-            raise self._error
+            raise of_worker(self._error)
 
     def seconds(self) -> float:
         self.synchronize()
         return self._seconds
+
+
+def of_worker(error: BaseException) -> Exception:
+    """What a worker thread ended with, for the thread that waits: what would end that one, too, is an error there."""
+    if isinstance(error, Exception):
+        return error
+    found = RuntimeError(f"a worker thread was ended in the middle of its work: {error!r}")
+    found.__cause__ = error
+    return found
 
 
 class _CpuHostCall(Event):

@@ -31,3 +31,9 @@ def test_rows_with_both_are_compared(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "3 predictions, 1 further off than 15 %" in out
     assert predicted.main([results(tmp_path, both)]) == 0
     assert predicted.main([results(tmp_path, both), "--limit", "5"]) == 1
+
+
+def test_passes_of_several_tokens_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"case": "shared document", "predicted_s_per_pass": 0.3, "s_per_pass": 0.25}
+    assert predicted.main([results(tmp_path, row)]) == 1
+    assert "elsa shared document slots=2" in capsys.readouterr().out

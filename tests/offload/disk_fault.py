@@ -12,7 +12,7 @@ class Fault:
     """Replaces `DirectFile.read`: passes through until told to fail."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.error: OSError | None = None
+        self.error: BaseException | None = None
         self._read = DirectFile.read
         monkeypatch.setattr(DirectFile, "read", lambda *args: self(*args))
 

@@ -105,14 +105,19 @@ def test_random_weights_are_refused_with_the_memory_they_need(directory: Path) -
         make_engine(directory, **ON_DISK, load_format="dummy")
 
 
-def test_a_disk_error_fails_the_request_and_the_next_one_is_right(engine: OffloadEngine, fault: Fault) -> None:
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EIO, "Input/output error"), SystemExit("killed")], ids=["disk", "worker"]
+)
+def test_a_disk_error_fails_the_request_and_the_next_one_is_right(
+    engine: OffloadEngine, fault: Fault, error: BaseException
+) -> None:
     prompt = prompt_of(40, seed=1)
     assert tokens_of(generate(engine, prompt, max_tokens=COUNT)) == expected(prompt)
-    fault.error = OSError(errno.EIO, "Input/output error")
+    fault.error = error
     last = generate(engine, prompt_of(30, seed=2), max_tokens=COUNT)[-1]
     assert last.finish_reason == "error"
     assert last.error is not None
-    assert "Input/output error" in last.error
+    assert str(error) in last.error
     fault.error = None
     for seed in (3, 4):
         prompt = prompt_of(50, seed=seed)

@@ -10,8 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from engine_models import PLAIN, generate, prompt_of, request_of, tokens_of
 
+from elsa_serve.offload import streams
 from elsa_serve.offload.engine import OffloadEngine
 from elsa_serve.offload.kv import KVPool
 from elsa_serve.offload.output import OutputText
@@ -88,6 +90,44 @@ def test_memory_that_never_comes_ends_the_request_and_not_the_engine(
         assert [answer.end() for answer in answers] == ["error", "error"]
     assert "no KV memory for 20 tokens" in (answers[0].error or "")
     assert generate(engine, prompt_of(20))[-1].finish_reason == "length"
+
+
+# --- workers ------------------------------------------------------------------------------------------------------
+
+
+class Deadly:
+    def copy_(self, source: Any) -> None:
+        raise SystemExit("killed")
+
+
+@pytest.mark.parametrize("kind", ["weights", "kv"])
+def test_a_worker_killed_at_its_work_ends_the_request_that_it_worked_for(
+    make: Any, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """In the pass in which a second prompt joins one that decodes: the prompt ends in error, the decode goes on."""
+    engine = make(context=200, gpu_memory="1180KiB", slots=2, chunk_tokens=100)
+    prompts = [prompt_of(50, seed=1), prompt_of(120, seed=2)]
+    expected = alone(make, prompts, max_tokens=60)
+    run, killed = streams._CpuCopy.run, []
+
+    def dies(copy: streams._CpuCopy) -> None:
+        if not killed and copy.object == kind and engine.stats().running == 2:
+            killed.append(copy.object)
+            copy._pairs = [(Deadly(), torch.zeros(1))]  # type: ignore[list-item]
+        run(copy)
+
+    monkeypatch.setattr(streams._CpuCopy, "run", dies)
+    first = Answer(engine, request_of(prompts[0], max_tokens=60))
+    while not first.tokens:
+        time.sleep(0.001)
+    second = Answer(engine, request_of(prompts[1], max_tokens=60))
+    assert second.end() == "error"
+    assert "killed" in (second.error or "")
+    assert killed == [kind]
+    assert (first.end(), first.tokens) == ("length", expected[0])
+    again = Answer(engine, request_of(prompts[1], max_tokens=60))
+    assert (again.end(), again.tokens) == ("length", expected[1])
+    assert nothing_left(engine)
 
 
 # --- cancels ------------------------------------------------------------------------------------------------------

@@ -193,3 +193,21 @@ def test_graphs_on_a_gpu(family: str, tmp_path: Path, monkeypatch: pytest.Monkey
     assert replayed == expected
     assert graphs_made is not None
     assert none is None
+
+
+@pytest.mark.gpu
+def test_captures_share_the_memory_of_their_libraries() -> None:
+    """cuBLAS keeps a workspace for each stream: a second engine's captures take no other."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    x = torch.randn(1, 512, device=device, dtype=torch.float16)
+    weight = torch.randn(512, 512, device=device, dtype=torch.float16)
+    torch.mm(x, weight)
+    made, used = [], []
+    for _ in range(3):
+        replay, out = graphs.Capturing(device)(lambda: torch.mm(x, weight))
+        out.zero_()
+        replay()
+        torch.testing.assert_close(out, torch.mm(x, weight))
+        made.append((replay, out))
+        used.append(torch.cuda.memory_allocated(device))
+    assert used[2] - used[1] < 1 << 20

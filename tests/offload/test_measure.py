@@ -19,7 +19,14 @@ from elsa_serve.offload.machine import Rates, assumed_rates
 
 CPU = torch.device("cpu")
 TINY = measure.Sizes(
-    copy=1 << 20, kv=1 << 20, file=1 << 20, attention=64, product=(32, 64, 64), probe_hidden=64, probe_prompt=32
+    copy=1 << 20,
+    kv=1 << 20,
+    host=3 << 20,
+    file=1 << 20,
+    attention=64,
+    product=(32, 64, 64),
+    probe_hidden=64,
+    probe_prompt=32,
 )
 
 
@@ -38,6 +45,24 @@ def test_every_rate_is_measured(measured: Rates) -> None:
         assert name == "source" or value > 0, name
     assert "cores" in measured.source
     assert len(measure.describe(measured)) == 7
+
+
+def test_the_cpu_attends_other_memory_in_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a call finds in the processor's cache would be no rate of the memory's."""
+    read: list[int] = []
+
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **_: object) -> None:
+        assert (k.shape, v.shape) == ((1, 2, 78, 32),) * 2
+        read.extend((k.data_ptr(), v.data_ptr()))
+
+    monkeypatch.setattr(measure.native, "unavailable", lambda: "no compiler")
+    monkeypatch.setattr(measure.elsa_kernels, "attention", attention)
+    storage, heads = torch.zeros(3 * 40_000, dtype=torch.uint8), measure.Heads(4, 2, 32)
+    call = measure._CpuAttention(CPU, storage, 40_000, torch.float32, heads).call(1)
+    for _ in range(4):
+        call()
+    assert len(set(read)) == 6
+    assert read[:2] == read[6:]
 
 
 def test_a_probe_that_cannot_run_leaves_its_rates_assumed(
@@ -147,10 +172,17 @@ def test_without_memory_to_measure_with_rates_are_assumed_and_not_kept(
 @pytest.mark.gpu
 def test_the_gpu_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     small = replace(
-        measure.sizes_for(torch.device("cuda"), torch.float16), kv=64 << 20, probe_hidden=256, probe_prompt=256
+        measure.sizes_for(torch.device("cuda"), torch.float16),
+        kv=64 << 20,
+        host=1 << 30,
+        probe_hidden=256,
+        probe_prompt=256,
     )
     monkeypatch.setattr(measure, "BESIDE_S", 0.05)
+    before = torch.cuda.memory_allocated()
     found = measure.measure_rates(torch.device("cuda"), torch.float16, sizes=small)
+    # What it timed with is given back: no more stays than cuBLAS's workspaces on the streams that it has seen.
+    assert torch.cuda.memory_allocated() - before < 256 << 20
     assert min(value for value in asdict(found).values() if not isinstance(value, str)) > 0
     assert torch.cuda.get_device_name() in found.source
     assert found.graph_attention > 0.5 * found.device_memory  # far beyond what the issue of each call leaves of it

@@ -15,7 +15,20 @@ from kernels.bench import results_file
 from load_tests import offload_bench
 
 
-def test_runs_of_one_load_become_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture(autouse=True)
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """How often host memory was measured, which takes seconds."""
+    found: list[Any] = []
+
+    def memory_rates(*asked: Any) -> dict[str, float]:
+        found.append(asked)
+        return {"h2d": 1e9 * len(found)}
+
+    monkeypatch.setattr(offload_bench, "memory_rates", memory_rates)
+    return found
+
+
+def test_runs_of_one_load_become_rows(tmp_path: Path, measured: list[Any]) -> None:
     config = make_config("llama", num_key_value_heads=4).to_dict()
     model, output = tmp_path / "tiny.json", tmp_path / "rows.json"
     model.write_text(json.dumps(config))
@@ -32,11 +45,14 @@ def test_runs_of_one_load_become_rows(tmp_path: Path, capsys: pytest.CaptureFixt
     assert serial["tokens_equal"]
     assert serial["hidden_s"] == 0
     assert streamed["predicted_decode_s_per_token"] > 0
+    assert streamed["predicted_prefill_s"] == pytest.approx(streamed["prefill_predicted_s"])
     assert serial["predicted_decode_s_per_token"] is None
     assert streamed["prefill_s"] > 0
     assert streamed["decode_s_per_token"] > 0
     assert streamed["h2d_bytes"] > 0
     assert "--gpu-memory" in refused["error"]
+    assert (streamed["h2d_bytes_per_s"], serial["h2d_bytes_per_s"]) == (4e9, 5e9)  # each run's own, before it
+    assert len(measured) == 6
 
 
 def test_the_floor_is_the_slowest_of_three_bounds() -> None:

@@ -26,7 +26,7 @@ def flags(tmp_path: Path) -> list[str]:
     model.write_text(json.dumps(make_config("llama").to_dict()))
     return [
         "--model", str(model), "--device", "cpu", "--dtype", "float32", "--layers", "2", "--context", "40",
-        "--decode-tokens", "2", "--gpu-memory", "1GiB", "--output", str(tmp_path / "rows.json"),
+        "--decode-tokens", "2", "--output", str(tmp_path / "rows.json"),
     ]  # fmt: skip
 
 
@@ -37,7 +37,7 @@ def rows_of(flags: list[str]) -> list[dict[str, Any]]:
 
 def test_accelerate_runs_a_prompt_and_tokens(flags: list[str]) -> None:
     pytest.importorskip("accelerate")
-    (row,) = rows_of(["--peer", "accelerate", *flags])
+    (row,) = rows_of(["--case", "accelerate:1GiB", *flags])
     assert row["error"] is None
     assert (row["system"], row["layers"], row["context"]) == ("hf-accelerate", 2, 40)
     assert row["prefill_s"] > 0
@@ -67,12 +67,13 @@ def test_vllm_offloads_everything_under_the_cap_and_a_refusal_is_a_row(
     )
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 7)
-    peers = ["--peer", "vllm-prefetch", "--peer", "vllm-uva", "--peer", "vllm-prefetch-2"]
-    prefetch, uva, deeper = rows_of([*peers, *flags])
+    cases = ["vllm-prefetch:1GiB", "vllm-uva:1GiB", "vllm-prefetch-3-of-4:1GiB"]
+    prefetch, uva, deeper = rows_of(["--case", *cases, *flags])
     assert (prefetch["prefill_s"], prefetch["decode_s_per_token"], prefetch["case"]) == (3.5, 0.5, "vllm-prefetch")
     assert "no room for KV" in uva["error"]
-    assert deeper["case"] == "vllm-prefetch-2"
+    assert deeper["case"] == "vllm-prefetch-3-of-4"
     assert [one.get("offload_prefetch_step") for one in asked] == [1, None, 2]
+    assert [one.get("offload_group_size") for one in asked] == [1, None, 4]
     assert {one["gpu_memory_utilization"] for one in asked} == {0.25}
     layer = 4 * 64 * 64 + 3 * 64 * 96
     assert asked[1]["cpu_offload_gb"] >= 2 * layer * 4 / 2**30
@@ -80,7 +81,7 @@ def test_vllm_offloads_everything_under_the_cap_and_a_refusal_is_a_row(
 
 def test_what_takes_too_long_is_ended_and_an_error_of_its_own_row(flags: list[str]) -> None:
     start = time.monotonic()  # a second is over before such a process has imported torch
-    rows = rows_of(["--peer", "accelerate", "--gpu-memory", "1GiB", "2GiB", "--limit", "1", *without_cap(flags)])
+    rows = rows_of(["--case", "accelerate:1GiB", "accelerate:2GiB", "--limit", "1", *flags])
     assert [(row["gpu_cap"], row["error"]) for row in rows] == [
         (cap, "no result within 1 s") for cap in ("1GiB", "2GiB")
     ]
@@ -94,24 +95,34 @@ def died(*_: Any) -> None:
     os._exit(3)
 
 
-def died_late(*arguments: Any) -> None:
-    offload_peers.alone(*arguments)
-    os._exit(3)
+def told(connection: Any, *_: Any) -> None:
+    """A worker whose second engine is refused and whose third case fails for good."""
+    errors = iter([None, "ValueError: no room for KV", "AcceleratorError: an illegal access"])
+    for error in errors:
+        peer, cap = connection.recv()
+        connection.send({"error": error, "process": os.getpid(), "asked": [peer, cap]})
+    connection.recv()
 
 
-def test_a_process_that_ends_leaves_a_row_whether_it_measured_or_died(
-    flags: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (row,) = rows_of(["--peer", "vllm-uva", "--limit", "300", *flags])  # neither vLLM nor a GPU is here
+def test_a_process_that_ends_leaves_a_row(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    (row,) = rows_of(["--case", "vllm-uva:1GiB", "--limit", "300", *flags])  # neither vLLM nor a GPU is here
     assert row["case"] == "vllm-uva"
     assert row["peak_host_bytes"] > 0  # known to the process alone
     assert "Error" in row["error"]
-    monkeypatch.setattr(offload_peers, "alone", died)
-    (row,) = rows_of(["--peer", "vllm-uva", "--limit", "300", *flags])
+    monkeypatch.setattr(offload_peers, "serve", died)
+    (row,) = rows_of(["--case", "vllm-uva:1GiB", "--limit", "300", *flags])
     assert (row["case"], row["error"]) == ("vllm-uva", "ended with status 3")
-    monkeypatch.setattr(offload_peers, "alone", died_late)  # after it told its row, which stays
-    (row,) = rows_of(["--peer", "vllm-uva", "--limit", "300", *flags])
-    assert "Error" in row["error"]
+
+
+def test_cases_of_one_system_share_a_process_until_one_fails(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload_peers, "serve", told)
+    cases = ["vllm-prefetch-2:4GiB", "vllm-prefetch-2:3GiB", "vllm-uva:2GiB", "vllm-uva:1GiB", "accelerate:1GiB"]
+    rows = rows_of(["--case", *cases, "--limit", "300", *flags])
+    assert [row["asked"] for row in rows] == [case.split(":") for case in cases]
+    first, refused, failed, fresh, other = (row["process"] for row in rows)
+    assert first == refused == failed
+    assert len({failed, fresh, other}) == 3
+    assert not multiprocessing.active_children()
 
 
 def test_collected_rows_replace_their_own_and_keep_their_machine(
@@ -119,7 +130,7 @@ def test_collected_rows_replace_their_own_and_keep_their_machine(
 ) -> None:
     monkeypatch.setattr(offload_peers, "accelerate", lambda *_: {"prefill_s": 2.0})
     measured = Path(flags[-1])
-    (row,) = rows_of(["--peer", "accelerate", *flags])
+    (row,) = rows_of(["--case", "accelerate:1GiB", *flags])
     results_file.write_document(measured, results_file.read(measured) | {"machine": {"gpu": "B"}})
     output = measured.with_name("committed.json")
     other = {"system": "elsa-offload", "prefill_s": 1.0}
@@ -131,8 +142,3 @@ def test_collected_rows_replace_their_own_and_keep_their_machine(
     assert [(one["system"], one["prefill_s"], one.get("machine")) for one in found["rows"]] == [
         ("elsa-offload", 1.0, None), ("hf-accelerate", 2.0, {"gpu": "B"}),
     ]  # fmt: skip
-
-
-def without_cap(flags: list[str]) -> list[str]:
-    at = flags.index("--gpu-memory")
-    return flags[:at] + flags[at + 2 :]
