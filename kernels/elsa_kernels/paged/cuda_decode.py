@@ -13,6 +13,7 @@ from importlib import resources
 import torch
 
 from elsa_kernels.cuda import driver, nvrtc
+from elsa_kernels.cuda.linear_few import EARLY_LAUNCHES_IN_GRAPHS
 from elsa_kernels.devices import multiprocessors
 from elsa_kernels.paged.problem import FP8, PagedOperands, PagedProblem
 
@@ -36,7 +37,8 @@ class Form:
     """`warps` share chunks of keys (`chunk_of`), `blocks_per_sm` such blocks an SM; up to `rows` packed rows.
 
     A warp multiplies `step` tiles at a time. `longest`: keys of the chunks of long sequences, where they are more than
-    `chunk`. All but the blocks are part of a result's definition.
+    `chunk`. `conductor`: one more warp does for the others what lies between chunks; it leaves a thread 168 registers
+    where they were 255. All but the blocks and the conductor are part of a result's definition.
     """
 
     warps: int
@@ -45,6 +47,7 @@ class Form:
     rows: int = 8
     step: int = 1
     longest: int = 0
+    conductor: bool = True
 
     def defines(self, problem: PagedProblem) -> dict[str, int]:
         return {
@@ -55,16 +58,18 @@ class Form:
             "ELSA_GROUP": problem.group,
             "ELSA_PAGE": problem.page,
             "ELSA_WARPS": self.warps,
+            "ELSA_CONDUCTOR": int(self.conductor),
             "ELSA_CHUNK": self.chunk,
             "ELSA_MIN_BLOCKS": self.blocks_per_sm,
             "ELSA_STEP": self.step,
             "ELSA_LONGEST": max(self.longest, self.chunk),
+            "ELSA_SHARED": self.shared_bytes(),
         }
 
     def chunk_of(self, keys: int) -> int:
         """Keys of the chunks of a sequence of so many: `chunk_of` of the kernel."""
         if self.chunk < keys < 8 * self.chunk:
-            return self.chunk // 2
+            return self.chunk // (4 if keys < 4 * self.chunk else 2)
         return max(self.longest, self.chunk) if keys >= 64 * self.chunk else self.chunk
 
     def chunks_of(self, keys: int) -> int:
@@ -72,8 +77,15 @@ class Form:
 
     def most_chunks(self, keys: int) -> int:
         """Of any sequence of up to so many keys, which is not always the longest's."""
-        lengths = (min(keys, most) for most in (keys, 8 * self.chunk - 1, 64 * self.chunk - 1))
+        lengths = (min(keys, most) for most in (keys, *(n * self.chunk - 1 for n in (4, 8, 64))))
         return max(1, *map(self.chunks_of, lengths))
+
+    def threads(self) -> int:
+        return 32 * (self.warps + self.conductor)
+
+    def shared_bytes(self) -> int:
+        """What the kernel's `Shared` may take."""
+        return 24576 + 5120 * self.warps
 
     def state_bytes(self) -> int:
         return 4 * self.rows * (HEAD_DIM + 2)
@@ -180,16 +192,18 @@ def _refuse_device(device: int, oldest: int) -> str | None:
     return nvrtc.refusal(*torch.cuda.get_device_capability(device), oldest)
 
 
-def kernel(device: int, problem: PagedProblem) -> ctypes.c_void_p:
+def kernel(device: int, problem: PagedProblem) -> tuple[ctypes.c_void_p, bool]:
+    """The kernel, and whether it may be launched early."""
     defines = form_of(problem).defines(problem)
     return _kernel(device, problem.dtype, tuple(defines.items()))
 
 
 @functools.cache
-def _kernel(device: int, dtype: torch.dtype, defines: tuple[tuple[str, int], ...]) -> ctypes.c_void_p:
+def _kernel(device: int, dtype: torch.dtype, defines: tuple[tuple[str, int], ...]) -> tuple[ctypes.c_void_p, bool]:
     major, minor = torch.cuda.get_device_capability(device)
     cubin = nvrtc.cached_cubin(source(dtype), 10 * major + minor, dict(defines))
-    return driver.Module(cubin).function("paged_decode", 4 * MAX_SEQUENCES)
+    early = major >= 9 and driver.version() >= EARLY_LAUNCHES_IN_GRAPHS
+    return driver.Module(cubin).function("paged_decode", dict(defines)["ELSA_SHARED"] + 4 * MAX_SEQUENCES), early
 
 
 def parameters(
@@ -228,4 +242,5 @@ def run(problem: PagedProblem, operands: PagedOperands, counters_of: Callable[[i
     m, l = (torch.empty(shape, dtype=torch.float32, device=problem.device) for _ in range(2))
     W = torch.empty((*shape, HEAD_DIM), dtype=torch.float32, device=problem.device)
     params = parameters(problem, operands, slots, (m, l, W), counters_of(slots.counters(problem)))
-    driver.launch(kernel(operands.q.get_device(), problem), blocks, 32 * form.warps, 4 * problem.B, params)
+    function, early = kernel(operands.q.get_device(), problem)
+    driver.launch(function, blocks, form.threads(), form.shared_bytes() + 4 * problem.B, params, early)
