@@ -168,8 +168,8 @@ def test_bits_on_the_host_depend_on_the_sequence_alone(name: str, dtype: torch.d
 @pytest.mark.parametrize(
     ("dtype", "group", "kv_dtype"),
     [
-        (torch.float16, 4, None), (torch.bfloat16, 8, None), (torch.float32, 4, None), (torch.float32, 8, None),
-        (torch.float16, 8, FP8), (torch.bfloat16, 4, FP8),
+        (torch.float16, 1, None), (torch.float16, 4, None), (torch.bfloat16, 8, None), (torch.float32, 1, None),
+        (torch.float32, 4, None), (torch.float32, 8, None), (torch.float16, 8, FP8), (torch.bfloat16, 4, FP8),
     ],
 )  # fmt: skip
 def test_a_tile_is_in_registers_while_the_next_is_on_its_way(
@@ -182,6 +182,7 @@ def test_a_tile_is_in_registers_while_the_next_is_on_its_way(
     # a multiprocessor's warps and registers lie in four parts
     assert used["registers"] * 32 * -(-form.threads() * form.blocks_per_sm // 128) <= 16384
     assert used["stack"] <= 32  # what is spilled is not the tile
+    assert form.shared_bytes() + 4 * cuda_decode.MAX_SEQUENCES <= 99 << 10  # what a block has on all GPUs
 
 
 def test_the_table_has_forms_of_known_kinds() -> None:

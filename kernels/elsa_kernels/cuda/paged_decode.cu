@@ -24,7 +24,7 @@ constexpr int D = 128, ROWS = ELSA_ROWS, FAN = 32, TILE = ELSA_FP32 ? 8 : 16;
 constexpr int STEP = ELSA_STEP;  // tiles that a warp multiplies at a time
 constexpr int PITCH = D + 4;  // of a row in shared memory
 constexpr int LONGEST = ELSA_LONGEST;  // of all chunks
-constexpr int AHEAD = 4;  // chunks that are prepared at a time
+constexpr int AHEAD = CONDUCTOR ? 4 : 2;  // chunks that are prepared at a time
 static_assert(CHUNK / 4 % TILE == 0 && LONGEST % TILE == 0, "whole tiles");
 static_assert(PAGE % TILE == 0, "a tile lies on one page");
 

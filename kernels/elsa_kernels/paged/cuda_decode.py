@@ -20,7 +20,7 @@ from elsa_kernels.paged.problem import FP8, PagedOperands, PagedProblem
 OLDEST, OLDEST_FP8 = 80, 89  # mma.m16n8k16 and movmatrix; conversion from FP8
 HEAD_DIM, FAN, PLACES = 128, 32, 16  # the last: keys that must lie on one page
 MAX_CHUNK_BYTES = 256 << 20  # of chunks' states; where more would be needed, blocks take whole nodes
-MAX_SEQUENCES = 12288  # whose counts fit in a block's shared memory
+MAX_SEQUENCES = 8192  # whose counts fit in a block's shared memory
 POINTERS = (
     "q", "k", "v", "out", "lse", "sinks", "k_scale", "v_scale", "cu", "used", "table", "state_m", "state_l", "state_w",
     "node_counters", "counters",
@@ -85,7 +85,7 @@ class Form:
 
     def shared_bytes(self) -> int:
         """What the kernel's `Shared` may take."""
-        return 24576 + 5120 * self.warps
+        return 16384 + 4352 * self.warps
 
     def state_bytes(self) -> int:
         return 4 * self.rows * (HEAD_DIM + 2)
@@ -170,8 +170,8 @@ def refusal(problem: PagedProblem) -> str | None:
         return f"it reads no {problem.kv_dtype} caches for {problem.dtype} queries"
     if problem.dtype == torch.float32 and problem.precision == "tf32":
         return "in FP32 it multiplies without tensor cores"
-    if problem.group == 1 or kind_of(problem) not in forms():
-        return "it is for key heads with several query heads, where it is the faster one"
+    if kind_of(problem) not in forms():
+        return "Triton's kernel is the faster one"
     if problem.D != HEAD_DIM or problem.page % PLACES or problem.group > form_of(problem).rows:
         return f"D {problem.D}, page {problem.page}, group {problem.group}: it takes 128, multiples of 16, up to 8"
     if problem.window is not None or problem.softcap is not None or problem.has_alibi:
