@@ -35,9 +35,16 @@ constexpr int QS = BM + 4, KS = BN + 4;
 constexpr int K_FLOATS = DC * KS + (Q_RESIDENT ? 0 : DC * QS), V_FLOATS = NC * D;
 constexpr int SLOT = K_FLOATS > V_FLOATS ? K_FLOATS : V_FLOATS;
 constexpr int RING = Q_RESIDENT ? D * QS : 0, PROBS = RING + STAGES * SLOT, KEPT = PROBS + BM * BN;
+constexpr int ORDER = KEPT + 2 * BM;
+// Keys by which channels are judged, and the exponents by which one has to stand out (see order_channels).
+constexpr int SAMPLE = 32, OUTLIER = 3;
+// With CHAINS, chains of SHORT in the tiles of the first SHORT_KEYS keys, whose sums no others outweigh; they cost 3 %.
+constexpr int SHORT = 32, SHORT_KEYS = ELSA_SHORT_KEYS;
 static_assert(D <= 256 && D % DC == 0 && DC % 8 == 0, "head dimension");
 static_assert(BN % 64 == 0 && BN % NC == 0 && NC % 16 == 0, "keys per tile");
 static_assert(!CHAINS || (TILE_SUMS && D % 64 == 0 && BN >= D), "O waits where P will be");
+static_assert(!CHAINS || (DC % SHORT == 0 && NC % SHORT == 0), "a chunk is a whole number of chains");
+static_assert(2 * D <= ORDER && DC % (4 * ELSA_UNROLL_K) == 0, "room to judge channels; steps of a product");
 static_assert(STAGES >= 2, "a chunk arrives while another is used");
 
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f, LN2_LOW = -1.904654e-9f;
@@ -63,13 +70,16 @@ struct Block {
   int below, above;            // query at position p sees keys j with p − below < j < p + above
   int tile, tile_end;          // tiles some query of the block sees
   int full_lo, full_hi;        // keys that every query of the block sees
+  const int* order;            // the channel of Q and K that is summed c-th; null: as they lie
 };
 
-__device__ __forceinline__ float exp2_fast(float x) {  // 2 ulp; exact 0 for −∞, NaN for NaN
+// machine: begin
+__device__ __forceinline__ float exp_2(float x) {  // 2 ulp; exact 0 for −∞, NaN for NaN
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+// machine: end
 
 __device__ __forceinline__ float neg_inf() { return __int_as_float(0xff800000); }
 
@@ -139,14 +149,32 @@ __device__ __forceinline__ void load_rows(float* to, const float* from, i64 row_
 
 // Fills to[DEPTH][STRIDE] with columns [col0, col0 + DEPTH) of rows [row0, row0 + ROWS) of Q or K, transposed; zeros
 // outside [first, end) × [0, HEAD). A warp copies 8 columns of 4 rows: whole sectors there, distinct banks here.
+// Where `order` tells which columns those are, an address costs an addition more; hence the form without it.
 template <int ROWS, int DEPTH, int STRIDE>
 __device__ __forceinline__ void load_transposed(float* to, const float* from, i64 row_stride, int row0, int first,
-                                                int end, int col0) {
+                                                int end, int col0, const int* order) {
   constexpr int PASS = THREADS / 8;
   unsigned thread = recomputed(threadIdx.x);
   int r = thread / 8, c = thread % 8;
-  from += (row0 + r) * row_stride + (col0 + c);
+  from += (row0 + r) * row_stride;
   to += c * STRIDE + r;
+  if (order) {
+    int channel[DEPTH / 8];
+#pragma unroll
+    for (int k = 0; k < DEPTH; k += 8) channel[k / 8] = order[col0 + c + k];
+#pragma unroll
+    for (int pass = 0; pass < ROWS; pass += PASS) {
+      int row = row0 + r + pass;
+      bool valid = row >= first && row < end;
+      if (ROWS % PASS == 0 || r + pass < ROWS)
+#pragma unroll
+        for (int k = 0; k < DEPTH; k += 8)
+          copy<1>(to + k * STRIDE + pass, from + channel[k / 8], valid && (HEAD == D || col0 + c + k < HEAD));
+      from += PASS * row_stride;
+    }
+    return;
+  }
+  from += col0 + c;
 #pragma unroll
   for (int pass = 0; pass < ROWS; pass += PASS) {
     int row = row0 + r + pass;
@@ -176,6 +204,42 @@ __device__ __forceinline__ Block locate(const Params& a, int index) {
   return k;
 }
 
+// Channels of K that are far larger than most are summed last: of a logit, what follows its large products rounds them
+// again, and the order of a sum is free. The first SAMPLE keys of the sequence tell, and they alone: whoever the queries
+// are and however they are cut up, a row keeps its bits. A channel stands out if its largest finite value has an
+// exponent by OUTLIER higher than half of the channels or more; those go last by exponent, all others stay as they lie.
+// Writes `order`, a permutation of [0, D) in which channels behind HEAD stay, and returns it if anything moved.
+__device__ __forceinline__ const int* order_channels(const Params& a, const Block& k, float* shared) {
+  int *order = (int*)shared + ORDER, *exponent = (int*)shared, *rank = exponent + D;
+  const float* keys = a.k + k.b * a.k_b + k.hk * a.k_h + k.lo * a.k_n;
+  for (int c = threadIdx.x; c < D; c += THREADS) {
+    unsigned largest = 0;
+#pragma unroll
+    for (int j = 0; j < SAMPLE; ++j) {
+      unsigned x = c < HEAD && k.lo + j < k.hi ? __float_as_uint(keys[j * a.k_n + c]) & 0x7fffffffu : 0u;
+      largest = max(largest, x < 0x7f800000u ? x : 0u);
+    }
+    exponent[c] = c < HEAD ? (int)(largest >> 23) : 256;
+  }
+  __syncthreads();
+  bool moved = false;
+  for (int c = threadIdx.x; c < D; c += THREADS) {
+    int own = exponent[c], lower = 0;
+    for (int i = 0; i < HEAD; ++i) lower += exponent[i] + OUTLIER <= own;
+    bool high = c < HEAD && 2 * lower >= HEAD;
+    rank[c] = c < HEAD && !high ? 0 : own;
+    moved = moved || high;
+  }
+  if (!__syncthreads_or(moved)) return nullptr;
+  for (int c = threadIdx.x; c < D; c += THREADS) {
+    int own = rank[c], place = 0;
+    for (int i = 0; i < D; ++i) place += rank[i] < own || (rank[i] == own && i < c);
+    order[place] = c;
+  }
+  __syncthreads();
+  return order;
+}
+
 // Where the stream of chunks stands: a tile is K_STEPS chunks of K, then V_STEPS chunks of V.
 struct Cursor {
   int tile, step, slot;
@@ -192,10 +256,10 @@ __device__ __forceinline__ void issue(const Params& a, const Block& k, float* sh
     float* slot = shared + RING + at.slot * SLOT;
     if (at.step < K_STEPS) {
       const float* keys = a.k + k.b * a.k_b + k.hk * a.k_h;
-      load_transposed<BN, DC, KS>(slot, keys, a.k_n, at.tile * BN, k.lo, k.hi, at.step * DC);
+      load_transposed<BN, DC, KS>(slot, keys, a.k_n, at.tile * BN, k.lo, k.hi, at.step * DC, k.order);
       if (!Q_RESIDENT)
         load_transposed<BM, DC, QS>(slot + DC * KS, a.q + k.b * a.q_b + k.h * a.q_h, a.q_n, k.q0, 0, a.Nq,
-                                    at.step * DC);
+                                    at.step * DC, k.order);
     } else {
       const float* values = a.v + k.b * a.v_b + k.hk * a.v_h;
       load_rows<NC>(slot, values, a.v_n, at.tile * BN + (at.step - K_STEPS) * NC, k.lo, k.hi);
@@ -252,20 +316,21 @@ __device__ __forceinline__ void read_qk(float (&x)[TM], float (&y)[TN], const fl
   for (int j = 0; j < TN; j += 4) read(y, keys + 16 * j, j);
 }
 
-// S += Q[8 rows, DC]·K[TN keys, DC]ᵀ from their transposes; q and keys point at the thread's first row and key.
-// Operands are read one step ahead; what the last step reads lies behind the chunk, in shared memory, and is not used.
+// S += Q[8 rows, depth]·K[TN keys, depth]ᵀ from their transposes; q and keys point at the thread's first row and key,
+// and move on by `depth`. Operands are read one step ahead; what a chunk's last step reads lies behind it, in shared memory, and is not used.
 template <bool GUARD>
-__device__ __forceinline__ void multiply_qk(float (&S)[TM][TN], const float* q, const float* keys) {
+__device__ __forceinline__ void multiply_qk(float (&S)[TM][TN], const float*& q, const float*& keys, int depth) {
+  constexpr int UNROLL = GUARD ? 4 : 4 * ELSA_UNROLL_K;
   float x[2][TM], y[2][TN];
   read_qk(x[0], y[0], q, keys);
-#pragma unroll(GUARD ? 1 : ELSA_UNROLL_K)
-  for (int c = 0; c < DC; c += 4) {
+#pragma unroll 1
+  for (int c = 0; c < depth; c += UNROLL) {
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
+    for (int e = 0; e < UNROLL; ++e) {
       read_qk(x[(e + 1) % 2], y[(e + 1) % 2], q + (e + 1) * QS, keys + (e + 1) * KS);
       add_outer<false, false>(S, x[e % 2], y[e % 2]);
     }
-    q += 4 * QS, keys += 4 * KS;
+    q += UNROLL * QS, keys += UNROLL * KS;
   }
 }
 
@@ -288,21 +353,21 @@ __device__ __forceinline__ void read_pv(float (&x)[TM], float (&y)[TO], const fl
   }
 }
 
-// sum[8][TO] += P[8 rows, NC keys]·V[NC keys, D]; p points at the chunk's first key in the warp's P. Reads ahead too.
+// sum[8][TO] += P[8 rows, n keys]·V[n keys, D]; p points at the first key in the warp's P. Reads ahead too.
 // The swizzle of a lane's quarters repeats every 16 keys: two pointers, and the rest is in the instructions.
 template <bool GUARD>
 __device__ __forceinline__ void multiply_pv(float (&sum)[TM][TO], const float* p, int lane_row, const float* values,
-                                            int lane_col) {
+                                            int lane_col, int keys) {
   float x[2][TM], y[2][TO];
   const float *even = p + place(0, lane_row), *odd = p + place(4, lane_row) - 64;  // of groups of four keys
   read_pv(x[0], y[0], even, even + 8, values, lane_col);
 #pragma unroll 1
-  for (int n = 0; n < NC; n += 16) {
+  for (int n = 0; n < keys; n += 16) {
 #pragma unroll(GUARD ? 4 : 16)
     for (int e = 0; e < 16; ++e) {
       const int next = e + 1, group = next / 4 % 4, upper = group < 2 ? 0 : 8;
-      const float* keys = (group % 2 ? odd : even) + 16 * next;
-      read_pv(x[next % 2], y[next % 2], keys + upper, keys + 8 - upper, values + next * D, lane_col);
+      const float* from = (group % 2 ? odd : even) + 16 * next;
+      read_pv(x[next % 2], y[next % 2], from + upper, from + 8 - upper, values + next * D, lane_col);
       add_outer<GUARD, ELSA_ALONG_ROWS>(sum, x[e % 2], y[e % 2]);
     }
     even += 256, odd += 256, values += 16 * D;
@@ -429,7 +494,7 @@ __device__ __forceinline__ void softmax(float (&S)[TM][TN], float c, float (&m)[
 #pragma unroll
       for (int bit = 2; bit < 32; bit *= 2) top[i] = fmaxf(top[i], __shfl_xor_sync(~0u, top[i], bit));
       float m_new = fmaxf(m[i], top[i]);
-      alpha[i] = exp2_fast(m[i] - anchor(m_new));
+      alpha[i] = exp_2(m[i] - anchor(m_new));
       m[i] = m_new;
     }
   }
@@ -438,7 +503,7 @@ __device__ __forceinline__ void softmax(float (&S)[TM][TN], float c, float (&m)[
     float base = anchor(m[i]), sum = 0.f;
 #pragma unroll
     for (int j = 0; j < TN; ++j) {
-      float e = exp2_fast(fmaf(S[i][j], c, -base));
+      float e = exp_2(fmaf(S[i][j], c, -base));
       sum += e;
       S[i][j] = GUARD && S[i][j] == neg_inf() ? -0.f : e;
     }
@@ -500,7 +565,7 @@ __device__ __forceinline__ bool flush(const Params& a, const Block& k, float* sh
 #pragma unroll
     for (int bit = 2; bit < 32; bit *= 2) sum += __shfl_xor_sync(~0u, sum, bit);
     if (!first) {
-      beta = exp2_fast(kept_m[row] - anchor(m[i]));
+      beta = exp_2(kept_m[row] - anchor(m[i]));
       sum = fmaf(kept_l[row], beta, sum);
     }
     __syncwarp();
@@ -513,14 +578,14 @@ __device__ __forceinline__ bool flush(const Params& a, const Block& k, float* sh
       if (a.sinks) {
         float sink = a.sinks[k.h] * LOG2E;
         top = fmaxf(top, sink);
-        factor = exp2_fast(m[i] - anchor(top));
-        sum = fmaf(sum, factor, exp2_fast(sink - anchor(top)));
+        factor = exp_2(m[i] - anchor(top));
+        sum = fmaf(sum, factor, exp_2(sink - anchor(top)));
       }
       if (a.m_out) {
         // S and W belong to the stored, rounded m: what its rounding lost goes into them.
         float natural = top * LN2;
         if (finite(top)) {
-          float lost = exp2_fast((fmaf(top, LN2, -natural) + top * LN2_LOW) * LOG2E);
+          float lost = exp_2((fmaf(top, LN2, -natural) + top * LN2_LOW) * LOG2E);
           sum *= lost, factor *= lost;
         }
         if (lane_col == 0) a.m_out[at] = sum != sum && top != -neg_inf() ? sum : natural, a.s_out[at] = sum;
@@ -535,7 +600,7 @@ __device__ __forceinline__ bool flush(const Params& a, const Block& k, float* sh
 
 // The whole work of a block; returns whether every sum of this thread is finite.
 template <bool GUARD>
-__device__ __forceinline__ bool run(const Params& a, const Block& k, float* shared) {
+__device__ __forceinline__ bool run(const Params& a, Block k, float* shared) {
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32, lane_row = lane & 1, lane_col = lane >> 1;
   int row0 = 16 * warp + 4 * lane_row;
   float* p = shared + PROBS + 16 * warp * BN;
@@ -547,7 +612,9 @@ __device__ __forceinline__ bool run(const Params& a, const Block& k, float* shar
   clear(O);
 
   __syncthreads();
-  if (Q_RESIDENT) load_transposed<BM, D, QS>(shared, a.q + k.b * a.q_b + k.h * a.q_h, a.q_n, k.q0, 0, a.Nq, 0);
+  k.order = order_channels(a, k, shared);
+  if (Q_RESIDENT)
+    load_transposed<BM, D, QS>(shared, a.q + k.b * a.q_b + k.h * a.q_h, a.q_n, k.q0, 0, a.Nq, 0, k.order);
   Cursor ahead = {k.tile, 0, 0};
   for (int i = 0; i < STAGES - 1; ++i) issue(a, k, shared, ahead);
 
@@ -555,20 +622,25 @@ __device__ __forceinline__ bool run(const Params& a, const Block& k, float* shar
   bool first = true, good = true;
 #pragma unroll 1
   for (int tile = k.tile; tile < k.tile_end; ++tile) {
+    bool short_chains = CHAINS && (tile + 1) * BN <= SHORT_KEYS;
     float S[TM][TN];
     if (CHAINS) __syncwarp(), park(p, O, lane);  // all lanes have read P
     clear(S);
 #pragma unroll 1
     for (int step = 0; step < K_STEPS; ++step) {
       const float* chunk = next_chunk(a, k, shared, ahead, slot);
-      const float* q = Q_RESIDENT ? shared + step * DC * QS : chunk + DC * KS;
+      const float* q = (Q_RESIDENT ? shared + step * DC * QS : chunk + DC * KS) + row0;
+      chunk += 4 * lane_col;
       if (CHAINS) {
-        float C[TM][TN];
-        clear(C);
-        multiply_qk<GUARD>(C, q + row0, chunk + 4 * lane_col);
-        add(S, C);
+#pragma unroll 1
+        for (int part = 0; part < DC; part += short_chains ? SHORT : DC) {
+          float C[TM][TN];
+          clear(C);
+          multiply_qk<GUARD>(C, q, chunk, short_chains ? SHORT : DC);
+          add(S, C);
+        }
       } else {
-        multiply_qk<GUARD>(S, q + row0, chunk + 4 * lane_col);
+        multiply_qk<GUARD>(S, q, chunk, DC);
       }
     }
     if (CHAINS) unpark(O, p, lane), __syncwarp();  // before any lane writes P
@@ -581,12 +653,18 @@ __device__ __forceinline__ bool run(const Params& a, const Block& k, float* shar
 #pragma unroll 1
     for (int step = 0; step < V_STEPS; ++step) {
       const float* chunk = next_chunk(a, k, shared, ahead, slot);
-      if (CHAINS) clear(T);
-      multiply_pv<GUARD>(TILE_SUMS ? T : O, p + 16 * step * NC, lane_row, chunk, lane_col);
       if (CHAINS) {
-        merge<GUARD>(O, T, alpha);
+#pragma unroll 1
+        for (int part = 0; part < NC; part += short_chains ? SHORT : NC) {
+          clear(T);
+          multiply_pv<GUARD>(T, p + 16 * (step * NC + part), lane_row, chunk + part * D, lane_col,
+                             short_chains ? SHORT : NC);
+          merge<GUARD>(O, T, alpha);
 #pragma unroll
-        for (int i = 0; i < TM; ++i) alpha[i] = 1.f;
+          for (int i = 0; i < TM; ++i) alpha[i] = 1.f;
+        }
+      } else {
+        multiply_pv<GUARD>(TILE_SUMS ? T : O, p + 16 * step * NC, lane_row, chunk, lane_col, NC);
       }
     }
     if (TILE_SUMS && !CHAINS) merge<GUARD>(O, T, alpha);

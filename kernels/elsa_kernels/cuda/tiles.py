@@ -22,6 +22,7 @@ ROWS_PER_WARP = 16
 HEAD_DIM_STEP = 32
 MAX_HEAD_DIM = 256
 MERGE_EVERY = 1024  # keys summed in registers before they are merged into global memory
+SHORT_KEYS = 1024  # of a sequence, summed in shorter chains where tiles have chains
 MERGE_EVERY_CHAINED = 512  # the same where tiles have no sums of their own
 
 
@@ -60,7 +61,7 @@ class Tile:
         k_slot = self.k_chunk * (self.keys + 4 + (0 if self.q_resident else self.rows + 4))
         slot = max(k_slot, self.v_chunk * padded)
         q = padded * (self.rows + 4) if self.q_resident else 0
-        return 4 * (q + self.stages * slot + self.rows * self.keys + 2 * self.rows)
+        return 4 * (q + self.stages * slot + self.rows * self.keys + 2 * self.rows + padded)
 
     def defines(self, *, vector: int, logits: bool) -> dict[str, int]:
         """The macros that `attention_ieee.cu` wants."""
@@ -78,6 +79,7 @@ class Tile:
             "ELSA_UNROLL_K": self.unroll_k,
             "ELSA_ALONG_ROWS": int(self.along_rows),
             "ELSA_CHAINS": int(self.chains),
+            "ELSA_SHORT_KEYS": SHORT_KEYS,
             "ELSA_VEC": vector,
             "ELSA_LOGITS": int(logits),
         }
