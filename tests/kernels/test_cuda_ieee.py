@@ -319,7 +319,8 @@ class Form:
     impl: str
 
     def attention(self, *tensors: torch.Tensor, **options: Any) -> torch.Tensor:
-        on_device = (x.to(self.device) for x in tensors)
+        on_device = [x.to(self.device) for x in tensors]
+        options = {name: x.to(self.device) if torch.is_tensor(x) else x for name, x in options.items()}
         return elsa_kernels.attention(*on_device, impl=self.impl, precision="ieee", **options).cpu()
 
     def chains(self, head_dim: int) -> bool:
@@ -439,6 +440,7 @@ def test_rows_keep_their_bits(form: Form, outliers: bool) -> None:
     if outliers:
         k[:, 0, :, [3, 64, 70]] *= 100.0
         k[:, 1, :, 17] *= 1000.0
+        k[:, :, seen + 60 :, 5] *= 1e4  # behind the keys that tell
     alone = form.attention(q, k, v, causal=True)
     batch = [torch.cat([x.flip(1, 2, 3), x]) for x in (q, k, v)]
     together = form.attention(batch[0][:, :, 77:], *batch[1:], causal=True)
@@ -447,6 +449,10 @@ def test_rows_keep_their_bits(form: Form, outliers: bool) -> None:
     assert torch.equal(form.attention(*odd, causal=True), alone)
     fewer = form.attention(q[:, :, :50], k[:, :, : seen + 50], v[:, :, : seen + 50], causal=True)
     assert torch.equal(fewer, alone[:, :, :50])
+    short = [x[:, :, :20] for x in (k, v)]
+    padded = [torch.cat([x, 1e6 * x.flip(1, 2, 3)], 2) for x in short]
+    exist = torch.tensor([[0, 20]], dtype=torch.int32)
+    assert torch.equal(form.attention(q, *padded, kv_range=exist), form.attention(q, *short))
     v[:, :, seen + 100] = torch.tensor([INF, NAN, -INF, 0.0]).repeat(32)
     spoilt = form.attention(q, k, v, causal=True)
     assert torch.equal(spoilt[:, :, :100], alone[:, :, :100])
