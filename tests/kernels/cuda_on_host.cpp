@@ -136,6 +136,12 @@ template <class T>
 static void __stcg(T* p, T v) {
   *p = v;
 }
+static int atomicMax(int* p, int v) {
+  const int old = *p;
+  *p = max(old, v);
+  return old;
+}
+static int __float_as_int(float v) { return *reinterpret_cast<int*>(&v); }
 static float __int_as_float(int v) { return *reinterpret_cast<float*>(&v); }
 static unsigned __float_as_uint(float v) { return *reinterpret_cast<unsigned*>(&v); }
 static float __uint_as_float(unsigned v) { return *reinterpret_cast<float*>(&v); }

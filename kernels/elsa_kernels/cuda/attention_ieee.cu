@@ -35,16 +35,15 @@ constexpr int QS = BM + 4, KS = BN + 4;
 constexpr int K_FLOATS = DC * KS + (Q_RESIDENT ? 0 : DC * QS), V_FLOATS = NC * D;
 constexpr int SLOT = K_FLOATS > V_FLOATS ? K_FLOATS : V_FLOATS;
 constexpr int RING = Q_RESIDENT ? D * QS : 0, PROBS = RING + STAGES * SLOT, KEPT = PROBS + BM * BN;
-constexpr int ORDER = KEPT + 2 * BM;
 // Keys by which channels are judged, and the exponents by which one has to stand out (see order_channels).
 constexpr int SAMPLE = 32, OUTLIER = 3;
 // With CHAINS, chains of SHORT in the tiles of the first SHORT_KEYS keys, whose sums no others outweigh; they cost 3 %.
-constexpr int SHORT = 32, SHORT_KEYS = ELSA_SHORT_KEYS;
+constexpr int SHORT = 32, SHORT_TILES = ELSA_SHORT_KEYS / BN;
 static_assert(D <= 256 && D % DC == 0 && DC % 8 == 0, "head dimension");
 static_assert(BN % 64 == 0 && BN % NC == 0 && NC % 16 == 0, "keys per tile");
 static_assert(!CHAINS || (TILE_SUMS && D % 64 == 0 && BN >= D), "O waits where P will be");
-static_assert(!CHAINS || (DC % SHORT == 0 && NC % SHORT == 0), "a chunk is a whole number of chains");
-static_assert(2 * D <= ORDER && DC % (4 * ELSA_UNROLL_K) == 0, "room to judge channels; steps of a product");
+static_assert(!CHAINS || (DC == NC && DC % SHORT == 0), "a chunk is a long chain, or some short ones");
+static_assert(DC % (4 * ELSA_UNROLL_K) == 0, "steps of a product");
 static_assert(STAGES >= 2, "a chunk arrives while another is used");
 
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f, LN2_LOW = -1.904654e-9f;
@@ -59,6 +58,7 @@ struct Params {
   const int* kv_range;
   i64 q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, bias_b, bias_h, bias_n, bias_k;  // strides in elements
   unsigned char* redo;                                // for each block, whether it has to be run guarded
+  int* order;                                         // of each key head's channels; see channel_order
   int B, H, Hkv, Nq, Nk, q_start, causal, window;  // window 0: none
   int blocks;
   float scale, softcap;                               // softcap 0: none
@@ -70,7 +70,6 @@ struct Block {
   int below, above;            // query at position p sees keys j with p − below < j < p + above
   int tile, tile_end;          // tiles some query of the block sees
   int full_lo, full_hi;        // keys that every query of the block sees
-  const int* order;            // the channel of Q and K that is summed c-th; null: as they lie
 };
 
 // machine: begin
@@ -149,32 +148,18 @@ __device__ __forceinline__ void load_rows(float* to, const float* from, i64 row_
 
 // Fills to[DEPTH][STRIDE] with columns [col0, col0 + DEPTH) of rows [row0, row0 + ROWS) of Q or K, transposed; zeros
 // outside [first, end) × [0, HEAD). A warp copies 8 columns of 4 rows: whole sectors there, distinct banks here.
-// Where `order` tells which columns those are, an address costs an addition more; hence the form without it.
-template <int ROWS, int DEPTH, int STRIDE>
+// With ORDERED, column c is the order[c]-th of Q or K.
+template <bool ORDERED, int ROWS, int DEPTH, int STRIDE>
 __device__ __forceinline__ void load_transposed(float* to, const float* from, i64 row_stride, int row0, int first,
                                                 int end, int col0, const int* order) {
   constexpr int PASS = THREADS / 8;
   unsigned thread = recomputed(threadIdx.x);
-  int r = thread / 8, c = thread % 8;
+  int r = thread / 8, c = thread % 8, channel[DEPTH / 8];
   from += (row0 + r) * row_stride;
+  if (!ORDERED) from += col0 + c;
   to += c * STRIDE + r;
-  if (order) {
-    int channel[DEPTH / 8];
 #pragma unroll
-    for (int k = 0; k < DEPTH; k += 8) channel[k / 8] = order[col0 + c + k];
-#pragma unroll
-    for (int pass = 0; pass < ROWS; pass += PASS) {
-      int row = row0 + r + pass;
-      bool valid = row >= first && row < end;
-      if (ROWS % PASS == 0 || r + pass < ROWS)
-#pragma unroll
-        for (int k = 0; k < DEPTH; k += 8)
-          copy<1>(to + k * STRIDE + pass, from + channel[k / 8], valid && (HEAD == D || col0 + c + k < HEAD));
-      from += PASS * row_stride;
-    }
-    return;
-  }
-  from += col0 + c;
+  for (int k = 0; k < DEPTH; k += 8) channel[k / 8] = ORDERED ? order[col0 + c + k] : k;
 #pragma unroll
   for (int pass = 0; pass < ROWS; pass += PASS) {
     int row = row0 + r + pass;
@@ -182,7 +167,7 @@ __device__ __forceinline__ void load_transposed(float* to, const float* from, i6
     if (ROWS % PASS == 0 || r + pass < ROWS)
 #pragma unroll
       for (int k = 0; k < DEPTH; k += 8)
-        copy<1>(to + k * STRIDE + pass, from + k, valid && (HEAD == D || col0 + c + k < HEAD));
+        copy<1>(to + k * STRIDE + pass, from + channel[k / 8], valid && (HEAD == D || col0 + c + k < HEAD));
     from += PASS * row_stride;
   }
 }
@@ -204,41 +189,8 @@ __device__ __forceinline__ Block locate(const Params& a, int index) {
   return k;
 }
 
-// Channels of K that are far larger than most are summed last: of a logit, what follows its large products rounds them
-// again, and the order of a sum is free. The first SAMPLE keys of the sequence tell, and they alone: whoever the queries
-// are and however they are cut up, a row keeps its bits. A channel stands out if its largest finite value has an
-// exponent by OUTLIER higher than half of the channels or more; those go last by exponent, all others stay as they lie.
-// Writes `order`, a permutation of [0, D) in which channels behind HEAD stay, and returns it if anything moved.
-__device__ __forceinline__ const int* order_channels(const Params& a, const Block& k, float* shared) {
-  int *order = (int*)shared + ORDER, *exponent = (int*)shared, *rank = exponent + D;
-  const float* keys = a.k + k.b * a.k_b + k.hk * a.k_h + k.lo * a.k_n;
-  for (int c = threadIdx.x; c < D; c += THREADS) {
-    unsigned largest = 0;
-#pragma unroll
-    for (int j = 0; j < SAMPLE; ++j) {
-      unsigned x = c < HEAD && k.lo + j < k.hi ? __float_as_uint(keys[j * a.k_n + c]) & 0x7fffffffu : 0u;
-      largest = max(largest, x < 0x7f800000u ? x : 0u);
-    }
-    exponent[c] = c < HEAD ? (int)(largest >> 23) : 256;
-  }
-  __syncthreads();
-  bool moved = false;
-  for (int c = threadIdx.x; c < D; c += THREADS) {
-    int own = exponent[c], lower = 0;
-    for (int i = 0; i < HEAD; ++i) lower += exponent[i] + OUTLIER <= own;
-    bool high = c < HEAD && 2 * lower >= HEAD;
-    rank[c] = c < HEAD && !high ? 0 : own;
-    moved = moved || high;
-  }
-  if (!__syncthreads_or(moved)) return nullptr;
-  for (int c = threadIdx.x; c < D; c += THREADS) {
-    int own = rank[c], place = 0;
-    for (int i = 0; i < D; ++i) place += rank[i] < own || (rank[i] == own && i < c);
-    order[place] = c;
-  }
-  __syncthreads();
-  return order;
-}
+// Of one key head: D channels in the order in which a logit's products are summed, then whether any has moved.
+__device__ __forceinline__ int* order_of(const Params& a, int b, int hk) { return a.order + (b * a.Hkv + hk) * (D + 1); }
 
 // Where the stream of chunks stands: a tile is K_STEPS chunks of K, then V_STEPS chunks of V.
 struct Cursor {
@@ -251,15 +203,17 @@ struct Cursor {
 };
 
 // Starts the copies of the chunk at the cursor and moves it on.
+template <bool ORDERED>
 __device__ __forceinline__ void issue(const Params& a, const Block& k, float* shared, Cursor& at) {
   if (at.tile < k.tile_end) {
     float* slot = shared + RING + at.slot * SLOT;
     if (at.step < K_STEPS) {
+      const int* order = order_of(a, k.b, k.hk);
       const float* keys = a.k + k.b * a.k_b + k.hk * a.k_h;
-      load_transposed<BN, DC, KS>(slot, keys, a.k_n, at.tile * BN, k.lo, k.hi, at.step * DC, k.order);
+      load_transposed<ORDERED, BN, DC, KS>(slot, keys, a.k_n, at.tile * BN, k.lo, k.hi, at.step * DC, order);
       if (!Q_RESIDENT)
-        load_transposed<BM, DC, QS>(slot + DC * KS, a.q + k.b * a.q_b + k.h * a.q_h, a.q_n, k.q0, 0, a.Nq,
-                                    at.step * DC, k.order);
+        load_transposed<ORDERED, BM, DC, QS>(slot + DC * KS, a.q + k.b * a.q_b + k.h * a.q_h, a.q_n, k.q0, 0, a.Nq,
+                                             at.step * DC, order);
     } else {
       const float* values = a.v + k.b * a.v_b + k.hk * a.v_h;
       load_rows<NC>(slot, values, a.v_n, at.tile * BN + (at.step - K_STEPS) * NC, k.lo, k.hi);
@@ -270,11 +224,12 @@ __device__ __forceinline__ void issue(const Params& a, const Block& k, float* sh
 }
 
 // Waits for the next chunk and starts the copies of the one that takes the slot just freed. Returns the chunk.
+template <bool ORDERED>
 __device__ __forceinline__ const float* next_chunk(const Params& a, const Block& k, float* shared, Cursor& ahead,
                                                    int& slot) {
   copies_wait<STAGES - 2>();
   __syncthreads();  // the chunk has arrived, and everyone is done with the slot that is filled next
-  issue(a, k, shared, ahead);
+  issue<ORDERED>(a, k, shared, ahead);
   const float* chunk = shared + RING + slot * SLOT;
   slot = slot + 1 == STAGES ? 0 : slot + 1;
   return chunk;
@@ -599,8 +554,8 @@ __device__ __forceinline__ bool flush(const Params& a, const Block& k, float* sh
 }
 
 // The whole work of a block; returns whether every sum of this thread is finite.
-template <bool GUARD>
-__device__ __forceinline__ bool run(const Params& a, Block k, float* shared) {
+template <bool GUARD, bool ORDERED>
+__device__ __forceinline__ bool run(const Params& a, const Block& k, float* shared) {
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32, lane_row = lane & 1, lane_col = lane >> 1;
   int row0 = 16 * warp + 4 * lane_row;
   float* p = shared + PROBS + 16 * warp * BN;
@@ -612,31 +567,28 @@ __device__ __forceinline__ bool run(const Params& a, Block k, float* shared) {
   clear(O);
 
   __syncthreads();
-  k.order = order_channels(a, k, shared);
   if (Q_RESIDENT)
-    load_transposed<BM, D, QS>(shared, a.q + k.b * a.q_b + k.h * a.q_h, a.q_n, k.q0, 0, a.Nq, 0, k.order);
+    load_transposed<ORDERED, BM, D, QS>(shared, a.q + k.b * a.q_b + k.h * a.q_h, a.q_n, k.q0, 0, a.Nq, 0,
+                                        order_of(a, k.b, k.hk));
   Cursor ahead = {k.tile, 0, 0};
-  for (int i = 0; i < STAGES - 1; ++i) issue(a, k, shared, ahead);
+  for (int i = 0; i < STAGES - 1; ++i) issue<ORDERED>(a, k, shared, ahead);
 
   int slot = 0;
   bool first = true, good = true;
-#pragma unroll 1
-  for (int tile = k.tile; tile < k.tile_end; ++tile) {
-    bool short_chains = CHAINS && (tile + 1) * BN <= SHORT_KEYS;
+  auto attend = [&](int tile, int chain) {
     float S[TM][TN];
     if (CHAINS) __syncwarp(), park(p, O, lane);  // all lanes have read P
     clear(S);
 #pragma unroll 1
     for (int step = 0; step < K_STEPS; ++step) {
-      const float* chunk = next_chunk(a, k, shared, ahead, slot);
-      const float* q = (Q_RESIDENT ? shared + step * DC * QS : chunk + DC * KS) + row0;
-      chunk += 4 * lane_col;
+      const float* chunk = next_chunk<ORDERED>(a, k, shared, ahead, slot) + 4 * lane_col;
+      const float* q = (Q_RESIDENT ? shared + step * DC * QS : chunk - 4 * lane_col + DC * KS) + row0;
       if (CHAINS) {
 #pragma unroll 1
-        for (int part = 0; part < DC; part += short_chains ? SHORT : DC) {
+        for (int part = 0; part < DC; part += chain) {
           float C[TM][TN];
           clear(C);
-          multiply_qk<GUARD>(C, q, chunk, short_chains ? SHORT : DC);
+          multiply_qk<GUARD>(C, q, chunk, chain);
           add(S, C);
         }
       } else {
@@ -652,13 +604,12 @@ __device__ __forceinline__ bool run(const Params& a, Block k, float* shared) {
     if (!TILE_SUMS) rescale<GUARD>(O, alpha);
 #pragma unroll 1
     for (int step = 0; step < V_STEPS; ++step) {
-      const float* chunk = next_chunk(a, k, shared, ahead, slot);
+      const float* chunk = next_chunk<ORDERED>(a, k, shared, ahead, slot);
       if (CHAINS) {
 #pragma unroll 1
-        for (int part = 0; part < NC; part += short_chains ? SHORT : NC) {
+        for (int part = 0; part < NC; part += chain) {
           clear(T);
-          multiply_pv<GUARD>(T, p + 16 * (step * NC + part), lane_row, chunk + part * D, lane_col,
-                             short_chains ? SHORT : NC);
+          multiply_pv<GUARD>(T, p + 16 * (step * NC + part), lane_row, chunk + part * D, lane_col, chain);
           merge<GUARD>(O, T, alpha);
 #pragma unroll
           for (int i = 0; i < TM; ++i) alpha[i] = 1.f;
@@ -673,20 +624,78 @@ __device__ __forceinline__ bool run(const Params& a, Block k, float* shared) {
       good = flush<GUARD>(a, k, shared, O, m, l, row0, lane_col, first, last);
       first = false;
     }
-  }
+  };
+  constexpr bool APART = CHAINS && !GUARD && !ORDERED;  // a loop of its own costs the other nothing
+  int tile = k.tile;
+  if (APART)
+#pragma unroll 1
+    for (; tile < min(SHORT_TILES, k.tile_end); ++tile) attend(tile, SHORT);
+#pragma unroll 1
+  for (; tile < k.tile_end; ++tile) attend(tile, !APART && tile < SHORT_TILES ? SHORT : DC);
   return good;
+}
+
+// Channels of K that are far larger than most are summed last: what a logit's sum takes up behind its large products
+// rounds them again, and the order of a sum is free. The first SAMPLE keys of the sequence tell, and they alone: whoever
+// the queries are and however they are cut up, a row keeps its bits. A channel stands out if the exponent of its largest
+// finite value is by OUTLIER higher than that of half the channels or more; those go last by exponent, all others stay
+// as they lie. One block a key head.
+extern "C" __global__ void __launch_bounds__(THREADS) channel_order(const Params a) {
+  extern __shared__ __align__(16) float shared[];
+  int *largest = (int*)shared, *rank = largest + D;
+  int b = blockIdx.x / a.Hkv, hk = blockIdx.x % a.Hkv, lo = 0, hi = a.Nk;
+  if (a.kv_range) lo = max(0, a.kv_range[2 * b]), hi = min(a.Nk, a.kv_range[2 * b + 1]);
+  const float* keys = a.k + b * a.k_b + hk * a.k_h + lo * a.k_n;
+  int* order = order_of(a, b, hk);
+  for (int c = threadIdx.x; c < D; c += THREADS) largest[c] = c < HEAD ? 0 : 256;
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < SAMPLE * D / THREADS; ++i) {
+    int j = (i * THREADS + threadIdx.x) / D, c = (i * THREADS + threadIdx.x) % D;
+    int x = c < HEAD && lo + j < hi ? __float_as_int(keys[j * a.k_n + c]) & 0x7fffffff : 0;
+    if (x < 0x7f800000 && x > 0) atomicMax(largest + c, x >> 23);
+  }
+  __syncthreads();
+  bool moved = false;
+  for (int c = threadIdx.x; c < D; c += THREADS) {
+    int own = largest[c], lower = 0;
+#pragma unroll 8
+    for (int i = 0; i < HEAD; ++i) lower += largest[i] + OUTLIER <= own;
+    bool high = c < HEAD && 2 * lower >= HEAD;
+    rank[c] = c < HEAD && !high ? 0 : own;
+    moved = moved || high;
+  }
+  moved = __syncthreads_or(moved);
+  if (threadIdx.x == 0) order[D] = moved;
+  for (int c = threadIdx.x; c < D; c += THREADS) {
+    int own = rank[c], place = 0;
+#pragma unroll 8
+    for (int i = 0; i < D; ++i) place += rank[i] < own || (rank[i] == own && i < c);
+    order[place] = c;
+  }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, ELSA_MIN_BLOCKS) attention_ieee(const Params a) {
   extern __shared__ __align__(16) float shared[];
-  bool good = run<false>(a, locate(a, blockIdx.x), shared);
+  Block k = locate(a, blockIdx.x);
+  if (order_of(a, k.b, k.hk)[D]) return;
+  bool good = run<false, false>(a, k, shared);
   bool redo = __syncthreads_or(!good);
   if (threadIdx.x == 0) a.redo[blockIdx.x] = redo;
 }
 
-// The blocks whose result is not finite, once more.
-extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_ieee_guarded(const Params a) {
+// The blocks whose channels have moved, and those whose result is not finite once more.
+extern "C" __global__ void __launch_bounds__(THREADS, ELSA_MIN_BLOCKS) attention_ieee_rest(const Params a) {
   extern __shared__ __align__(16) float shared[];
-  for (int at = blockIdx.x; at < a.blocks; at += gridDim.x)
-    if (a.redo[at]) run<true>(a, locate(a, at), shared);
+  for (int at = blockIdx.x; at < a.blocks; at += gridDim.x) {
+    Block k = locate(a, at);
+    bool redo;
+    if (order_of(a, k.b, k.hk)[D]) {
+      bool good = run<false, true>(a, k, shared);
+      redo = __syncthreads_or(!good);
+    } else {
+      redo = a.redo[at];
+    }
+    if (redo) run<true, true>(a, k, shared);
+  }
 }

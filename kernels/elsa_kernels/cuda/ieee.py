@@ -13,6 +13,8 @@ from elsa_kernels.cuda.tiles import Tile, choose
 from elsa_kernels.registry import Operands, Problem
 from elsa_kernels.state import State
 
+KERNELS = ("channel_order", "attention_ieee", "attention_ieee_rest")  # in the order of their launches
+REST_BLOCKS = 4  # a multiprocessor: so many at most look for what is left to do
 WIDEST_WINDOW = 1 << 29  # sums of two positions stay under 2³¹
 
 
@@ -24,7 +26,7 @@ class Params(ctypes.Structure):
         + [(name, ctypes.c_void_p) for name in ("alibi", "bias", "sinks", "kv_range")]
         + [(f"{tensor}_{axis}", ctypes.c_longlong) for tensor in "qkv" for axis in "bhn"]
         + [(f"bias_{axis}", ctypes.c_longlong) for axis in "bhnk"]
-        + [("redo", ctypes.c_void_p)]
+        + [("redo", ctypes.c_void_p), ("order", ctypes.c_void_p)]
         + [(name, ctypes.c_int) for name in ("B", "H", "Hkv", "Nq", "Nk", "q_start", "causal", "window", "blocks")]
         + [(name, ctypes.c_float) for name in ("scale", "softcap")]
     )
@@ -35,15 +37,12 @@ def source() -> str:
 
 
 @functools.cache
-def kernels(device: int, tile: Tile, vector: int, logits: bool) -> tuple[ctypes.c_void_p, ctypes.c_void_p]:
-    """The plain and the guarded kernel on `device`, compiled or taken from the cache."""
+def kernels(device: int, tile: Tile, vector: int, logits: bool) -> list[ctypes.c_void_p]:
+    """The kernels of KERNELS on `device`, compiled or taken from the cache."""
     major, minor = torch.cuda.get_device_capability(device)
     cubin = nvrtc.cached_cubin(source(), 10 * major + minor, tile.defines(vector=vector, logits=logits))
     module = driver.Module(cubin)
-    return (
-        module.function("attention_ieee", tile.shared_bytes),
-        module.function("attention_ieee_guarded", tile.shared_bytes),
-    )
+    return [module.function(name, tile.shared_bytes) for name in KERNELS]
 
 
 def _aligned(*tensors: torch.Tensor) -> bool:
@@ -95,11 +94,13 @@ def run_tile(problem: Problem, operands: Operands, tile: Tile) -> torch.Tensor |
         m, S = (torch.empty((B, H, Nq), dtype=torch.float32, device=device) for _ in range(2))
     blocks = -(-Nq // tile.rows) * B * H
     redo = torch.empty(blocks, dtype=torch.uint8, device=device)
+    order = torch.empty((B, problem.Hkv, tile.padded + 1), dtype=torch.int32, device=device)
     params = Params(
         *(_pointer(t) for t in (q, k, v, out, m, S, alibi, bias, sinks, kv_range)),
         *(s for t in (q, k, v) for s in t.stride()[:3]),
         *(bias.stride() if bias is not None else (0, 0, 0, 0)),
         redo.data_ptr(),
+        order.data_ptr(),
         *(B, H, problem.Hkv, Nq, problem.Nk, problem.q_start, int(problem.causal)),
         min(problem.window or 0, WIDEST_WINDOW),
         blocks,
@@ -109,10 +110,11 @@ def run_tile(problem: Problem, operands: Operands, tile: Tile) -> torch.Tensor |
     logits = problem.softcap is not None or alibi is not None or bias is not None or not problem.scale > 0
     with torch.cuda.device(device):
         index = torch.cuda.current_device()
-        plain, guarded = kernels(index, tile, 4 if _aligned(v) else 1, logits)
-        driver.launch(plain, blocks, tile.threads, tile.shared_bytes, params)
-        again = min(blocks, torch.cuda.get_device_properties(index).multi_processor_count)
-        driver.launch(guarded, again, tile.threads, tile.shared_bytes, params)
+        rest = min(blocks, REST_BLOCKS * torch.cuda.get_device_properties(index).multi_processor_count)
+        found = kernels(index, tile, 4 if _aligned(v) else 1, logits)
+        grids = (B * problem.Hkv, 8 * tile.padded), (blocks, tile.shared_bytes), (rest, tile.shared_bytes)
+        for kernel, (grid, shared_bytes) in zip(found, grids):
+            driver.launch(kernel, grid, tile.threads, shared_bytes, params)
     if m is not None and S is not None:
         return State(m, S, out)
     return out.to(q.dtype)

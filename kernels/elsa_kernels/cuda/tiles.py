@@ -55,13 +55,18 @@ class Tile:
         return 32 * self.warps
 
     @property
+    def padded(self) -> int:
+        """Channels of a head with those that fill it up."""
+        return _padded(self.head_dim)
+
+    @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block; the layout of `attention_ieee.cu`."""
-        padded = _padded(self.head_dim)
+        padded = self.padded
         k_slot = self.k_chunk * (self.keys + 4 + (0 if self.q_resident else self.rows + 4))
         slot = max(k_slot, self.v_chunk * padded)
         q = padded * (self.rows + 4) if self.q_resident else 0
-        return 4 * (q + self.stages * slot + self.rows * self.keys + 2 * self.rows + padded)
+        return 4 * (q + self.stages * slot + self.rows * self.keys + 2 * self.rows)
 
     def defines(self, *, vector: int, logits: bool) -> dict[str, int]:
         """The macros that `attention_ieee.cu` wants."""

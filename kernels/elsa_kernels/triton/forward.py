@@ -283,7 +283,8 @@ def absorb(OUT, o_line, valid, waiting, m_before, l_before, m, l, acc, D: tl.con
 
 @triton.jit
 def attend_rows(
-    row0, i_b, i_hk, i_chunk, first_chunk, Q, K0, K1, KS, KO, V0, V1, VS, OUT, M, S, BIAS, SLOPES, SINKS, RANGES, CUQ, CUK,
+    row0, i_b, i_hk, i_chunk, first_chunk,
+    Q, K0, K1, KS, KO, V0, V1, VS, OUT, M, S, BIAS, SLOPES, SINKS, RANGES, CUQ, CUK,
     sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sbb, sbh, sbn, sbj,
     B, Hkv, Nq, Nk, total, q_start, window, scale, softcap,
     GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr,
