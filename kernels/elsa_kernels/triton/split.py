@@ -215,8 +215,8 @@ def split_kv(
     one read and one write for the planes.
 
     kv_range [B, 2] int32: the keys that exist, the first of which tell the order of K's channels. cu_seqlens int32
-    [S + 1]: k and v [1, Hkv, tokens, D] hold S sequences of at most `longest` keys, each with scales and an order of its
-    own [S, Hkv, D].
+    [S + 1]: k and v [1, Hkv, tokens, D] hold S sequences of at most `longest` keys, each with scales and an order
+    [S, Hkv, D] of its own.
     """
     rows, Hkv, total, D = k.shape
     packed = cu_seqlens is not None
@@ -233,7 +233,8 @@ def split_kv(
     per_program = _AMAX_TILES if N > _MANY_KEYS else 1  # a maximum is the same however it is cut
     _amax_kernel[(triton.cdiv(N, _ROWS * per_program), B * Hkv)](
         k, v, amax[0], amax[1], order, kv_range, cu_seqlens, *strides, Hkv, N,
-        D=D, BD=BD, ROWS=_ROWS, TILES=per_program, PART=min(16, BD), SAMPLE=_SAMPLE, HAS_RANGES=kv_range is not None, VARLEN=packed,
+        D=D, BD=BD, ROWS=_ROWS, TILES=per_program, PART=min(16, BD), SAMPLE=_SAMPLE,
+        HAS_RANGES=kv_range is not None, VARLEN=packed,
     )  # fmt: skip
     _split_kernel[(triton.cdiv(N, _ROWS), B * Hkv)](
         k, v, amax[0], amax[1], order, cu_seqlens,
