@@ -15,14 +15,17 @@
 // memory, which serves as the accumulator of the last level. Where T does not fit the registers (TILE_SUMS 0), tiles
 // chain in O and SUPER is small. With CHAINS a chunk of DC is summed from zero too, before it is added to S; O gives its
 // registers to S meanwhile and waits in the shared memory of P. Boundaries lie at absolute key positions and a fully
-// masked tile is an exact identity: a row's bits depend on nothing else.
+// masked tile is an exact identity: a row's bits depend on the keys it sees and on the sequence's first (see below).
 //
-// A key with logit −∞ must contribute nothing even where its value is ∞ or NaN, but 0·∞ is NaN. Blocks whose result
-// is finite are right as they are; the others run once more, in a second launch, with every product guarded.
+// Three launches. `channel_order` looks whether some channels of K are far larger than the others, which are summed last
+// then. `attention_ieee` takes the heads where none are. `attention_ieee_rest` takes the other heads, whose copies have
+// to ask where a channel lies, and what is not finite: a key with logit −∞ must contribute nothing even where its value
+// is ∞ or NaN, but 0·∞ is NaN. Blocks whose result is finite are right as they are; the others run once more with every
+// product guarded.
 //
 // Needs: ELSA_HEAD (head dimension), ELSA_WARPS, ELSA_BN, ELSA_DC, ELSA_NC, ELSA_STAGES, ELSA_Q_RESIDENT, ELSA_VEC (4:
 // rows of V are 16-byte aligned, or 1), ELSA_SUPER, ELSA_TILE_SUMS, ELSA_MIN_BLOCKS, ELSA_UNROLL_K, ELSA_ALONG_ROWS,
-// ELSA_CHAINS, ELSA_LOGITS (1: softcap, ALiBi, bias or a scale that is not positive). tiles.py chooses them.
+// ELSA_CHAINS, ELSA_SHORT_KEYS, ELSA_LOGITS (1: softcap, ALiBi, bias or a scale that is not positive). tiles.py chooses them.
 
 constexpr int HEAD = ELSA_HEAD, D = (HEAD + 31) / 32 * 32;  // columns behind HEAD are zeros
 constexpr int WARPS = ELSA_WARPS, BN = ELSA_BN, DC = ELSA_DC, NC = ELSA_NC;
@@ -35,9 +38,10 @@ constexpr int QS = BM + 4, KS = BN + 4;
 constexpr int K_FLOATS = DC * KS + (Q_RESIDENT ? 0 : DC * QS), V_FLOATS = NC * D;
 constexpr int SLOT = K_FLOATS > V_FLOATS ? K_FLOATS : V_FLOATS;
 constexpr int RING = Q_RESIDENT ? D * QS : 0, PROBS = RING + STAGES * SLOT, KEPT = PROBS + BM * BN;
-// Keys by which channels are judged, and the exponents by which one has to stand out (see order_channels).
+// Keys by which channels are judged, and the exponents by which one has to stand out (see channel_order).
 constexpr int SAMPLE = 32, OUTLIER = 3;
-// With CHAINS, chains of SHORT in the tiles of the first SHORT_KEYS keys, whose sums no others outweigh; they cost 3 %.
+// With CHAINS, the tiles of the first keys are summed in shorter ones: where there are no others, the errors of chains
+// are all there is. They cost such a tile 3 %.
 constexpr int SHORT = 32, SHORT_TILES = ELSA_SHORT_KEYS / BN;
 static_assert(D <= 256 && D % DC == 0 && DC % 8 == 0, "head dimension");
 static_assert(BN % 64 == 0 && BN % NC == 0 && NC % 16 == 0, "keys per tile");
