@@ -25,7 +25,8 @@
 //
 // Needs: ELSA_HEAD (head dimension), ELSA_WARPS, ELSA_BN, ELSA_DC, ELSA_NC, ELSA_STAGES, ELSA_Q_RESIDENT, ELSA_VEC (4:
 // rows of V are 16-byte aligned, or 1), ELSA_SUPER, ELSA_TILE_SUMS, ELSA_MIN_BLOCKS, ELSA_UNROLL_K, ELSA_ALONG_ROWS,
-// ELSA_CHAINS, ELSA_SHORT_KEYS, ELSA_LOGITS (1: softcap, ALiBi, bias or a scale that is not positive). tiles.py chooses them.
+// ELSA_CHAINS, ELSA_SHORT_KEYS (a multiple of ELSA_BN), ELSA_LOGITS (1: softcap, ALiBi, bias or a scale that is not
+// positive). tiles.py chooses them.
 
 constexpr int HEAD = ELSA_HEAD, D = (HEAD + 31) / 32 * 32;  // columns behind HEAD are zeros
 constexpr int WARPS = ELSA_WARPS, BN = ELSA_BN, DC = ELSA_DC, NC = ELSA_NC;
@@ -276,7 +277,8 @@ __device__ __forceinline__ void read_qk(float (&x)[TM], float (&y)[TN], const fl
 }
 
 // S += Q[8 rows, depth]·K[TN keys, depth]ᵀ from their transposes; q and keys point at the thread's first row and key,
-// and move on by `depth`. Operands are read one step ahead; what a chunk's last step reads lies behind it, in shared memory, and is not used.
+// and move on by `depth`. Operands are read one step ahead; what a chunk's last step reads lies behind it, in shared
+// memory, and is not used.
 template <bool GUARD>
 __device__ __forceinline__ void multiply_qk(float (&S)[TM][TN], const float*& q, const float*& keys, int depth) {
   constexpr int UNROLL = GUARD ? 4 : 4 * ELSA_UNROLL_K;
