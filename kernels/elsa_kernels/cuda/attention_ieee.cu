@@ -17,10 +17,10 @@
 // registers to S meanwhile and waits in the shared memory of P. Boundaries lie at absolute key positions and a fully
 // masked tile is an exact identity: a row's bits depend on the keys it sees and on the sequence's first (see below).
 //
-// Three launches. `channel_order` looks whether some channels of K are far larger than the others, which are summed last
-// then. `attention_ieee` takes the heads where none are. `attention_ieee_rest` takes the other heads, whose copies have
-// to ask where a channel lies, and what is not finite: a key with logit −∞ must contribute nothing even where its value
-// is ∞ or NaN, but 0·∞ is NaN. Blocks whose result is finite are right as they are; the others run once more with every
+// Three launches. `channel_order` looks whether some channels of K are far larger than the others, to sum those last.
+// `attention_ieee` takes the heads where none are. `attention_ieee_rest` takes the other heads, whose copies have to
+// ask where a channel lies, and what is not finite: a key with logit −∞ must contribute nothing even where its value is
+// ∞ or NaN, but 0·∞ is NaN. Blocks whose result is finite are right as they are; the others run once more with every
 // product guarded.
 //
 // Needs: ELSA_HEAD (head dimension), ELSA_WARPS, ELSA_BN, ELSA_DC, ELSA_NC, ELSA_STAGES, ELSA_Q_RESIDENT, ELSA_VEC (4:
@@ -195,7 +195,9 @@ __device__ __forceinline__ Block locate(const Params& a, int index) {
 }
 
 // Of one key head: D channels in the order in which a logit's products are summed, then whether any has moved.
-__device__ __forceinline__ int* order_of(const Params& a, int b, int hk) { return a.order + (b * a.Hkv + hk) * (D + 1); }
+__device__ __forceinline__ int* order_of(const Params& a, int b, int hk) {
+  return a.order + (b * a.Hkv + hk) * (D + 1);
+}
 
 // Where the stream of chunks stands: a tile is K_STEPS chunks of K, then V_STEPS chunks of V.
 struct Cursor {
@@ -643,9 +645,9 @@ __device__ __forceinline__ bool run(const Params& a, const Block& k, float* shar
 
 // Channels of K that are far larger than most are summed last: what a logit's sum takes up behind its large products
 // rounds them again, and the order of a sum is free. The first SAMPLE keys of the sequence tell, and they alone: whoever
-// the queries are and however they are cut up, a row keeps its bits. A channel stands out if the exponent of its largest
-// finite value is by OUTLIER higher than that of half the channels or more; those go last by exponent, all others stay
-// as they lie. One block a key head.
+// the queries are and however they are cut up, a row keeps its bits. A channel stands out if the exponent of its
+// largest finite value is by OUTLIER higher than that of half the channels or more; those go last by exponent, all
+// others stay as they lie. One block a key head.
 extern "C" __global__ void __launch_bounds__(THREADS) channel_order(const Params a) {
   extern __shared__ __align__(16) float shared[];
   int *largest = (int*)shared, *rank = largest + D;
