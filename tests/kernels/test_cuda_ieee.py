@@ -287,7 +287,15 @@ class Host:
                 subprocess.run(command, check=True)
         return [ctypes.CDLL(str(path / f"{name}.so")) for name in ieee.KERNELS]
 
-    def launch(self, function: ctypes.CDLL, blocks: int, threads: int, shared: int, params: ctypes.Structure) -> None:
+    def launch(
+        self,
+        function: ctypes.CDLL,
+        blocks: int,
+        threads: int,
+        shared: int,
+        params: ctypes.Structure,
+        early: bool = False,
+    ) -> None:
         order = torch.arange(blocks, dtype=torch.int32)
         function.launch(ctypes.byref(params), blocks, ctypes.c_void_p(order.data_ptr()))
 
@@ -305,7 +313,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         mock.patch.object(ieee.driver, "launch", made.launch),
         mock.patch.multiple(
             torch.cuda, device=lambda device: contextlib.nullcontext(), current_device=lambda: 0,
-            get_device_properties=lambda index: SimpleNamespace(multi_processor_count=2),
+            get_device_properties=lambda index: SimpleNamespace(multi_processor_count=2, major=8),
         ),
     ):  # fmt: skip
         yield

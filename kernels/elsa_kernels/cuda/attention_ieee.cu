@@ -17,11 +17,11 @@
 // registers to S meanwhile and waits in the shared memory of P. Boundaries lie at absolute key positions and a fully
 // masked tile is an exact identity: a row's bits depend on the keys it sees and on the sequence's first (see below).
 //
-// Three launches. `channel_order` looks whether some channels of K are far larger than the others, to sum those last.
-// `attention_ieee` takes the heads where none are. `attention_ieee_rest` takes the other heads, whose copies have to
-// ask where a channel lies, and what is not finite: a key with logit −∞ must contribute nothing even where its value is
-// ∞ or NaN, but 0·∞ is NaN. Blocks whose result is finite are right as they are; the others run once more with every
-// product guarded.
+// Three launches. `channel_order` looks whether some channels of K are far larger than the others, which are summed last
+// then. `attention_ieee` does the work: twice there, since in a head with such channels every copy has to ask where a
+// channel lies, an addition more. A key with logit −∞ must contribute nothing even where its value is ∞ or NaN, but 0·∞
+// is NaN: blocks whose result is finite are right as they are, `attention_ieee_guarded` runs the others once more with
+// every product guarded.
 //
 // Needs: ELSA_HEAD (head dimension), ELSA_WARPS, ELSA_BN, ELSA_DC, ELSA_NC, ELSA_STAGES, ELSA_Q_RESIDENT, ELSA_VEC (4:
 // rows of V are 16-byte aligned, or 1), ELSA_SUPER, ELSA_TILE_SUMS, ELSA_MIN_BLOCKS, ELSA_UNROLL_K, ELSA_ALONG_ROWS,
@@ -118,6 +118,13 @@ template <int PENDING>
 __device__ __forceinline__ void copies_wait() {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+#endif
+}
+
+// Where a kernel starts before the one before it has ended: waits for what that one writes.
+__device__ __forceinline__ void predecessor_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
@@ -280,14 +287,15 @@ __device__ __forceinline__ void read_qk(float (&x)[TM], float (&y)[TN], const fl
 
 // S += Q[8 rows, depth]·K[TN keys, depth]ᵀ from their transposes; q and keys point at the thread's first row and key,
 // and move on by `depth`. Operands are read one step ahead; what a chunk's last step reads lies behind it, in shared
-// memory, and is not used.
+// memory, and is not used. Counting by a pointer is no whim: the compiler then deals out registers so that products wait
+// for a bank in 20 % of cases, else in 21 to 27 % (NOTES.md tells how they are counted).
 template <bool GUARD>
 __device__ __forceinline__ void multiply_qk(float (&S)[TM][TN], const float*& q, const float*& keys, int depth) {
   constexpr int UNROLL = GUARD ? 4 : 4 * ELSA_UNROLL_K;
   float x[2][TM], y[2][TN];
   read_qk(x[0], y[0], q, keys);
 #pragma unroll 1
-  for (int c = 0; c < depth; c += UNROLL) {
+  for (const float* end = keys + depth * KS; keys != end;) {
 #pragma unroll
     for (int e = 0; e < UNROLL; ++e) {
       read_qk(x[(e + 1) % 2], y[(e + 1) % 2], q + (e + 1) * QS, keys + (e + 1) * KS);
@@ -583,24 +591,27 @@ __device__ __forceinline__ bool run(const Params& a, const Block& k, float* shar
 
   int slot = 0;
   bool first = true, good = true;
-  auto attend = [&](int tile, int chain) {
+#pragma unroll 1
+  for (int tile = k.tile; tile < k.tile_end; ++tile) {
+    int chain = tile < SHORT_TILES ? SHORT : DC;
     float S[TM][TN];
     if (CHAINS) __syncwarp(), park(p, O, lane);  // all lanes have read P
     clear(S);
 #pragma unroll 1
     for (int step = 0; step < K_STEPS; ++step) {
-      const float* chunk = next_chunk<ORDERED>(a, k, shared, ahead, slot) + 4 * lane_col;
-      const float* q = (Q_RESIDENT ? shared + step * DC * QS : chunk - 4 * lane_col + DC * KS) + row0;
+      const float* chunk = next_chunk<ORDERED>(a, k, shared, ahead, slot);
+      const float* q = (Q_RESIDENT ? shared + step * DC * QS : chunk + DC * KS) + row0;
+      const float* keys = chunk + 4 * lane_col;
       if (CHAINS) {
 #pragma unroll 1
         for (int part = 0; part < DC; part += chain) {
           float C[TM][TN];
           clear(C);
-          multiply_qk<GUARD>(C, q, chunk, chain);
+          multiply_qk<GUARD>(C, q, keys, chain);
           add(S, C);
         }
       } else {
-        multiply_qk<GUARD>(S, q, chunk, DC);
+        multiply_qk<GUARD>(S, q, keys, DC);
       }
     }
     if (CHAINS) unpark(O, p, lane), __syncwarp();  // before any lane writes P
@@ -632,14 +643,7 @@ __device__ __forceinline__ bool run(const Params& a, const Block& k, float* shar
       good = flush<GUARD>(a, k, shared, O, m, l, row0, lane_col, first, last);
       first = false;
     }
-  };
-  constexpr bool APART = CHAINS && !GUARD && !ORDERED;  // a loop of its own costs the other nothing
-  int tile = k.tile;
-  if (APART)
-#pragma unroll 1
-    for (; tile < min(SHORT_TILES, k.tile_end); ++tile) attend(tile, SHORT);
-#pragma unroll 1
-  for (; tile < k.tile_end; ++tile) attend(tile, !APART && tile < SHORT_TILES ? SHORT : DC);
+  }
   return good;
 }
 
@@ -676,9 +680,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) channel_order(const Params
   moved = __syncthreads_or(moved);
   if (threadIdx.x == 0) order[D] = moved;
   for (int c = threadIdx.x; c < D; c += THREADS) {
-    int own = rank[c], place = 0;
-#pragma unroll 8
-    for (int i = 0; i < D; ++i) place += rank[i] < own || (rank[i] == own && i < c);
+    int own = rank[c], place = moved ? 0 : c;
+    if (moved)
+      for (int i = 0; i < D; ++i) place += rank[i] < own || (rank[i] == own && i < c);
     order[place] = c;
   }
 }
@@ -686,24 +690,15 @@ extern "C" __global__ void __launch_bounds__(THREADS) channel_order(const Params
 extern "C" __global__ void __launch_bounds__(THREADS, ELSA_MIN_BLOCKS) attention_ieee(const Params a) {
   extern __shared__ __align__(16) float shared[];
   Block k = locate(a, blockIdx.x);
-  if (order_of(a, k.b, k.hk)[D]) return;
-  bool good = run<false, false>(a, k, shared);
+  predecessor_wait();
+  bool good = order_of(a, k.b, k.hk)[D] ? run<false, true>(a, k, shared) : run<false, false>(a, k, shared);
   bool redo = __syncthreads_or(!good);
   if (threadIdx.x == 0) a.redo[blockIdx.x] = redo;
 }
 
-// The blocks whose channels have moved, and those whose result is not finite once more.
-extern "C" __global__ void __launch_bounds__(THREADS, ELSA_MIN_BLOCKS) attention_ieee_rest(const Params a) {
+// The blocks whose result is not finite, once more.
+extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_ieee_guarded(const Params a) {
   extern __shared__ __align__(16) float shared[];
-  for (int at = blockIdx.x; at < a.blocks; at += gridDim.x) {
-    Block k = locate(a, at);
-    bool redo;
-    if (order_of(a, k.b, k.hk)[D]) {
-      bool good = run<false, true>(a, k, shared);
-      redo = __syncthreads_or(!good);
-    } else {
-      redo = a.redo[at];
-    }
-    if (redo) run<true, true>(a, k, shared);
-  }
+  for (int at = blockIdx.x; at < a.blocks; at += gridDim.x)
+    if (a.redo[at]) run<true, true>(a, locate(a, at), shared);
 }

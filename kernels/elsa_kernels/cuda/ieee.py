@@ -9,12 +9,12 @@ from importlib.resources import files
 import torch
 
 from elsa_kernels.cuda import driver, nvrtc
+from elsa_kernels.cuda.linear_few import EARLY_LAUNCHES_IN_GRAPHS
 from elsa_kernels.cuda.tiles import Tile, choose
 from elsa_kernels.registry import Operands, Problem
 from elsa_kernels.state import State
 
-KERNELS = ("channel_order", "attention_ieee", "attention_ieee_rest")  # in the order of their launches
-REST_BLOCKS = 4  # a multiprocessor: so many at most look for what is left to do
+KERNELS = ("channel_order", "attention_ieee", "attention_ieee_guarded")  # in the order of their launches
 WIDEST_WINDOW = 1 << 29  # sums of two positions stay under 2³¹
 
 
@@ -94,13 +94,13 @@ def run_tile(problem: Problem, operands: Operands, tile: Tile) -> torch.Tensor |
         m, S = (torch.empty((B, H, Nq), dtype=torch.float32, device=device) for _ in range(2))
     blocks = -(-Nq // tile.rows) * B * H
     redo = torch.empty(blocks, dtype=torch.uint8, device=device)
-    order = torch.empty((B, problem.Hkv, tile.padded + 1), dtype=torch.int32, device=device)
+    channels = torch.empty((B, problem.Hkv, tile.padded + 1), dtype=torch.int32, device=device)
     params = Params(
         *(_pointer(t) for t in (q, k, v, out, m, S, alibi, bias, sinks, kv_range)),
         *(s for t in (q, k, v) for s in t.stride()[:3]),
         *(bias.stride() if bias is not None else (0, 0, 0, 0)),
         redo.data_ptr(),
-        order.data_ptr(),
+        channels.data_ptr(),
         *(B, H, problem.Hkv, Nq, problem.Nk, problem.q_start, int(problem.causal)),
         min(problem.window or 0, WIDEST_WINDOW),
         blocks,
@@ -110,11 +110,13 @@ def run_tile(problem: Problem, operands: Operands, tile: Tile) -> torch.Tensor |
     logits = problem.softcap is not None or alibi is not None or bias is not None or not problem.scale > 0
     with torch.cuda.device(device):
         index = torch.cuda.current_device()
-        rest = min(blocks, REST_BLOCKS * torch.cuda.get_device_properties(index).multi_processor_count)
-        found = kernels(index, tile, 4 if _aligned(v) else 1, logits)
-        grids = (B * problem.Hkv, 8 * tile.padded), (blocks, tile.shared_bytes), (rest, tile.shared_bytes)
-        for kernel, (grid, shared_bytes) in zip(found, grids):
-            driver.launch(kernel, grid, tile.threads, shared_bytes, params)
+        properties = torch.cuda.get_device_properties(index)
+        order, plain, guarded = kernels(index, tile, 4 if _aligned(v) else 1, logits)
+        driver.launch(order, B * problem.Hkv, tile.threads, 8 * tile.padded, params)
+        early = properties.major >= 9 and driver.version() >= EARLY_LAUNCHES_IN_GRAPHS
+        driver.launch(plain, blocks, tile.threads, tile.shared_bytes, params, early)
+        again = min(blocks, properties.multi_processor_count)
+        driver.launch(guarded, again, tile.threads, tile.shared_bytes, params)
     if m is not None and S is not None:
         return State(m, S, out)
     return out.to(q.dtype)
