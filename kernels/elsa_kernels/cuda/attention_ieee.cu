@@ -160,7 +160,7 @@ __device__ __forceinline__ void load_rows(float* to, const float* from, i64 row_
 
 // Fills to[DEPTH][STRIDE] with columns [col0, col0 + DEPTH) of rows [row0, row0 + ROWS) of Q or K, transposed; zeros
 // outside [first, end) × [0, HEAD). A warp copies 8 columns of 4 rows: whole sectors there, distinct banks here.
-// With ORDERED, column c is the order[c]-th of Q or K.
+// With ORDERED, column c is the order[c]-th of Q or K; where Q streams too, registers are too few to hold which.
 template <bool ORDERED, int ROWS, int DEPTH, int STRIDE>
 __device__ __forceinline__ void load_transposed(float* to, const float* from, i64 row_stride, int row0, int first,
                                                 int end, int col0, const int* order) {
@@ -171,15 +171,17 @@ __device__ __forceinline__ void load_transposed(float* to, const float* from, i6
   if (!ORDERED) from += col0 + c;
   to += c * STRIDE + r;
 #pragma unroll
-  for (int k = 0; k < DEPTH; k += 8) channel[k / 8] = ORDERED ? order[col0 + c + k] : k;
+  for (int k = 0; k < DEPTH; k += 8) channel[k / 8] = ORDERED && Q_RESIDENT ? order[col0 + c + k] : k;
 #pragma unroll
   for (int pass = 0; pass < ROWS; pass += PASS) {
     int row = row0 + r + pass;
     bool valid = row >= first && row < end;
     if (ROWS % PASS == 0 || r + pass < ROWS)
 #pragma unroll
-      for (int k = 0; k < DEPTH; k += 8)
-        copy<1>(to + k * STRIDE + pass, from + channel[k / 8], valid && (HEAD == D || col0 + c + k < HEAD));
+      for (int k = 0; k < DEPTH; k += 8) {
+        int at = ORDERED && !Q_RESIDENT ? order[col0 + c + k] : channel[k / 8];
+        copy<1>(to + k * STRIDE + pass, from + at, valid && (HEAD == D || col0 + c + k < HEAD));
+      }
     from += PASS * row_stride;
   }
 }
