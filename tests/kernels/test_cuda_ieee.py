@@ -390,27 +390,28 @@ def test_every_tile(head_dim: int, choice: int) -> None:
     judge(out, attention_reference(q, k, v, causal=True), torch.float32)
 
 
-def test_a_logit_is_summed_in_chains(form: Form) -> None:
-    """A chain loses every product of 1 behind one of 2²⁴: 3 · 32 are kept of the first 1024 keys, 64 of the others."""
+@pytest.mark.parametrize(("keys", "chain"), [(1024, 32), (1152, 64)])
+def test_logits_are_summed_in_chains(form: Form, keys: int, chain: int) -> None:
+    """A chain loses every product of 1 behind one of 2²⁴: of the first key's, those of the first chain."""
     if not form.chains(128):
         pytest.skip("no tile with chains fits this device")
-    q, k, v = torch.ones(1, 1, 2, 128), torch.ones(1, 1, 1280, 128), torch.zeros(1, 1, 1280, 128)
-    q[..., 0], v[:, :, 1024:] = 2.0**24, 1.0
-    out = form.attention(q, k, v, scale=1 / 32)
-    torch.testing.assert_close(out, torch.full_like(out, 1 / (1 + 4 * math.e)), rtol=1e-5, atol=0.0)
+    q, k, v = torch.ones(1, 1, 2, 128), torch.zeros(1, 1, keys, 128), torch.zeros(1, 1, keys, 128)
+    q[..., 0] = 2.0**24
+    k[..., 0], k[:, :, 0], v[:, :, 0] = 1.0, 1.0, 1.0
+    out = form.attention(q, k, v, scale=1 / 16)
+    weight = math.exp((128 - chain) / 16)
+    torch.testing.assert_close(out, torch.full_like(out, weight / (weight + keys - 1)), rtol=1e-5, atol=0.0)
 
 
-def test_an_output_is_summed_in_chains(form: Form) -> None:
-    """As above, with values of 1 behind one of 2²⁴: of a chain's length, all but the first's are kept."""
+@pytest.mark.parametrize(("keys", "chain"), [(1024, 32), (1152, 64)])
+def test_outputs_are_summed_in_chains(form: Form, keys: int, chain: int) -> None:
+    """As above, with values of 1 behind one of 2²⁴."""
     if not form.chains(128):
         pytest.skip("no tile with chains fits this device")
-    for first, lost in ((0, 31), (1024, 63)):
-        q, k, v = torch.zeros(1, 1, 2, 128), torch.zeros(1, 1, 1280, 128), torch.ones(1, 1, 1280, 128)
-        v[:, :, :first] = 0.0
-        v[:, :, first] = 2.0**24
-        out = form.attention(q, k, v)
-        kept = 1280 - first - 1 - lost
-        torch.testing.assert_close(out * 1280 - 2.0**24, torch.full_like(out, kept), rtol=0.0, atol=4.0)
+    q, k, v = torch.zeros(1, 1, 2, 128), torch.zeros(1, 1, keys, 128), torch.ones(1, 1, keys, 128)
+    v[:, :, 0] = 2.0**24
+    out = form.attention(q, k, v)
+    torch.testing.assert_close(out * keys - 2.0**24, torch.full_like(out, keys - chain), rtol=0.0, atol=4.0)
 
 
 @pytest.mark.parametrize("head_dim", [40, 100, 128, 192])

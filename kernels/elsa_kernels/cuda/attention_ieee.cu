@@ -15,7 +15,8 @@
 // memory, which serves as the accumulator of the last level. Where T does not fit the registers (TILE_SUMS 0), tiles
 // chain in O and SUPER is small. With CHAINS a chunk of DC is summed from zero too, before it is added to S; O gives its
 // registers to S meanwhile and waits in the shared memory of P. Boundaries lie at absolute key positions and a fully
-// masked tile is an exact identity: a row's bits depend on the keys it sees and on the sequence's first (see below).
+// masked tile is an exact identity: a row's bits depend on the keys it sees, on the sequence's first keys and on their
+// number (see below).
 //
 // Three launches. `channel_order` looks whether some channels of K are far larger than the others, which are summed last
 // then. `attention_ieee` does the work: twice there, since in a head with such channels every copy has to ask where a
@@ -25,8 +26,8 @@
 //
 // Needs: ELSA_HEAD (head dimension), ELSA_WARPS, ELSA_BN, ELSA_DC, ELSA_NC, ELSA_STAGES, ELSA_Q_RESIDENT, ELSA_VEC (4:
 // rows of V are 16-byte aligned, or 1), ELSA_SUPER, ELSA_TILE_SUMS, ELSA_MIN_BLOCKS, ELSA_UNROLL_K, ELSA_ALONG_ROWS,
-// ELSA_CHAINS, ELSA_SHORT_KEYS (a multiple of ELSA_BN), ELSA_LOGITS (1: softcap, ALiBi, bias or a scale that is not
-// positive). tiles.py chooses them.
+// ELSA_CHAINS, ELSA_SHORT_KEYS, ELSA_LOGITS (1: softcap, ALiBi, bias or a scale that is not positive). tiles.py chooses
+// them.
 
 constexpr int HEAD = ELSA_HEAD, D = (HEAD + 31) / 32 * 32;  // columns behind HEAD are zeros
 constexpr int WARPS = ELSA_WARPS, BN = ELSA_BN, DC = ELSA_DC, NC = ELSA_NC;
@@ -41,9 +42,9 @@ constexpr int SLOT = K_FLOATS > V_FLOATS ? K_FLOATS : V_FLOATS;
 constexpr int RING = Q_RESIDENT ? D * QS : 0, PROBS = RING + STAGES * SLOT, KEPT = PROBS + BM * BN;
 // Keys by which channels are judged, and the exponents by which one has to stand out (see channel_order).
 constexpr int SAMPLE = 32, OUTLIER = 3;
-// With CHAINS, the tiles of the first keys are summed in shorter ones: where there are no others, the errors of chains
-// are all there is. They cost such a tile 3 %.
-constexpr int SHORT = 32, SHORT_TILES = ELSA_SHORT_KEYS / BN;
+// With CHAINS, sequences of so few keys are summed in shorter ones: the errors of chains are all there is where tiles are
+// few. They cost 3 %.
+constexpr int SHORT = 32, SHORT_KEYS = ELSA_SHORT_KEYS;
 static_assert(D <= 256 && D % DC == 0 && DC % 8 == 0, "head dimension");
 static_assert(BN % 64 == 0 && BN % NC == 0 && NC % 16 == 0, "keys per tile");
 static_assert(!CHAINS || (TILE_SUMS && D % 64 == 0 && BN >= D), "O waits where P will be");
@@ -591,11 +592,10 @@ __device__ __forceinline__ bool run(const Params& a, const Block& k, float* shar
   Cursor ahead = {k.tile, 0, 0};
   for (int i = 0; i < STAGES - 1; ++i) issue<ORDERED>(a, k, shared, ahead);
 
-  int slot = 0;
+  int slot = 0, chain = k.hi - k.lo <= SHORT_KEYS ? SHORT : DC;
   bool first = true, good = true;
 #pragma unroll 1
   for (int tile = k.tile; tile < k.tile_end; ++tile) {
-    int chain = tile < SHORT_TILES ? SHORT : DC;
     float S[TM][TN];
     if (CHAINS) __syncwarp(), park(p, O, lane);  // all lanes have read P
     clear(S);

@@ -22,7 +22,7 @@ ROWS_PER_WARP = 16
 HEAD_DIM_STEP = 32
 MAX_HEAD_DIM = 256
 MERGE_EVERY = 1024  # keys summed in registers before they are merged into global memory
-SHORT_KEYS = 1024  # the first, which tiles with chains sum in shorter ones
+SHORT_KEYS = 1024  # of a sequence, up to which tiles with chains have shorter ones
 MERGE_EVERY_CHAINED = 512  # the same where tiles have no sums of their own
 
 
