@@ -95,7 +95,7 @@ def _innermost_loops(instructions: list[str]) -> list[list[str]]:
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_products_are_ffma_and_nothing_touches_a_tensor_core(head_dim: int, tmp_path: Path) -> None:
     instructions = _instructions(_cubin(tiles.candidates(head_dim)[0], 90), tmp_path)
-    assert set(instructions) == set(ieee.KERNELS)
+    assert set(instructions) == set(ieee.names(tiles.candidates(head_dim)[0]))
     for name, body in instructions.items():
         opcodes = [x.split()[0].split(".")[0] for x in body if not x.startswith(".L")]
         assert len(opcodes) > (1000 if name.startswith("attention") else 100)
@@ -271,7 +271,7 @@ class Host:
     def __init__(self, room: Path) -> None:
         self.room = room
 
-    def kernels(self, device: int, tile: tiles.Tile, vector: int, logits: bool) -> list[ctypes.CDLL]:
+    def kernels(self, device: int, tile: tiles.Tile, vector: int, logits: bool) -> dict[str, ctypes.CDLL]:
         text = re.sub(r"// machine: begin.*?// machine: end", "", ieee.source(), flags=re.S)
         text = text.replace("extern __shared__ __align__(16) float", "alignas(16) static float")
         text = text.replace("float shared[];", f"float shared[{tile.shared_bytes // 4}];")
@@ -280,12 +280,12 @@ class Host:
         if not path.exists():
             path.mkdir()
             (path / "kernel.cu").write_text(text)
-            for name in ieee.KERNELS:
+            for name in ieee.names(tile):
                 command = ["g++", "-std=gnu++20", "-O1", "-mfma", "-ffp-contract=off", "-w", "-fno-strict-aliasing"]
                 command += ["-shared", "-fPIC", f"-DELSA_ENTRY={name}", "-DELSA_FP32=1", f'-DKERNEL="{path}/kernel.cu"']
                 command += [*defines, "-o", f"{path}/{name}.so", str(Path(__file__).with_name("cuda_on_host.cpp"))]
                 subprocess.run(command, check=True)
-        return [ctypes.CDLL(str(path / f"{name}.so")) for name in ieee.KERNELS]
+        return {name: ctypes.CDLL(str(path / f"{name}.so")) for name in ieee.names(tile)}
 
     def launch(
         self,

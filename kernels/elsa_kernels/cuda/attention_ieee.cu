@@ -18,11 +18,12 @@
 // masked tile is an exact identity: a row's bits depend on the keys it sees, on the sequence's first keys and on their
 // number (see below).
 //
-// Three launches. `channel_order` looks whether some channels of K are far larger than the others, which are summed last
-// then. `attention_ieee` does the work: twice there, since in a head with such channels every copy has to ask where a
-// channel lies, an addition more. A key with logit −∞ must contribute nothing even where its value is ∞ or NaN, but 0·∞
-// is NaN: blocks whose result is finite are right as they are, `attention_ieee_guarded` runs the others once more with
-// every product guarded.
+// The launches: `channel_order` looks whether some channels of K are far larger than the others, which are summed last
+// then; `attention_ieee`, or with CHAINS `attention_ieee_short` for short sequences, takes the heads where none are, and
+// `attention_ieee_ordered` the others, where every copy has to ask where a channel lies. A key with logit −∞ must
+// contribute nothing even where its value is ∞ or NaN, but 0·∞ is NaN: blocks whose result is finite are right as they
+// are, `attention_ieee_guarded` runs the others once more with every product guarded. One kernel for all would be
+// slower: the instruction cache is small, and registers are dealt out for all of a kernel.
 //
 // Needs: ELSA_HEAD (head dimension), ELSA_WARPS, ELSA_BN, ELSA_DC, ELSA_NC, ELSA_STAGES, ELSA_Q_RESIDENT, ELSA_VEC (4:
 // rows of V are 16-byte aligned, or 1), ELSA_SUPER, ELSA_TILE_SUMS, ELSA_MIN_BLOCKS, ELSA_UNROLL_K, ELSA_ALONG_ROWS,
@@ -290,15 +291,14 @@ __device__ __forceinline__ void read_qk(float (&x)[TM], float (&y)[TN], const fl
 
 // S += Q[8 rows, depth]·K[TN keys, depth]ᵀ from their transposes; q and keys point at the thread's first row and key,
 // and move on by `depth`. Operands are read one step ahead; what a chunk's last step reads lies behind it, in shared
-// memory, and is not used. It is counted by a pointer because the compiler then deals out registers with fewer conflicts:
-// 1.20 cycles a product, counted as NOTES.md says, for 1.21 to 1.27 in the other forms tried.
+// memory, and is not used.
 template <bool GUARD>
 __device__ __forceinline__ void multiply_qk(float (&S)[TM][TN], const float*& q, const float*& keys, int depth) {
   constexpr int UNROLL = GUARD ? 4 : 4 * ELSA_UNROLL_K;
   float x[2][TM], y[2][TN];
   read_qk(x[0], y[0], q, keys);
 #pragma unroll 1
-  for (const float* end = keys + depth * KS; keys != end;) {
+  for (int c = 0; c < depth; c += UNROLL) {
 #pragma unroll
     for (int e = 0; e < UNROLL; ++e) {
       read_qk(x[(e + 1) % 2], y[(e + 1) % 2], q + (e + 1) * QS, keys + (e + 1) * KS);
@@ -572,8 +572,11 @@ __device__ __forceinline__ bool flush(const Params& a, const Block& k, float* sh
   return good;
 }
 
-// The whole work of a block; returns whether every sum of this thread is finite.
-template <bool GUARD, bool ORDERED>
+// Products of a chain, for the number of keys that the block's sequence has.
+__device__ __forceinline__ int chain_of(const Block& k) { return k.hi - k.lo <= SHORT_KEYS ? SHORT : DC; }
+
+// The whole work of a block; returns whether every sum of this thread is finite. CHAIN: what chain_of says of it, or 0.
+template <bool GUARD, bool ORDERED, int CHAIN>
 __device__ __forceinline__ bool run(const Params& a, const Block& k, float* shared) {
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32, lane_row = lane & 1, lane_col = lane >> 1;
   int row0 = 16 * warp + 4 * lane_row;
@@ -592,7 +595,7 @@ __device__ __forceinline__ bool run(const Params& a, const Block& k, float* shar
   Cursor ahead = {k.tile, 0, 0};
   for (int i = 0; i < STAGES - 1; ++i) issue<ORDERED>(a, k, shared, ahead);
 
-  int slot = 0, chain = k.hi - k.lo <= SHORT_KEYS ? SHORT : DC;
+  int slot = 0, chain = CHAIN ? CHAIN : chain_of(k);
   bool first = true, good = true;
 #pragma unroll 1
   for (int tile = k.tile; tile < k.tile_end; ++tile) {
@@ -663,12 +666,15 @@ extern "C" __global__ void __launch_bounds__(THREADS) channel_order(const Params
   int* order = order_of(a, b, hk);
   for (int c = threadIdx.x; c < D; c += THREADS) largest[c] = c < HEAD ? 0 : 256;
   __syncthreads();
+  int bits[SAMPLE * D / THREADS];  // loaded together, or each maximum would wait for the one before
 #pragma unroll
   for (int i = 0; i < SAMPLE * D / THREADS; ++i) {
     int j = (i * THREADS + threadIdx.x) / D, c = (i * THREADS + threadIdx.x) % D;
-    int x = c < HEAD && lo + j < hi ? __float_as_int(keys[j * a.k_n + c]) & 0x7fffffff : 0;
-    if (x < 0x7f800000 && x > 0) atomicMax(largest + c, x >> 23);
+    bits[i] = c < HEAD && lo + j < hi ? __float_as_int(keys[j * a.k_n + c]) & 0x7fffffff : 0;
   }
+#pragma unroll
+  for (int i = 0; i < SAMPLE * D / THREADS; ++i)
+    if (bits[i] < 0x7f800000) atomicMax(largest + (i * THREADS + threadIdx.x) % D, bits[i] >> 23);
   __syncthreads();
   bool moved = false;
   for (int c = threadIdx.x; c < D; c += THREADS) {
@@ -689,18 +695,38 @@ extern "C" __global__ void __launch_bounds__(THREADS) channel_order(const Params
   }
 }
 
+template <bool ORDERED, int CHAIN>
+__device__ __forceinline__ void attend(const Params& a, int index, float* shared) {
+  Block k = locate(a, index);
+  bool moved = order_of(a, k.b, k.hk)[D];
+  if (moved != ORDERED || (CHAIN && CHAIN != chain_of(k))) return;
+  bool good = run<false, ORDERED, CHAIN>(a, k, shared);
+  bool redo = __syncthreads_or(!good);
+  if (threadIdx.x == 0) a.redo[index] = redo;
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, ELSA_MIN_BLOCKS) attention_ieee(const Params a) {
   extern __shared__ __align__(16) float shared[];
-  Block k = locate(a, blockIdx.x);
   predecessor_wait();
-  bool good = order_of(a, k.b, k.hk)[D] ? run<false, true>(a, k, shared) : run<false, false>(a, k, shared);
-  bool redo = __syncthreads_or(!good);
-  if (threadIdx.x == 0) a.redo[blockIdx.x] = redo;
+  attend<false, CHAINS ? DC : 0>(a, blockIdx.x, shared);
+}
+
+#if ELSA_CHAINS
+extern "C" __global__ void __launch_bounds__(THREADS, ELSA_MIN_BLOCKS) attention_ieee_short(const Params a) {
+  extern __shared__ __align__(16) float shared[];
+  predecessor_wait();
+  attend<false, SHORT>(a, blockIdx.x, shared);
+}
+#endif
+
+extern "C" __global__ void __launch_bounds__(THREADS, ELSA_MIN_BLOCKS) attention_ieee_ordered(const Params a) {
+  extern __shared__ __align__(16) float shared[];
+  for (int at = blockIdx.x; at < a.blocks; at += gridDim.x) attend<true, 0>(a, at, shared);
 }
 
 // The blocks whose result is not finite, once more.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_ieee_guarded(const Params a) {
   extern __shared__ __align__(16) float shared[];
   for (int at = blockIdx.x; at < a.blocks; at += gridDim.x)
-    if (a.redo[at]) run<true, true>(a, locate(a, at), shared);
+    if (a.redo[at]) run<true, true, 0>(a, locate(a, at), shared);
 }

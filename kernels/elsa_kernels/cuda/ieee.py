@@ -10,11 +10,12 @@ import torch
 
 from elsa_kernels.cuda import driver, nvrtc
 from elsa_kernels.cuda.linear_few import EARLY_LAUNCHES_IN_GRAPHS
-from elsa_kernels.cuda.tiles import Tile, choose
+from elsa_kernels.cuda.tiles import SHORT_KEYS, Tile, choose
 from elsa_kernels.registry import Operands, Problem
 from elsa_kernels.state import State
 
-KERNELS = ("channel_order", "attention_ieee", "attention_ieee_guarded")  # in the order of their launches
+PLAIN = ("attention_ieee", "attention_ieee_short")
+KERNELS = ("channel_order", *PLAIN, "attention_ieee_ordered", "attention_ieee_guarded")
 WIDEST_WINDOW = 1 << 29  # sums of two positions stay under 2³¹
 
 
@@ -36,13 +37,18 @@ def source() -> str:
     return files("elsa_kernels.cuda").joinpath("attention_ieee.cu").read_text()
 
 
+def names(tile: Tile) -> list[str]:
+    """The kernels that a tile has, in the order of their launches."""
+    return [name for name in KERNELS if tile.chains or name != "attention_ieee_short"]
+
+
 @functools.cache
-def kernels(device: int, tile: Tile, vector: int, logits: bool) -> list[ctypes.c_void_p]:
-    """The kernels of KERNELS on `device`, compiled or taken from the cache."""
+def kernels(device: int, tile: Tile, vector: int, logits: bool) -> dict[str, ctypes.c_void_p]:
+    """The tile's kernels on `device`, compiled or taken from the cache."""
     major, minor = torch.cuda.get_device_capability(device)
     cubin = nvrtc.cached_cubin(source(), 10 * major + minor, tile.defines(vector=vector, logits=logits))
     module = driver.Module(cubin)
-    return [module.function(name, tile.shared_bytes) for name in KERNELS]
+    return {name: module.function(name, tile.shared_bytes) for name in names(tile)}
 
 
 def _aligned(*tensors: torch.Tensor) -> bool:
@@ -73,6 +79,13 @@ def run(problem: Problem, operands: Operands) -> torch.Tensor | State:
     if tile is None:
         raise ValueError(f"head dimension {problem.D} fits no tile on {problem.device}; ask `supports` first")
     return run_tile(problem, operands, tile)
+
+
+def _unneeded(keys: int, tile: Tile) -> str | None:
+    """Of the two kernels for long and for short sequences, the one without work where all have so many keys."""
+    if not tile.chains:
+        return None
+    return "attention_ieee" if keys <= SHORT_KEYS else "attention_ieee_short"
 
 
 def run_tile(problem: Problem, operands: Operands, tile: Tile) -> torch.Tensor | State:
@@ -111,12 +124,16 @@ def run_tile(problem: Problem, operands: Operands, tile: Tile) -> torch.Tensor |
     with torch.cuda.device(device):
         index = torch.cuda.current_device()
         properties = torch.cuda.get_device_properties(index)
-        order, plain, guarded = kernels(index, tile, 4 if _aligned(v) else 1, logits)
-        driver.launch(order, B * problem.Hkv, tile.threads, 8 * tile.padded, params)
         early = properties.major >= 9 and driver.version() >= EARLY_LAUNCHES_IN_GRAPHS
-        driver.launch(plain, blocks, tile.threads, tile.shared_bytes, params, early)
-        again = min(blocks, properties.multi_processor_count)
-        driver.launch(guarded, again, tile.threads, tile.shared_bytes, params)
+        some = min(blocks, properties.multi_processor_count * tile.blocks_per_sm)
+        unneeded = set() if problem.has_kv_range else {_unneeded(problem.Nk, tile)}
+        for name, kernel in kernels(index, tile, 4 if _aligned(v) else 1, logits).items():
+            if name == "channel_order":
+                driver.launch(kernel, B * problem.Hkv, tile.threads, 8 * tile.padded, params)
+            elif name not in PLAIN:
+                driver.launch(kernel, some, tile.threads, tile.shared_bytes, params)
+            elif name not in unneeded:
+                driver.launch(kernel, blocks, tile.threads, tile.shared_bytes, params, early)
     if m is not None and S is not None:
         return State(m, S, out)
     return out.to(q.dtype)

@@ -319,13 +319,14 @@ def attend_rows(
         # The scale's sign, or its being 0, goes into Q: the largest product is then the largest logit, and −∞ stays −∞.
         sign = tl.where(scale < 0, -1.0, tl.where(scale == 0, 0.0, 1.0))
         unit = tl.abs(unit)
-    o_scale = (i_b64 * Hkv + i_hk64) * D
+    i_head = i_b64 * Hkv + i_hk64
+    o_scale = i_head * D
     SPLIT: tl.constexpr = MODE == "split" or MODE == "inline"
     HALF: tl.constexpr = BD // 2 if MODE == "split" and BD >= 128 else BD
     channels = tl.arange(0, HALF)
     o_c = channels
     if MODE == "split":  # in the order of K's planes
-        o_c = tl.load(KO + o_scale + channels, mask=channels < D, other=0)
+        o_c = tl.load(KO + i_head * (D + 1) + channels, mask=channels < D, other=0)
     q = tl.load(Q + o_q[:, None] + o_c[None, :], mask=valid[:, None] & (channels[None, :] < D), other=0.0)
     if not SCALED:
         q = (q * sign).to(q.dtype)
@@ -338,7 +339,7 @@ def attend_rows(
         largest = row_exponents(q, e_k)
         if HALF != BD:
             beyond = channels + HALF
-            o_c = tl.load(KO + o_scale + beyond, mask=beyond < D, other=0)
+            o_c = tl.load(KO + i_head * (D + 1) + beyond, mask=beyond < D, other=0)
             qb = tl.load(Q + o_q[:, None] + o_c[None, :], mask=valid[:, None] & (beyond[None, :] < D), other=0.0)
             if not SCALED:
                 qb *= sign
