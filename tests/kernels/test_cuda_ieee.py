@@ -32,9 +32,6 @@ KIB = 1024
 SHARED_LIMITS = {60: 48 * KIB, 61: 48 * KIB, 62: 48 * KIB, 70: 96 * KIB, 75: 64 * KIB, 80: 163 * KIB, 86: 99 * KIB,
                  90: 227 * KIB}  # fmt: skip
 
-ON_HOST = ["causal", "gqa", "outlier_channels", "everything", "non_finite_values", "head_dim_80", "infinite_key",
-           "garbage_outside_kv_range"]  # fmt: skip
-
 needs_nvrtc = pytest.mark.skipif(nvrtc.unavailable() is not None, reason=f"{nvrtc.unavailable()}")
 
 
@@ -352,7 +349,7 @@ def _relerr(out: torch.Tensor, truth: torch.Tensor) -> float:
     return float((out - truth).norm() / truth.norm())
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.name in ON_HOST], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_cases_on_the_host(case: Case, host: None) -> None:
     check(case, "ieee_on_host", "cpu", torch.float32, precision="ieee")
 
@@ -412,6 +409,19 @@ def test_outputs_are_summed_in_chains(form: Form, keys: int, chain: int) -> None
     v[:, :, 0] = 2.0**24
     out = form.attention(q, k, v)
     torch.testing.assert_close(out * keys - 2.0**24, torch.full_like(out, keys - chain), rtol=0.0, atol=4.0)
+
+
+def test_sequences_of_both_kinds_in_one_batch(form: Form) -> None:
+    """Short and long, with large channels and without: the bits that each has alone."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 9, 128), torch.randn(3, 1, 1100, 128), torch.randn(3, 1, 1100, 128)
+    k[2, :, :, 7] *= 100.0
+    exist = torch.tensor([[0, 1100], [0, 600], [0, 1100]], dtype=torch.int32)
+    together = form.attention(q, k, v, kv_range=exist)
+    for b, (_, end) in enumerate(exist.tolist()):
+        alone = form.attention(q[b : b + 1], k[b : b + 1, :, :end], v[b : b + 1, :, :end])
+        assert torch.equal(together[b : b + 1], alone)
+        judge(alone, attention_reference(q[b : b + 1], k[b : b + 1, :, :end], v[b : b + 1, :, :end]), torch.float32)
 
 
 @pytest.mark.parametrize("head_dim", [40, 100, 128, 192])
