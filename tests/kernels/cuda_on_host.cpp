@@ -25,11 +25,15 @@ struct uint2 {
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
+struct alignas(8) float2 {
+  float x, y;
+};
 struct alignas(16) float4 {
   float x, y, z, w;
 };
 static uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 static uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+static float2 make_float2(float x, float y) { return {x, y}; }
 static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 static int min(int a, int b) { return b < a ? b : a; }
 static int max(int a, int b) { return a < b ? b : a; }
@@ -110,10 +114,21 @@ static T __ldcg(const T* p) {
   return *p;
 }
 template <class T>
+static T __ldg(const T* p) {
+  return *p;
+}
+template <class T>
 static void __stcg(T* p, T v) {
   *p = v;
 }
+static int atomicMax(int* p, int v) {
+  const int old = *p;
+  *p = max(old, v);
+  return old;
+}
+static int __float_as_int(float v) { return *reinterpret_cast<int*>(&v); }
 static float __int_as_float(int v) { return *reinterpret_cast<float*>(&v); }
+static unsigned __float_as_uint(float v) { return *reinterpret_cast<unsigned*>(&v); }
 static float __uint_as_float(unsigned v) { return *reinterpret_cast<float*>(&v); }
 static unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
   const uint64_t both = (uint64_t)b << 32 | a;

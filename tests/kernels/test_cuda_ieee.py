@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import functools
+import hashlib
+import math
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
 
 import elsa_kernels
 import pytest
 import torch
-from elsa_kernels import Operands, Problem
+from elsa_kernels import Operands, Problem, registry
 from elsa_kernels.cuda import ieee, nvrtc, supports, tiles
 from elsa_kernels.reference import attention_reference
 
@@ -85,10 +92,10 @@ def _innermost_loops(instructions: list[str]) -> list[list[str]]:
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_products_are_ffma_and_nothing_touches_a_tensor_core(head_dim: int, tmp_path: Path) -> None:
     instructions = _instructions(_cubin(tiles.candidates(head_dim)[0], 90), tmp_path)
-    assert set(instructions) == {"attention_ieee", "attention_ieee_guarded"}
-    for body in instructions.values():
+    assert set(instructions) == set(ieee.names(tiles.candidates(head_dim)[0]))
+    for name, body in instructions.items():
         opcodes = [x.split()[0].split(".")[0] for x in body if not x.startswith(".L")]
-        assert len(opcodes) > 1000
+        assert len(opcodes) > (1000 if name.startswith("attention") else 100)
         assert not [x for x in opcodes if TENSOR_CORE.match(x)]
     hot = [
         body
@@ -255,12 +262,96 @@ def test_old_devices_take_fp32_too(monkeypatch: pytest.MonkeyPatch) -> None:
     assert supports(dataclasses.replace(PROBLEM, precision="fp32")) is None
 
 
+class Host:
+    """Stands in for a device: tests/kernels/cuda_on_host.cpp, compiled once a variant."""
+
+    def __init__(self, room: Path) -> None:
+        self.room = room
+
+    def kernels(self, device: int, tile: tiles.Tile, vector: int, logits: bool) -> dict[str, ctypes.CDLL]:
+        text = re.sub(r"// machine: begin.*?// machine: end", "", ieee.source(), flags=re.S)
+        text = text.replace("extern __shared__ __align__(16) float", "alignas(16) static float")
+        text = text.replace("float shared[];", f"float shared[{tile.shared_bytes // 4}];")
+        defines = [f"-D{name}={value}" for name, value in tile.defines(vector=vector, logits=logits).items()]
+        path = self.room / hashlib.sha256(repr((text, defines)).encode()).hexdigest()[:16]
+        if not path.exists():
+            path.mkdir()
+            (path / "kernel.cu").write_text(text)
+            for name in ieee.names(tile):
+                command = ["g++", "-std=gnu++20", "-O1", "-mfma", "-ffp-contract=off", "-w", "-fno-strict-aliasing"]
+                command += ["-shared", "-fPIC", f"-DELSA_ENTRY={name}", "-DELSA_FP32=1", f'-DKERNEL="{path}/kernel.cu"']
+                command += [*defines, "-o", f"{path}/{name}.so", str(Path(__file__).with_name("cuda_on_host.cpp"))]
+                subprocess.run(command, check=True)
+        return {name: ctypes.CDLL(str(path / f"{name}.so")) for name in ieee.names(tile)}
+
+    def launch(
+        self,
+        function: ctypes.CDLL,
+        blocks: int,
+        threads: int,
+        shared: int,
+        params: ctypes.Structure,
+        early: bool = False,
+    ) -> None:
+        order = torch.arange(blocks, dtype=torch.int32)
+        function.launch(ctypes.byref(params), blocks, ctypes.c_void_p(order.data_ptr()))
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The kernel as the implementation "ieee_on_host", with the tiles of sm_90."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ here")
+    made = Host(tmp_path_factory.mktemp("cuda"))
+    entry = registry.Implementation("ieee_on_host", -2, lambda problem: None, ieee.run)
+    with (
+        mock.patch.dict(registry._implementations, {"ieee_on_host": entry}),
+        mock.patch.multiple(ieee, kernels=made.kernels, shared_limit=lambda index: SHARED_LIMITS[90]),
+        mock.patch.object(ieee.driver, "launch", made.launch),
+        mock.patch.multiple(
+            torch.cuda, device=lambda device: contextlib.nullcontext(), current_device=lambda: 0,
+            get_device_properties=lambda index: SimpleNamespace(multi_processor_count=2, major=8),
+        ),
+    ):  # fmt: skip
+        yield
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """Where a test runs the kernel: takes and returns tensors of the CPU."""
+
+    device: str
+    impl: str
+
+    def attention(self, *tensors: torch.Tensor, **options: Any) -> torch.Tensor:
+        on_device = [x.to(self.device) for x in tensors]
+        options = {name: x.to(self.device) if torch.is_tensor(x) else x for name, x in options.items()}
+        return elsa_kernels.attention(*on_device, impl=self.impl, precision="ieee", **options).cpu()
+
+    def chains(self, head_dim: int) -> bool:
+        tile = tiles.choose(head_dim, ieee.shared_limit(0))
+        return tile is not None and tile.chains
+
+
+@pytest.fixture(params=["host", pytest.param("gpu", marks=pytest.mark.gpu)])
+def form(request: pytest.FixtureRequest) -> Form:
+    if request.param == "gpu":
+        return Form("cuda", "cuda_ieee")
+    request.getfixturevalue("host")
+    return Form("cpu", "ieee_on_host")
+
+
 def _random(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, device="cuda")
 
 
 def _relerr(out: torch.Tensor, truth: torch.Tensor) -> float:
     return float((out - truth).norm() / truth.norm())
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_cases_on_the_host(case: Case, host: None) -> None:
+    check(case, "ieee_on_host", "cpu", torch.float32, precision="ieee")
 
 
 @pytest.mark.gpu
@@ -296,18 +387,53 @@ def test_every_tile(head_dim: int, choice: int) -> None:
     judge(out, attention_reference(q, k, v, causal=True), torch.float32)
 
 
-@pytest.mark.gpu
-def test_a_logit_is_summed_in_chains() -> None:
-    """One chain would lose every product of 1 behind one of 2²⁴; 64 of them come to 1 under this scale."""
-    tile = tiles.choose(128, ieee.shared_limit(torch.cuda.current_device()))
-    if tile is None or not tile.chains:
+@pytest.mark.parametrize(("keys", "chain"), [(1024, 32), (1152, 64)])
+def test_logits_are_summed_in_chains(form: Form, keys: int, chain: int) -> None:
+    """A chain loses every product of 1 behind one of 2²⁴: of the first key's, those of the first chain."""
+    if not form.chains(128):
         pytest.skip("no tile with chains fits this device")
-    q, k, v = (torch.zeros(1, 1, 2, 128, device="cuda") for _ in range(3))
-    q[..., 0], q[..., 64:] = 4096.0, 1.0
-    k[..., 0], k[:, :, 1, 64:] = 4096.0, 1.0
-    v[:, :, 1] = 1.0
-    out = elsa_kernels.attention(q, k, v, scale=1 / 64, **IMPL)
-    torch.testing.assert_close(out, torch.full_like(out, 0.7310585786), rtol=1e-6, atol=0.0)
+    q, k, v = torch.ones(1, 1, 2, 128), torch.zeros(1, 1, keys, 128), torch.zeros(1, 1, keys, 128)
+    q[..., 0] = 2.0**24
+    k[..., 0], k[:, :, 0], v[:, :, 0] = 1.0, 1.0, 1.0
+    out = form.attention(q, k, v, scale=1 / 16)
+    weight = math.exp((128 - chain) / 16)
+    torch.testing.assert_close(out, torch.full_like(out, weight / (weight + keys - 1)), rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize(("keys", "chain"), [(1024, 32), (1152, 64)])
+def test_outputs_are_summed_in_chains(form: Form, keys: int, chain: int) -> None:
+    """As above, with values of 1 behind one of 2²⁴."""
+    if not form.chains(128):
+        pytest.skip("no tile with chains fits this device")
+    q, k, v = torch.zeros(1, 1, 2, 128), torch.zeros(1, 1, keys, 128), torch.ones(1, 1, keys, 128)
+    v[:, :, 0] = 2.0**24
+    out = form.attention(q, k, v)
+    torch.testing.assert_close(out * keys - 2.0**24, torch.full_like(out, keys - chain), rtol=0.0, atol=4.0)
+
+
+def test_sequences_of_both_kinds_in_one_batch(form: Form) -> None:
+    """Short and long, with large channels and without: the bits that each has alone."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 9, 128), torch.randn(3, 1, 1100, 128), torch.randn(3, 1, 1100, 128)
+    k[2, :, :, 7] *= 100.0
+    exist = torch.tensor([[0, 1100], [0, 600], [0, 1100]], dtype=torch.int32)
+    together = form.attention(q, k, v, kv_range=exist)
+    for b, (_, end) in enumerate(exist.tolist()):
+        alone = form.attention(q[b : b + 1], k[b : b + 1, :, :end], v[b : b + 1, :, :end])
+        assert torch.equal(together[b : b + 1], alone)
+        judge(alone, attention_reference(q[b : b + 1], k[b : b + 1, :, :end], v[b : b + 1, :, :end]), torch.float32)
+
+
+@pytest.mark.parametrize("head_dim", [40, 100, 128, 192])
+def test_large_channels_are_summed_last(form: Form, head_dim: int) -> None:
+    """Products of 1 are lost behind one of 2²⁴ or 2²⁵, which come first in both."""
+    q, k, v = torch.ones(1, 2, 3, head_dim), torch.ones(1, 1, 2, head_dim), torch.zeros(1, 1, 2, head_dim)
+    k[:, :, 1] = 0.0
+    k[..., 1], k[..., 0] = 2.0**24, 2.0**25
+    v[:, :, 0] = 1.0
+    out = form.attention(q, k, v, scale=2 / head_dim)
+    expected = torch.tensor(2 * (head_dim - 2) / head_dim).sigmoid()
+    torch.testing.assert_close(out, expected.expand_as(out), rtol=0.0, atol=1.5 / head_dim)
 
 
 @pytest.mark.gpu
@@ -323,21 +449,33 @@ def test_the_error_does_not_grow_with_the_length(positive: bool) -> None:
     assert errors[1] < 2 * errors[0] < 2 * TOLERANCE[torch.float32], errors
 
 
-@pytest.mark.gpu
-def test_rows_keep_their_bits() -> None:
-    """Whatever the batch, the number of queries, the alignment of the values, or ∞ and NaN in other rows."""
+@pytest.mark.parametrize("outliers", [False, True])
+def test_rows_keep_their_bits(form: Form, outliers: bool) -> None:
+    """Whatever the batch, the queries, the alignment of the values, later keys, or ∞ and NaN in other rows."""
     torch.manual_seed(0)
-    q, k, v = _random(1, 4, 300, 128), _random(1, 2, 1500, 128), _random(1, 2, 1500, 128)
-    alone = elsa_kernels.attention(q, k, v, causal=True, **IMPL)
-    batch = [torch.cat([x, x]) for x in (q, k, v)]
-    together = elsa_kernels.attention(batch[0][:, :, 77:], *batch[1:], causal=True, **IMPL)
+    queries, keys = (300, 1500) if form.device == "cuda" else (150, 400)
+    seen = keys - queries
+    q, k, v = torch.randn(1, 4, queries, 128), torch.randn(1, 2, keys, 128), torch.randn(1, 2, keys, 128)
+    if outliers:
+        k[:, 0, :, [3, 64, 70]] *= 100.0
+        k[:, 1, :, 17] *= 1000.0
+        k[:, :, seen + 60 :, 5] *= 1e4  # behind the keys that tell
+    alone = form.attention(q, k, v, causal=True)
+    batch = [torch.cat([x.flip(1, 2, 3), x]) for x in (q, k, v)]
+    together = form.attention(batch[0][:, :, 77:], *batch[1:], causal=True)
     assert torch.equal(together[1:], alone[:, :, 77:])
     odd = [torch.nn.functional.pad(x, (1, 2))[..., 1:129] for x in (q, k, v)]
-    assert torch.equal(elsa_kernels.attention(*odd, causal=True, **IMPL), alone)
-    v[:, :, 1450] = torch.tensor([INF, NAN, -INF, 0.0], device="cuda").repeat(32)
-    spoilt = elsa_kernels.attention(q, k, v, causal=True, **IMPL)
-    assert torch.equal(spoilt[:, :, :250], alone[:, :, :250])
-    assert not bool(spoilt[:, :, 250:, :3].isfinite().any())
+    assert torch.equal(form.attention(*odd, causal=True), alone)
+    fewer = form.attention(q[:, :, :50], k[:, :, : seen + 50], v[:, :, : seen + 50], causal=True)
+    assert torch.equal(fewer, alone[:, :, :50])
+    short = [x[:, :, :20] for x in (k, v)]
+    padded = [torch.cat([x, 1e6 * x.flip(1, 2, 3)], 2) for x in short]
+    exist = torch.tensor([[0, 20]], dtype=torch.int32)
+    assert torch.equal(form.attention(q, *padded, kv_range=exist), form.attention(q, *short))
+    v[:, :, seen + 100] = torch.tensor([INF, NAN, -INF, 0.0]).repeat(32)
+    spoilt = form.attention(q, k, v, causal=True)
+    assert torch.equal(spoilt[:, :, :100], alone[:, :, :100])
+    assert not bool(spoilt[:, :, 100:, :3].isfinite().any())
 
 
 @pytest.mark.gpu

@@ -15,14 +15,20 @@
 // memory, which serves as the accumulator of the last level. Where T does not fit the registers (TILE_SUMS 0), tiles
 // chain in O and SUPER is small. With CHAINS a chunk of DC is summed from zero too, before it is added to S; O gives its
 // registers to S meanwhile and waits in the shared memory of P. Boundaries lie at absolute key positions and a fully
-// masked tile is an exact identity: a row's bits depend on nothing else.
+// masked tile is an exact identity: a row's bits depend on the keys it sees, on the sequence's first keys and on their
+// number (see below).
 //
-// A key with logit −∞ must contribute nothing even where its value is ∞ or NaN, but 0·∞ is NaN. Blocks whose result
-// is finite are right as they are; the others run once more, in a second launch, with every product guarded.
+// The launches: `channel_order` looks whether some channels of K are far larger than the others, which are summed last
+// then; `attention_ieee`, or with CHAINS `attention_ieee_short` for short sequences, takes the heads where none are, and
+// `attention_ieee_ordered` the others, where every copy has to ask where a channel lies. A key with logit −∞ must
+// contribute nothing even where its value is ∞ or NaN, but 0·∞ is NaN: blocks whose result is finite are right as they
+// are, `attention_ieee_guarded` runs the others once more with every product guarded. One kernel for all would be
+// slower: the instruction cache is small, and registers are dealt out for all of a kernel.
 //
 // Needs: ELSA_HEAD (head dimension), ELSA_WARPS, ELSA_BN, ELSA_DC, ELSA_NC, ELSA_STAGES, ELSA_Q_RESIDENT, ELSA_VEC (4:
 // rows of V are 16-byte aligned, or 1), ELSA_SUPER, ELSA_TILE_SUMS, ELSA_MIN_BLOCKS, ELSA_UNROLL_K, ELSA_ALONG_ROWS,
-// ELSA_CHAINS, ELSA_LOGITS (1: softcap, ALiBi, bias or a scale that is not positive). tiles.py chooses them.
+// ELSA_CHAINS, ELSA_SHORT_KEYS, ELSA_LOGITS (1: softcap, ALiBi, bias or a scale that is not positive). tiles.py chooses
+// them.
 
 constexpr int HEAD = ELSA_HEAD, D = (HEAD + 31) / 32 * 32;  // columns behind HEAD are zeros
 constexpr int WARPS = ELSA_WARPS, BN = ELSA_BN, DC = ELSA_DC, NC = ELSA_NC;
@@ -35,9 +41,16 @@ constexpr int QS = BM + 4, KS = BN + 4;
 constexpr int K_FLOATS = DC * KS + (Q_RESIDENT ? 0 : DC * QS), V_FLOATS = NC * D;
 constexpr int SLOT = K_FLOATS > V_FLOATS ? K_FLOATS : V_FLOATS;
 constexpr int RING = Q_RESIDENT ? D * QS : 0, PROBS = RING + STAGES * SLOT, KEPT = PROBS + BM * BN;
+// Keys by which channels are judged, and the exponents by which one has to stand out (see channel_order).
+constexpr int SAMPLE = 32, OUTLIER = 3;
+// With CHAINS, sequences of so few keys are summed in shorter ones: the errors of chains are all there is where tiles are
+// few. They cost 3 %.
+constexpr int SHORT = 32, SHORT_KEYS = ELSA_SHORT_KEYS;
 static_assert(D <= 256 && D % DC == 0 && DC % 8 == 0, "head dimension");
 static_assert(BN % 64 == 0 && BN % NC == 0 && NC % 16 == 0, "keys per tile");
 static_assert(!CHAINS || (TILE_SUMS && D % 64 == 0 && BN >= D), "O waits where P will be");
+static_assert(!CHAINS || (DC == NC && DC % SHORT == 0), "a chunk is a long chain, or some short ones");
+static_assert(DC % (4 * ELSA_UNROLL_K) == 0, "steps of a product");
 static_assert(STAGES >= 2, "a chunk arrives while another is used");
 
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f, LN2_LOW = -1.904654e-9f;
@@ -52,6 +65,7 @@ struct Params {
   const int* kv_range;
   i64 q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, bias_b, bias_h, bias_n, bias_k;  // strides in elements
   unsigned char* redo;                                // for each block, whether it has to be run guarded
+  int* order;                                         // of each key head's channels; see channel_order
   int B, H, Hkv, Nq, Nk, q_start, causal, window;  // window 0: none
   int blocks;
   float scale, softcap;                               // softcap 0: none
@@ -65,11 +79,13 @@ struct Block {
   int full_lo, full_hi;        // keys that every query of the block sees
 };
 
-__device__ __forceinline__ float exp2_fast(float x) {  // 2 ulp; exact 0 for −∞, NaN for NaN
+// machine: begin
+__device__ __forceinline__ float exp_2(float x) {  // 2 ulp; exact 0 for −∞, NaN for NaN
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+// machine: end
 
 __device__ __forceinline__ float neg_inf() { return __int_as_float(0xff800000); }
 
@@ -107,6 +123,13 @@ __device__ __forceinline__ void copies_wait() {
 #endif
 }
 
+// Where a kernel starts before the one before it has ended: waits for what that one writes.
+__device__ __forceinline__ void predecessor_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // Keeps the compiler from holding in registers, all through the loops, what a few instructions compute anew.
 __device__ __forceinline__ int recomputed(int x) {
   asm volatile("" : "+r"(x));
@@ -139,22 +162,28 @@ __device__ __forceinline__ void load_rows(float* to, const float* from, i64 row_
 
 // Fills to[DEPTH][STRIDE] with columns [col0, col0 + DEPTH) of rows [row0, row0 + ROWS) of Q or K, transposed; zeros
 // outside [first, end) × [0, HEAD). A warp copies 8 columns of 4 rows: whole sectors there, distinct banks here.
-template <int ROWS, int DEPTH, int STRIDE>
+// With ORDERED, column c is the order[c]-th of Q or K; where Q streams too, registers are too few to hold which.
+template <bool ORDERED, int ROWS, int DEPTH, int STRIDE>
 __device__ __forceinline__ void load_transposed(float* to, const float* from, i64 row_stride, int row0, int first,
-                                                int end, int col0) {
+                                                int end, int col0, const int* order) {
   constexpr int PASS = THREADS / 8;
   unsigned thread = recomputed(threadIdx.x);
-  int r = thread / 8, c = thread % 8;
-  from += (row0 + r) * row_stride + (col0 + c);
+  int r = thread / 8, c = thread % 8, channel[DEPTH / 8];
+  from += (row0 + r) * row_stride;
+  if (!ORDERED) from += col0 + c;
   to += c * STRIDE + r;
+#pragma unroll
+  for (int k = 0; k < DEPTH; k += 8) channel[k / 8] = ORDERED && Q_RESIDENT ? order[col0 + c + k] : k;
 #pragma unroll
   for (int pass = 0; pass < ROWS; pass += PASS) {
     int row = row0 + r + pass;
     bool valid = row >= first && row < end;
     if (ROWS % PASS == 0 || r + pass < ROWS)
 #pragma unroll
-      for (int k = 0; k < DEPTH; k += 8)
-        copy<1>(to + k * STRIDE + pass, from + k, valid && (HEAD == D || col0 + c + k < HEAD));
+      for (int k = 0; k < DEPTH; k += 8) {
+        int at = ORDERED && !Q_RESIDENT ? order[col0 + c + k] : channel[k / 8];
+        copy<1>(to + k * STRIDE + pass, from + at, valid && (HEAD == D || col0 + c + k < HEAD));
+      }
     from += PASS * row_stride;
   }
 }
@@ -176,6 +205,11 @@ __device__ __forceinline__ Block locate(const Params& a, int index) {
   return k;
 }
 
+// Of one key head: D channels in the order in which a logit's products are summed, then whether any has moved.
+__device__ __forceinline__ int* order_of(const Params& a, int b, int hk) {
+  return a.order + (b * a.Hkv + hk) * (D + 1);
+}
+
 // Where the stream of chunks stands: a tile is K_STEPS chunks of K, then V_STEPS chunks of V.
 struct Cursor {
   int tile, step, slot;
@@ -187,15 +221,17 @@ struct Cursor {
 };
 
 // Starts the copies of the chunk at the cursor and moves it on.
+template <bool ORDERED>
 __device__ __forceinline__ void issue(const Params& a, const Block& k, float* shared, Cursor& at) {
   if (at.tile < k.tile_end) {
     float* slot = shared + RING + at.slot * SLOT;
     if (at.step < K_STEPS) {
+      const int* order = order_of(a, k.b, k.hk);
       const float* keys = a.k + k.b * a.k_b + k.hk * a.k_h;
-      load_transposed<BN, DC, KS>(slot, keys, a.k_n, at.tile * BN, k.lo, k.hi, at.step * DC);
+      load_transposed<ORDERED, BN, DC, KS>(slot, keys, a.k_n, at.tile * BN, k.lo, k.hi, at.step * DC, order);
       if (!Q_RESIDENT)
-        load_transposed<BM, DC, QS>(slot + DC * KS, a.q + k.b * a.q_b + k.h * a.q_h, a.q_n, k.q0, 0, a.Nq,
-                                    at.step * DC);
+        load_transposed<ORDERED, BM, DC, QS>(slot + DC * KS, a.q + k.b * a.q_b + k.h * a.q_h, a.q_n, k.q0, 0, a.Nq,
+                                             at.step * DC, order);
     } else {
       const float* values = a.v + k.b * a.v_b + k.hk * a.v_h;
       load_rows<NC>(slot, values, a.v_n, at.tile * BN + (at.step - K_STEPS) * NC, k.lo, k.hi);
@@ -206,11 +242,12 @@ __device__ __forceinline__ void issue(const Params& a, const Block& k, float* sh
 }
 
 // Waits for the next chunk and starts the copies of the one that takes the slot just freed. Returns the chunk.
+template <bool ORDERED>
 __device__ __forceinline__ const float* next_chunk(const Params& a, const Block& k, float* shared, Cursor& ahead,
                                                    int& slot) {
   copies_wait<STAGES - 2>();
   __syncthreads();  // the chunk has arrived, and everyone is done with the slot that is filled next
-  issue(a, k, shared, ahead);
+  issue<ORDERED>(a, k, shared, ahead);
   const float* chunk = shared + RING + slot * SLOT;
   slot = slot + 1 == STAGES ? 0 : slot + 1;
   return chunk;
@@ -252,20 +289,22 @@ __device__ __forceinline__ void read_qk(float (&x)[TM], float (&y)[TN], const fl
   for (int j = 0; j < TN; j += 4) read(y, keys + 16 * j, j);
 }
 
-// S += Q[8 rows, DC]·K[TN keys, DC]ᵀ from their transposes; q and keys point at the thread's first row and key.
-// Operands are read one step ahead; what the last step reads lies behind the chunk, in shared memory, and is not used.
+// S += Q[8 rows, depth]·K[TN keys, depth]ᵀ from their transposes; q and keys point at the thread's first row and key,
+// and move on by `depth`. Operands are read one step ahead; what a chunk's last step reads lies behind it, in shared
+// memory, and is not used.
 template <bool GUARD>
-__device__ __forceinline__ void multiply_qk(float (&S)[TM][TN], const float* q, const float* keys) {
+__device__ __forceinline__ void multiply_qk(float (&S)[TM][TN], const float*& q, const float*& keys, int depth) {
+  constexpr int UNROLL = GUARD ? 4 : 4 * ELSA_UNROLL_K;
   float x[2][TM], y[2][TN];
   read_qk(x[0], y[0], q, keys);
-#pragma unroll(GUARD ? 1 : ELSA_UNROLL_K)
-  for (int c = 0; c < DC; c += 4) {
+#pragma unroll 1
+  for (int c = 0; c < depth; c += UNROLL) {
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
+    for (int e = 0; e < UNROLL; ++e) {
       read_qk(x[(e + 1) % 2], y[(e + 1) % 2], q + (e + 1) * QS, keys + (e + 1) * KS);
       add_outer<false, false>(S, x[e % 2], y[e % 2]);
     }
-    q += 4 * QS, keys += 4 * KS;
+    q += UNROLL * QS, keys += UNROLL * KS;
   }
 }
 
@@ -288,21 +327,21 @@ __device__ __forceinline__ void read_pv(float (&x)[TM], float (&y)[TO], const fl
   }
 }
 
-// sum[8][TO] += P[8 rows, NC keys]·V[NC keys, D]; p points at the chunk's first key in the warp's P. Reads ahead too.
+// sum[8][TO] += P[8 rows, n keys]·V[n keys, D]; p points at the first key in the warp's P. Reads ahead too.
 // The swizzle of a lane's quarters repeats every 16 keys: two pointers, and the rest is in the instructions.
 template <bool GUARD>
 __device__ __forceinline__ void multiply_pv(float (&sum)[TM][TO], const float* p, int lane_row, const float* values,
-                                            int lane_col) {
+                                            int lane_col, int keys) {
   float x[2][TM], y[2][TO];
   const float *even = p + place(0, lane_row), *odd = p + place(4, lane_row) - 64;  // of groups of four keys
   read_pv(x[0], y[0], even, even + 8, values, lane_col);
 #pragma unroll 1
-  for (int n = 0; n < NC; n += 16) {
+  for (int n = 0; n < keys; n += 16) {
 #pragma unroll(GUARD ? 4 : 16)
     for (int e = 0; e < 16; ++e) {
       const int next = e + 1, group = next / 4 % 4, upper = group < 2 ? 0 : 8;
-      const float* keys = (group % 2 ? odd : even) + 16 * next;
-      read_pv(x[next % 2], y[next % 2], keys + upper, keys + 8 - upper, values + next * D, lane_col);
+      const float* from = (group % 2 ? odd : even) + 16 * next;
+      read_pv(x[next % 2], y[next % 2], from + upper, from + 8 - upper, values + next * D, lane_col);
       add_outer<GUARD, ELSA_ALONG_ROWS>(sum, x[e % 2], y[e % 2]);
     }
     even += 256, odd += 256, values += 16 * D;
@@ -429,7 +468,7 @@ __device__ __forceinline__ void softmax(float (&S)[TM][TN], float c, float (&m)[
 #pragma unroll
       for (int bit = 2; bit < 32; bit *= 2) top[i] = fmaxf(top[i], __shfl_xor_sync(~0u, top[i], bit));
       float m_new = fmaxf(m[i], top[i]);
-      alpha[i] = exp2_fast(m[i] - anchor(m_new));
+      alpha[i] = exp_2(m[i] - anchor(m_new));
       m[i] = m_new;
     }
   }
@@ -438,7 +477,7 @@ __device__ __forceinline__ void softmax(float (&S)[TM][TN], float c, float (&m)[
     float base = anchor(m[i]), sum = 0.f;
 #pragma unroll
     for (int j = 0; j < TN; ++j) {
-      float e = exp2_fast(fmaf(S[i][j], c, -base));
+      float e = exp_2(fmaf(S[i][j], c, -base));
       sum += e;
       S[i][j] = GUARD && S[i][j] == neg_inf() ? -0.f : e;
     }
@@ -500,7 +539,7 @@ __device__ __forceinline__ bool flush(const Params& a, const Block& k, float* sh
 #pragma unroll
     for (int bit = 2; bit < 32; bit *= 2) sum += __shfl_xor_sync(~0u, sum, bit);
     if (!first) {
-      beta = exp2_fast(kept_m[row] - anchor(m[i]));
+      beta = exp_2(kept_m[row] - anchor(m[i]));
       sum = fmaf(kept_l[row], beta, sum);
     }
     __syncwarp();
@@ -513,14 +552,14 @@ __device__ __forceinline__ bool flush(const Params& a, const Block& k, float* sh
       if (a.sinks) {
         float sink = a.sinks[k.h] * LOG2E;
         top = fmaxf(top, sink);
-        factor = exp2_fast(m[i] - anchor(top));
-        sum = fmaf(sum, factor, exp2_fast(sink - anchor(top)));
+        factor = exp_2(m[i] - anchor(top));
+        sum = fmaf(sum, factor, exp_2(sink - anchor(top)));
       }
       if (a.m_out) {
         // S and W belong to the stored, rounded m: what its rounding lost goes into them.
         float natural = top * LN2;
         if (finite(top)) {
-          float lost = exp2_fast((fmaf(top, LN2, -natural) + top * LN2_LOW) * LOG2E);
+          float lost = exp_2((fmaf(top, LN2, -natural) + top * LN2_LOW) * LOG2E);
           sum *= lost, factor *= lost;
         }
         if (lane_col == 0) a.m_out[at] = sum != sum && top != -neg_inf() ? sum : natural, a.s_out[at] = sum;
@@ -533,8 +572,11 @@ __device__ __forceinline__ bool flush(const Params& a, const Block& k, float* sh
   return good;
 }
 
-// The whole work of a block; returns whether every sum of this thread is finite.
-template <bool GUARD>
+// Products of a chain, for the number of keys that the block's sequence has.
+__device__ __forceinline__ int chain_of(const Block& k) { return k.hi - k.lo <= SHORT_KEYS ? SHORT : DC; }
+
+// The whole work of a block; returns whether every sum of this thread is finite. CHAIN: what chain_of says of it, or 0.
+template <bool GUARD, bool ORDERED, int CHAIN>
 __device__ __forceinline__ bool run(const Params& a, const Block& k, float* shared) {
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32, lane_row = lane & 1, lane_col = lane >> 1;
   int row0 = 16 * warp + 4 * lane_row;
@@ -547,11 +589,13 @@ __device__ __forceinline__ bool run(const Params& a, const Block& k, float* shar
   clear(O);
 
   __syncthreads();
-  if (Q_RESIDENT) load_transposed<BM, D, QS>(shared, a.q + k.b * a.q_b + k.h * a.q_h, a.q_n, k.q0, 0, a.Nq, 0);
+  if (Q_RESIDENT)
+    load_transposed<ORDERED, BM, D, QS>(shared, a.q + k.b * a.q_b + k.h * a.q_h, a.q_n, k.q0, 0, a.Nq, 0,
+                                        order_of(a, k.b, k.hk));
   Cursor ahead = {k.tile, 0, 0};
-  for (int i = 0; i < STAGES - 1; ++i) issue(a, k, shared, ahead);
+  for (int i = 0; i < STAGES - 1; ++i) issue<ORDERED>(a, k, shared, ahead);
 
-  int slot = 0;
+  int slot = 0, chain = CHAIN ? CHAIN : chain_of(k);
   bool first = true, good = true;
 #pragma unroll 1
   for (int tile = k.tile; tile < k.tile_end; ++tile) {
@@ -560,15 +604,19 @@ __device__ __forceinline__ bool run(const Params& a, const Block& k, float* shar
     clear(S);
 #pragma unroll 1
     for (int step = 0; step < K_STEPS; ++step) {
-      const float* chunk = next_chunk(a, k, shared, ahead, slot);
-      const float* q = Q_RESIDENT ? shared + step * DC * QS : chunk + DC * KS;
+      const float* chunk = next_chunk<ORDERED>(a, k, shared, ahead, slot);
+      const float* q = (Q_RESIDENT ? shared + step * DC * QS : chunk + DC * KS) + row0;
+      const float* keys = chunk + 4 * lane_col;
       if (CHAINS) {
-        float C[TM][TN];
-        clear(C);
-        multiply_qk<GUARD>(C, q + row0, chunk + 4 * lane_col);
-        add(S, C);
+#pragma unroll 1
+        for (int part = 0; part < DC; part += chain) {
+          float C[TM][TN];
+          clear(C);
+          multiply_qk<GUARD>(C, q, keys, chain);
+          add(S, C);
+        }
       } else {
-        multiply_qk<GUARD>(S, q + row0, chunk + 4 * lane_col);
+        multiply_qk<GUARD>(S, q, keys, DC);
       }
     }
     if (CHAINS) unpark(O, p, lane), __syncwarp();  // before any lane writes P
@@ -580,13 +628,18 @@ __device__ __forceinline__ bool run(const Params& a, const Block& k, float* shar
     if (!TILE_SUMS) rescale<GUARD>(O, alpha);
 #pragma unroll 1
     for (int step = 0; step < V_STEPS; ++step) {
-      const float* chunk = next_chunk(a, k, shared, ahead, slot);
-      if (CHAINS) clear(T);
-      multiply_pv<GUARD>(TILE_SUMS ? T : O, p + 16 * step * NC, lane_row, chunk, lane_col);
+      const float* chunk = next_chunk<ORDERED>(a, k, shared, ahead, slot);
       if (CHAINS) {
-        merge<GUARD>(O, T, alpha);
+#pragma unroll 1
+        for (int part = 0; part < NC; part += chain) {
+          clear(T);
+          multiply_pv<GUARD>(T, p + 16 * (step * NC + part), lane_row, chunk + part * D, lane_col, chain);
+          merge<GUARD>(O, T, alpha);
 #pragma unroll
-        for (int i = 0; i < TM; ++i) alpha[i] = 1.f;
+          for (int i = 0; i < TM; ++i) alpha[i] = 1.f;
+        }
+      } else {
+        multiply_pv<GUARD>(TILE_SUMS ? T : O, p + 16 * step * NC, lane_row, chunk, lane_col, NC);
       }
     }
     if (TILE_SUMS && !CHAINS) merge<GUARD>(O, T, alpha);
@@ -599,16 +652,81 @@ __device__ __forceinline__ bool run(const Params& a, const Block& k, float* shar
   return good;
 }
 
+// Channels of K that are far larger than most are summed last: what a logit's sum takes up behind its large products
+// rounds them again, and the order of a sum is free. The first SAMPLE keys of the sequence tell, and they alone: whoever
+// the queries are and however they are cut up, a row keeps its bits. A channel stands out if the exponent of its
+// largest finite value is by OUTLIER higher than that of half the channels or more; those go last by exponent, all
+// others stay as they lie. One block a key head.
+extern "C" __global__ void __launch_bounds__(THREADS) channel_order(const Params a) {
+  extern __shared__ __align__(16) float shared[];
+  int *largest = (int*)shared, *rank = largest + D;
+  int b = blockIdx.x / a.Hkv, hk = blockIdx.x % a.Hkv, lo = 0, hi = a.Nk;
+  if (a.kv_range) lo = max(0, a.kv_range[2 * b]), hi = min(a.Nk, a.kv_range[2 * b + 1]);
+  const float* keys = a.k + b * a.k_b + hk * a.k_h + lo * a.k_n;
+  int* order = order_of(a, b, hk);
+  for (int c = threadIdx.x; c < D; c += THREADS) largest[c] = c < HEAD ? 0 : 256;
+  __syncthreads();
+  int bits[SAMPLE * D / THREADS];  // loaded together, or each maximum would wait for the one before
+#pragma unroll
+  for (int i = 0; i < SAMPLE * D / THREADS; ++i) {
+    int j = (i * THREADS + threadIdx.x) / D, c = (i * THREADS + threadIdx.x) % D;
+    bits[i] = c < HEAD && lo + j < hi ? __float_as_int(keys[j * a.k_n + c]) & 0x7fffffff : 0;
+  }
+#pragma unroll
+  for (int i = 0; i < SAMPLE * D / THREADS; ++i)
+    if (bits[i] < 0x7f800000) atomicMax(largest + (i * THREADS + threadIdx.x) % D, bits[i] >> 23);
+  __syncthreads();
+  bool moved = false;
+  for (int c = threadIdx.x; c < D; c += THREADS) {
+    int own = largest[c], lower = 0;
+#pragma unroll 8
+    for (int i = 0; i < HEAD; ++i) lower += largest[i] + OUTLIER <= own;
+    bool high = c < HEAD && 2 * lower >= HEAD;
+    rank[c] = c < HEAD && !high ? 0 : own;
+    moved = moved || high;
+  }
+  moved = __syncthreads_or(moved);
+  if (threadIdx.x == 0) order[D] = moved;
+  for (int c = threadIdx.x; c < D; c += THREADS) {
+    int own = rank[c], place = moved ? 0 : c;
+    if (moved)
+      for (int i = 0; i < D; ++i) place += rank[i] < own || (rank[i] == own && i < c);
+    order[place] = c;
+  }
+}
+
+template <bool ORDERED, int CHAIN>
+__device__ __forceinline__ void attend(const Params& a, int index, float* shared) {
+  Block k = locate(a, index);
+  bool moved = order_of(a, k.b, k.hk)[D];
+  if (moved != ORDERED || (CHAIN && CHAIN != chain_of(k))) return;
+  bool good = run<false, ORDERED, CHAIN>(a, k, shared);
+  bool redo = __syncthreads_or(!good);
+  if (threadIdx.x == 0) a.redo[index] = redo;
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, ELSA_MIN_BLOCKS) attention_ieee(const Params a) {
   extern __shared__ __align__(16) float shared[];
-  bool good = run<false>(a, locate(a, blockIdx.x), shared);
-  bool redo = __syncthreads_or(!good);
-  if (threadIdx.x == 0) a.redo[blockIdx.x] = redo;
+  predecessor_wait();
+  attend<false, CHAINS ? DC : 0>(a, blockIdx.x, shared);
+}
+
+#if ELSA_CHAINS
+extern "C" __global__ void __launch_bounds__(THREADS, ELSA_MIN_BLOCKS) attention_ieee_short(const Params a) {
+  extern __shared__ __align__(16) float shared[];
+  predecessor_wait();
+  attend<false, SHORT>(a, blockIdx.x, shared);
+}
+#endif
+
+extern "C" __global__ void __launch_bounds__(THREADS, ELSA_MIN_BLOCKS) attention_ieee_ordered(const Params a) {
+  extern __shared__ __align__(16) float shared[];
+  for (int at = blockIdx.x; at < a.blocks; at += gridDim.x) attend<true, 0>(a, at, shared);
 }
 
 // The blocks whose result is not finite, once more.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_ieee_guarded(const Params a) {
   extern __shared__ __align__(16) float shared[];
   for (int at = blockIdx.x; at < a.blocks; at += gridDim.x)
-    if (a.redo[at]) run<true>(a, locate(a, at), shared);
+    if (a.redo[at]) run<true, true, 0>(a, locate(a, at), shared);
 }

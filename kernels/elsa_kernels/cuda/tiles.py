@@ -22,6 +22,7 @@ ROWS_PER_WARP = 16
 HEAD_DIM_STEP = 32
 MAX_HEAD_DIM = 256
 MERGE_EVERY = 1024  # keys summed in registers before they are merged into global memory
+SHORT_KEYS = 1024  # of a sequence, up to which tiles with chains have shorter ones
 MERGE_EVERY_CHAINED = 512  # the same where tiles have no sums of their own
 
 
@@ -54,9 +55,14 @@ class Tile:
         return 32 * self.warps
 
     @property
+    def padded(self) -> int:
+        """Channels of a head with those that fill it up."""
+        return _padded(self.head_dim)
+
+    @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block; the layout of `attention_ieee.cu`."""
-        padded = _padded(self.head_dim)
+        padded = self.padded
         k_slot = self.k_chunk * (self.keys + 4 + (0 if self.q_resident else self.rows + 4))
         slot = max(k_slot, self.v_chunk * padded)
         q = padded * (self.rows + 4) if self.q_resident else 0
@@ -78,6 +84,7 @@ class Tile:
             "ELSA_UNROLL_K": self.unroll_k,
             "ELSA_ALONG_ROWS": int(self.along_rows),
             "ELSA_CHAINS": int(self.chains),
+            "ELSA_SHORT_KEYS": SHORT_KEYS,
             "ELSA_VEC": vector,
             "ELSA_LOGITS": int(logits),
         }
