@@ -15,7 +15,7 @@
 // finite, be it for an Inf or NaN in X or for a sum beyond FP32, is computed anew without splitting.
 //
 // Needs: ELSA_NT (8 rows of W each), ELSA_EIGHTS (8 rows of X each), ELSA_SETS, ELSA_X_SETS, ELSA_SLICES,
-// ELSA_MIN_BLOCKS, ELSA_PITCH, and SLICES·8·EIGHTS·PITCH floats of shared memory.
+// ELSA_MIN_BLOCKS, ELSA_PITCH, ELSA_AHEAD, and SLICES·8·EIGHTS·PITCH floats of shared memory.
 
 constexpr int SETS = ELSA_SETS;  // of a step's weights in registers, most of them on their way: 1 or 2
 constexpr int X_SETS = ELSA_X_SETS;  // of a step's part of X: divides SETS
@@ -26,7 +26,7 @@ constexpr int STEP = 32 * SLICES, FLUSH = 8;
 constexpr int PITCH = ELSA_PITCH;  // of a row of X in shared memory; 8 beyond a multiple of 32, so that banks differ
 static_assert(PITCH >= ROWS && PITCH % 32 == 8, "threads of a warp meet in a bank");
 static_assert(SETS % X_SETS == 0, "a step's registers are chosen when compiled");
-constexpr int AHEAD = 1024;  // bytes of every row and plane fetched into L2 before the kernel ahead has ended
+constexpr int AHEAD = ELSA_AHEAD;  // bytes of every row and plane fetched into L2 before the kernel ahead has ended
 
 typedef unsigned int u32;
 typedef long long i64;
@@ -197,35 +197,52 @@ __device__ float exact(const Params& p, int m, int n, int lane) {
   return result(p.w_exponent[n], p.bias ? p.bias[n] : NO_BIAS, sum);
 }
 
-// Adds the slices and stores; keeps count of the results that are not finite.
+// Adds the slices and stores; keeps count of the results that are not finite. All of a thread's sums are one flow of
+// instructions without branches: one after another, their latencies would be a twentieth of a layer's time.
 __device__ __forceinline__ void finish(const Params& p, float (*sums)[COLS][PITCH], int row0, int rows,
                                        const int* exponent, const float* bias, int* again, int* count) {
-  for (int i = threadIdx.x; i < ROWS * COLS; i += THREADS) {
-    const int r = i % ROWS, m = i / ROWS;
-    if (m >= p.M || r >= rows) continue;
-    double sum = 0.;
+  constexpr int EACH = (ROWS * COLS + THREADS - 1) / THREADS;
+  float y[EACH];
 #pragma unroll
-    for (int s = 0; s < SLICES; s++) sum += sums[s][m][r];
-    const float y = result(exponent[r], bias[r], sum);
-    if (finite(y))
-      p.out[(i64)m * p.N + row0 + r] = y;
+  for (int e = 0; e < EACH; e++) {
+    const int i = min((int)threadIdx.x + e * THREADS, ROWS * COLS - 1), r = i % ROWS, m = i / ROWS;
+    double sum[SLICES];
+#pragma unroll
+    for (int s = 0; s < SLICES; s++) sum[s] = sums[s][m][r];
+#pragma unroll
+    for (int d = 1; d < SLICES; d *= 2)
+#pragma unroll
+      for (int s = 0; s < SLICES; s += 2 * d) sum[s] += sum[s + d];
+    y[e] = result(exponent[r], bias[r], sum[0]);
+  }
+#pragma unroll
+  for (int e = 0; e < EACH; e++) {
+    const int i = threadIdx.x + e * THREADS, r = i % ROWS, m = i / ROWS;
+    if (m >= min(p.M, COLS) || r >= rows) continue;
+    if (finite(y[e]))
+      p.out[(i64)m * p.N + row0 + r] = y[e];
     else
       again[atomicAdd(count, 1)] = i;
   }
 }
 
-// Before it returns, the kernel ahead may still run: nothing it writes may be read, nor anything written. Until then W's
-// first bytes come into L2, where nobody's later writes are missed. Kernels behind this one may start as soon as all of
-// its blocks have.
-__device__ __forceinline__ void wait_for_kernel_ahead(const Params& p, int row0, int rows) {
+// Brings W's first bytes into L2, where nobody's later writes are missed. Kernels behind this one may start as soon as all
+// of its blocks have.
+__device__ __forceinline__ void fetch_ahead(const Params& p, int row0, int rows) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
   const int bytes = min(AHEAD, 2 * p.K);
-  if (AHEAD && threadIdx.x < 2 * rows) {
+  if (threadIdx.x < 2 * rows) {
     const unsigned short* plane = threadIdx.x % 2 ? p.w_lo : p.w_hi;
     const unsigned short* from = plane + (i64)(row0 + threadIdx.x / 2) * p.K;
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes));
   }
+#endif
+}
+
+// Before it returns, the kernel ahead may still run: nothing it writes may be read, nor anything written.
+__device__ __forceinline__ void wait_for_kernel_ahead() {
+#if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
@@ -239,7 +256,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, ELSA_MIN_BLOCKS) linear_fe
   const int g = lane / 4, t = lane % 4;  // g: row of W within 8, and row of X within 8; t: which eight of 32 of K
   const int row0 = (i64)blockIdx.x * p.N / gridDim.x;
   const int share = (i64)(blockIdx.x + 1) * p.N / gridDim.x - row0;
-  wait_for_kernel_ahead(p, row0, share);
+  fetch_ahead(p, row0, share);
   const int first = 32 * slice + 8 * t;
   Source from;
   from.row = p.w_hi + (i64)(row0 + g) * p.K + first;
@@ -252,6 +269,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, ELSA_MIN_BLOCKS) linear_fe
     from.rest_of_x[j] = 8 * j + g < p.M ? p.K - first : 0;
   }
   from.rest = p.K - first;
+  if (threadIdx.x == 0) count = 0;
+  float* const mine = sums[slice][0];
+  for (int i = lane; i < COLS * PITCH; i += 32) mine[i] = 0.f;
+  __syncwarp();
+  wait_for_kernel_ahead();
   if (threadIdx.x < share) {  // for the end, where they would be waited for
     copy4(exponent + threadIdx.x, p.w_exponent + row0 + threadIdx.x);
     if (p.bias)
@@ -259,9 +281,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, ELSA_MIN_BLOCKS) linear_fe
     else
       bias[threadIdx.x] = NO_BIAS;
   }
-  if (threadIdx.x == 0) count = 0;
-  for (int i = lane; i < COLS * PITCH; i += 32) sums[slice][0][i] = 0.f;
-  __syncwarp();
 
   float acc[NT][EIGHTS][2] = {};
   Weights w[SETS] = {};

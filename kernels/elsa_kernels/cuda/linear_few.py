@@ -21,13 +21,15 @@ SLICES = 8  # warps that share K; part of the result's definition, like FLUSH in
 @dataclass(frozen=True, slots=True)
 class FewTile:
     """Up to 8·NT rows of W and 8·eights rows of X a block, `blocks_per_sm` of them on a multiprocessor; `sets` steps of
-    W's K on their way to registers, and `x_sets` of X's. No result depends on any of them."""
+    W's K on their way to registers, and `x_sets` of X's; `ahead` bytes of every row and plane in L2 before the kernel
+    ahead has ended. No result depends on any of them."""
 
     NT: int
     sets: int
     blocks_per_sm: int
     eights: int = 1
     x_sets: int = 1
+    ahead: int = 1024
 
     @property
     def pitch(self) -> int:
@@ -47,6 +49,7 @@ class FewTile:
             "ELSA_SLICES": SLICES,
             "ELSA_MIN_BLOCKS": self.blocks_per_sm,
             "ELSA_PITCH": self.pitch,
+            "ELSA_AHEAD": self.ahead,
         }
 
     def rows(self, multiprocessors: int) -> int:
@@ -61,7 +64,7 @@ class FewTile:
 
 
 # By the eights of rows of X: one leaves the registers and the instructions of the other to the weights.
-NARROW = tuple(FewTile(NT=5, sets=2, blocks_per_sm=1, eights=eights, x_sets=2) for eights in (1, 2))
+NARROW = tuple(FewTile(NT=5, sets=2, blocks_per_sm=1, eights=eights, x_sets=2, ahead=2048) for eights in (1, 2))
 WIDE = tuple(FewTile(NT=4, sets=1, blocks_per_sm=2, eights=eights) for eights in (1, 2))
 
 
