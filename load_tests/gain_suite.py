@@ -37,6 +37,7 @@ from elsa_serve.errors import ElsaError
 from elsa_serve.offload.checkpoint import load_config
 from elsa_serve.offload.loading import DTYPES
 from elsa_serve.offload.plan import Geometry, make_plan
+from elsa_serve.offload.split import CHOICES
 from elsa_serve.offload.units import parse_size
 from kernels.bench import results_file
 from load_tests.vllm_bench import compiled_kernels
@@ -98,6 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--output-tokens", type=int, default=8, help="generated a request (default: 8)")
     add("--gpu-memory", default="24GiB", help="device budget of all layers, enforced (default: 24GiB)")
     add("--chunk-tokens", type=int, help="prompt tokens that pass a layer at a time (default: planned)")
+    add("--linear", choices=CHOICES, default="torch", help="linear layers of both sides (default: torch's)")
     add("--work", type=Path, default=Path("gain-suite"), help="folder of each cell's own files (default: gain-suite)")
     add(
         "--collect",
@@ -110,7 +112,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def collect(args: argparse.Namespace) -> None:
     """Write the reports of all that the work folder holds, and its rows into the results file, in the place of older
-    ones of the same engine, dtype and context."""
+    ones of the same engine, dtype, context, chunks and linear layers."""
     documents = {file.parent: json.loads(file.read_text()) for file in args.work.glob("*/gain.json")}
     rows = [row for folder, document in documents.items() for row in rows_of(args, folder, document)]
     if not rows:
@@ -126,13 +128,14 @@ def collect(args: argparse.Namespace) -> None:
 
 
 def kind(row: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(row[key] for key in ("engine", "dtype", "context", "baseline"))
+    about = (row["engine"], row["dtype"], row["context"], row["baseline"])
+    return (*about, row["linear"] == "elsa", row.get("chunk_tokens", 0))
 
 
 def measure(args: argparse.Namespace, cell: SuiteCell) -> int:
     """The exit status. An engine's own warm-up is a short prompt, which spills no KV into host memory, so that what
     decode does with it would be compiled in the first pair: hence a request of the same shapes through few layers."""
-    folder = args.work / cell.name
+    folder = args.work / (cell.name if args.linear == "torch" else f"{cell.name}-{args.linear}")
     if (folder / COMPILED).exists():
         return 0
     few = replace(cell, layers=min(REHEARSAL_LAYERS, cell.layers))
@@ -157,6 +160,7 @@ def run_cell(args: argparse.Namespace, cell: SuiteCell, folder: Path, *more: obj
     settings = {"dtype": cell.dtype, "load-format": "dummy", "resident-layers": 0, **placement(args, cell)}
     # A token a pass, and a prompt in one: what differs between the sides is then attention and nothing that it decides.
     settings |= {"num-speculative-tokens": 0, "prefill-round-tokens": cell.context}
+    settings |= {"linear": args.linear} if args.linear != "torch" else {}
     flags = [*more, "--context", cell.context, "--seconds", args.seconds, "--output-tokens", args.output_tokens]
     flags += ["--output", folder, "--set", ",".join(f"{key}={value}" for key, value in settings.items())]
     quiet = [] if sys.stderr.isatty() else ["--quiet"]
@@ -174,6 +178,7 @@ def placement(args: argparse.Namespace, cell: SuiteCell) -> dict[str, int]:
         resident_layers=0,
         chunk_tokens=args.chunk_tokens,
         device_type="cuda" if torch.cuda.is_available() else "cpu",
+        linear=args.linear,
     )
     missing = plan.kv_gpu_bytes * (whole.layers - cell.layers) // whole.layers
     return {"gpu-memory": plan.gpu_budget - missing, "slots": plan.slots, "chunk-tokens": plan.chunk_tokens}

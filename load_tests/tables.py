@@ -74,8 +74,8 @@ def gain_table() -> str:
         second = row["prometheus_gain_percent"]
         lines.append(
             [
-                f"{_against(row)}{row['dtype']}, {row['context']} tokens, {row['layers']} layers, "
-                f"{PHASES[row['phase']]}",
+                f"{_against(row)}{row['dtype']}{_linear(row)}, {row['context']} tokens{_whole(row)}, "
+                f"{row['layers']} layers, {PHASES[row['phase']]}",
                 f"{row['baseline_s']:.3f}",
                 f"{row['candidate_s']:.3f}",
                 f"**{row['gain_percent']:+.1f} %**",
@@ -92,6 +92,16 @@ def gain_table() -> str:
 def _against(row: dict[str, Any]) -> str:
     """Of a row whose baseline is not SDPA."""
     return f"vLLM, {row['baseline'].removeprefix('attention-backend=')}, " if row["engine"] == "vllm" else ""
+
+
+def _linear(row: dict[str, Any]) -> str:
+    """Of a row whose linear layers are ours, on both sides."""
+    return " with elsa's linear layers" if row["linear"] == "elsa" else ""
+
+
+def _whole(row: dict[str, Any]) -> str:
+    """Of a row whose prompts pass a layer at once, and not in the chunks that most rows have."""
+    return " in one piece" if row.get("chunk_tokens", 0) >= row["context"] else ""
 
 
 def _vllm_rows(column: str) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@
         --output load_tests/results/vllm-h200.json
     python -m load_tests.vllm_bench accuracy --dtype float32 --layers 4 --context 4096 --attention ELSA TRITON_ATTN
     python -m load_tests.vllm_bench tokens --layers 4 --context 4096 --variants plain tp2 dcp2 pp2 ngram4 compile
+    python -m load_tests.vllm_bench tokens --one-gpu --layers 2 --context 4096 --variants plain tp2 dcp2 pp2
     python -m load_tests.vllm_bench collect RUN.json … --output load_tests/results/vllm-h200.json
 
 LLaMA-13B's geometry (`models/llama-13b.json`) with random weights, in vLLM's own `LLM`, in this process, one engine
@@ -66,7 +67,7 @@ VARIANTS: dict[str, Callable[[int], Row]] = {
 # What tells one row from another; the rest was measured.
 CONFIGURATION = (
     "model", "layers", "dtype", "kv_cache_dtype", "attention", "variant", "context", "batch", "chunk_tokens", "check",
-    "key_heads", "tensor_parallel",
+    "key_heads", "tensor_parallel", "one_gpu",
 )  # fmt: skip
 
 
@@ -132,6 +133,7 @@ def build_parser() -> argparse.ArgumentParser:
         add("--chunk-tokens", type=int, help="prompt tokens a step (default: all)")
         add("--variants", nargs="+", type=variant, default=[variant("plain")], help=f"of {', '.join(VARIANTS)}; tp2 …")
         add("--batch-invariant", action="store_true", help="the same prompt alone and among others, bit for bit")
+        add("--one-gpu", action="store_true", help="all ranks of a variant on one GPU, by sockets: not for speed")
         add("--output", type=Path, help="results file to append the rows to")
     command = commands.add_parser("collect", help="one results file of several")
     command.add_argument("files", type=Path, nargs="+")
@@ -190,6 +192,10 @@ def engine(args: argparse.Namespace, folder: str, backend: str, **changes: Any) 
             "cudagraph_capture_sizes": GRAPH_SIZES,
         }
         options["kv_cache_memory_bytes"] = kv_bytes(args, folder)
+    if args.one_gpu:
+        from load_tests import shared_gpu
+
+        options |= shared_gpu.ENGINE_OPTIONS
     llm = LLM(**(options | changes))
     try:
         yield llm
@@ -239,7 +245,7 @@ def base_row(args: argparse.Namespace, config: Row, backend: str, way: str) -> R
         "context": args.context,
         "batch": 1,
         "chunk_tokens": args.chunk_tokens or args.context,
-    }
+    } | ({"one_gpu": True} if args.one_gpu else {})
 
 
 def runs(args: argparse.Namespace) -> Iterator[tuple[str, str, Row]]:

@@ -206,6 +206,7 @@ def _plan(options: EngineOptions, device: torch.device, config: Any, dtype: torc
             kv_disk=_size(options.kv_disk) or 0,
             free_host=machine.host_memory().available if here else 0,
             graphs=_may_be_graphs(options),
+            linear=options.linear,
         )
 
     chosen = plan(rates)

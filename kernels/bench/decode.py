@@ -170,7 +170,7 @@ def vllm_triton(case: DecodeCase) -> Callable[[Inputs], torch.Tensor]:
 MAKERS |= {"elsa.paged": ours, "fa3": flash_attention_3, "vllm.triton": vllm_triton}
 
 
-def prepare(name: str, case: DecodeCase, sets: list[Inputs]) -> tuple[measure.Timed, float]:
+def prepare(name: str, case: DecodeCase, sets: list[Inputs], budget_ms: float) -> tuple[measure.Timed, float]:
     """Check one implementation on one case and capture it. Raises UnsupportedProblem, ValueError or RuntimeError."""
     call = MAKERS[name](case)
     for x in sets:
@@ -179,16 +179,16 @@ def prepare(name: str, case: DecodeCase, sets: list[Inputs]) -> tuple[measure.Ti
     # vLLM's Triton kernel multiplies FP32 as TF32: it is shown with its error, and ours are held to theirs.
     if name.startswith("elsa") and not error <= GATE[case.dtype]:
         raise ValueError(f"relative error {error:.1e} is beyond {GATE[case.dtype]:.0e}")
-    return measure.Timed([functools.partial(call, x) for x in sets], graph=True), error
+    return measure.Timed([functools.partial(call, x) for x in sets], graph=True, budget_ms=budget_ms), error
 
 
-def run_case(case: DecodeCase, only: list[str] | None = None) -> list[results_file.Row]:
+def run_case(case: DecodeCase, only: list[str] | None = None, budget_ms: float = 60.0) -> list[results_file.Row]:
     """Rows of all implementations that take the case, their rounds interleaved."""
     sets = [draw(case, seed) for seed in range(measure.sets_to_rotate(case.kv_bytes()))]
     prepared = {}
     for name in only or MAKERS:
         try:
-            prepared[name] = prepare(name, case, sets)
+            prepared[name] = prepare(name, case, sets, budget_ms)
         except (UnsupportedProblem, RuntimeError, ValueError, TypeError) as refusal:
             print(f"  {name}: {str(refusal).splitlines()[0]}", file=sys.stderr)
     for _ in range(ROUNDS):
@@ -210,6 +210,7 @@ def row(case: DecodeCase, name: str, timed: measure.Timed, error: float) -> resu
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--impls", nargs="+", choices=list(MAKERS), help="default: all that apply")
+    parser.add_argument("--budget-ms", type=float, default=60.0, help="of a round of one implementation on one case")
     parser.add_argument("--output", help="results file to write")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
@@ -217,7 +218,7 @@ def main(arguments: list[str] | None = None) -> None:
     rows: list[results_file.Row] = []
     for case in CASES:
         print(case, flush=True)
-        for found in run_case(case, options.impls):
+        for found in run_case(case, options.impls, options.budget_ms):
             rows.append(found)
             print(f"  {found['impl']:12} {found['tbps']:6.2f} TB/s {found['ms']:8.4f} ms  relerr {found['relerr']:.1e}")
         gc.collect()

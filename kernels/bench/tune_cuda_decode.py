@@ -44,15 +44,18 @@ CASES = {
 }
 CANDIDATES = {
     "16": [
-        Form(8, 2048, 1, step=2, longest=4096), Form(8, 2048, 1, step=2), Form(8, 2048, 1), Form(8, 1024, 1, step=2),
-        Form(4, 1024, 2, step=2), Form(4, 2048, 2, step=2), Form(4, 1024, 3),
+        Form(8, 2048, 1, longest=4096), Form(10, 2240, 1, longest=4480), Form(8, 1024, 1, longest=4096),
+        Form(8, 2048, 1, step=2, longest=4096, conductor=False),
     ],
     "8": [
-        Form(8, 2048, 1, step=2, longest=4096), Form(8, 2048, 1, step=4), Form(8, 2048, 1), Form(4, 1024, 3, step=2),
-        Form(4, 1024, 2, step=4),
+        Form(11, 2112, 1, step=2, longest=4224), Form(8, 2048, 1, step=2, longest=4096), Form(8, 2048, 1, longest=4096),
+        Form(8, 2048, 1, step=2, longest=4096, conductor=False),
     ],
-    "32x4": [Form(4, 1024, 3, 4), Form(8, 1024, 1, 4), Form(4, 512, 3, 4), Form(8, 2048, 1, 4)],
-    "32x8": [Form(4, 1024, 2), Form(4, 512, 2)],
+    "32x4": [
+        Form(8, 2048, 1, 4), Form(8, 1024, 1, 4), Form(8, 2048, 1, 4, conductor=False),
+        Form(4, 1024, 3, 4, conductor=False),
+    ],
+    "32x8": [Form(4, 1024, 2, conductor=False), Form(4, 512, 2, conductor=False)],
 }  # fmt: skip
 
 

@@ -254,6 +254,12 @@ def prometheus_gain(measured: Sequence[dict[str, Any]], phase: str) -> tuple[flo
     return 100 * (baseline / candidate - 1), None
 
 
+def agrees(row: dict[str, Any]) -> bool:
+    """Whether Prometheus's gain lies in the client's interval, where there are both."""
+    second = row["prometheus_gain_percent"]
+    return second is None or row["ci_low"] is None or row["ci_low"] <= second <= row["ci_high"]
+
+
 class Results:
     """A results file that grows a pair at a time; an interrupted run goes on with the context that it stopped in."""
 
@@ -322,6 +328,6 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         lines.append(
             f"{row['context']:>8} {row['phase']:<11} {row['baseline_s']:>8.3f} s {row['candidate_s']:>8.3f} s "
             f"{row['gain_percent']:>+6.1f} %   {interval:<18} {'–' if second is None else f'{second:+.1f} %':>10}  "
-            f"{row['outputs_equal']}/{row['pairs']}"
+            f"{row['outputs_equal']}/{row['pairs']}{'' if agrees(row) else '  Prometheus: outside the interval'}"
         )
     return "\n".join(lines)

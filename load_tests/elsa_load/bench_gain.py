@@ -158,7 +158,7 @@ def in_process(args: argparse.Namespace, flags: dict[str, list[str]]) -> int:
     for add in (add_model_arguments, add_memory_arguments, add_engine_arguments):
         add(parser)
     options = {side: engine_options(parser.parse_args([str(args.model_dir), *flags[side]])) for side in SIDES}
-    for key in ("dtype", "device", "load_format"):
+    for key in ("dtype", "device", "load_format", "linear"):
         if options["baseline"][key] != options["candidate"][key]:
             raise UsageError(f"--in-process shares the weights, so both sides need the same {key.replace('_', '-')}")
     dummy = options["baseline"]["load_format"] == "dummy"

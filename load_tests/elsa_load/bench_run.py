@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import re
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -100,11 +101,14 @@ def chosen(args: argparse.Namespace) -> Scenario:
 
 
 def flags_of(settings: list[str]) -> list[str]:
-    """KEY=VALUE and bare KEY, comma-separated, as flags. Raises UsageError."""
+    """KEY=VALUE and bare KEY, comma-separated, as flags. Raises UsageError.
+
+    A key may have parts, as vLLM's flags of whole objects have: compilation-config.mode=0.
+    """
     flags = []
     for item in (item for text in settings for item in text.split(",") if item):
         key, separator, value = item.partition("=")
-        if not key.replace("-", "").isalnum():
+        if not re.sub("[-_.]", "", key).isalnum():
             raise UsageError(f"{item!r} is not KEY=VALUE with the name of a flag of `elsa-serve serve`")
         flags += [f"--{key}", value] if separator else [f"--{key}"]
     return flags

@@ -149,7 +149,7 @@ def one_engine_does(options: dict[str, dict[str, Any]]) -> bool:
 
 @contextmanager
 def engine_sides(model: Path, options: dict[str, dict[str, Any]]) -> Iterator[dict[str, EngineSide]]:
-    """Sides by name, from the options of each (`EngineOptions`); dtype, device and load format must be the same.
+    """Sides by name, from the options of each (`EngineOptions`), which load the same weights in the same form.
 
     The weights are loaded once, all into host memory. Yields the sides; frees everything at the end.
     """
@@ -157,6 +157,7 @@ def engine_sides(model: Path, options: dict[str, dict[str, Any]]) -> Iterator[di
     from elsa_serve.offload.engine import OffloadEngine
     from elsa_serve.offload.loading import DTYPES
     from elsa_serve.offload.machine import assumed_rates, choose_device, host_memory
+    from elsa_serve.offload.split import split_linears
     from elsa_serve.offload.weights import load_model
 
     first = next(iter(options.values()))
@@ -168,6 +169,8 @@ def engine_sides(model: Path, options: dict[str, dict[str, Any]]) -> Iterator[di
         load_format=first["load_format"],
         attn_implementation=attentions.NAME,
     )
+    if first["linear"] == "elsa":
+        split_linears(weights, progress=False)
 
     shared = one_engine_does(options)
 

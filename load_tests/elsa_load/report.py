@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from elsa_load.ab import SIDES
+from elsa_load.ab import SIDES, agrees
 from elsa_load.prometheus import PHASES
 from elsa_load.svg import Band, Series, plot
 
@@ -89,7 +89,9 @@ def gain_table(rows: Sequence[dict[str, Any]]) -> str:
                 f"{row['gain_percent']:+.1f} %",
                 bounds(row["ci_low"], row["ci_high"]),
                 f"{row['median_gain_percent']:+.1f} % ({bounds(row['median_ci_low'], row['median_ci_high'])})",
-                row["prometheus_reason"] or "not asked" if second is None else f"{second:+.1f} %",
+                (row["prometheus_reason"] or "not asked")
+                if second is None
+                else f"{second:+.1f} %{'' if agrees(row) else ', outside the interval'}",
                 f"{row['outputs_equal']} of {row['pairs']}",
             )
         )

@@ -8,6 +8,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <random>
 #include <vector>
 
 #define __device__
@@ -50,7 +51,7 @@ struct Fiber {
 static std::vector<Fiber> fibers;
 static std::vector<Meeting> warps;
 static Meeting block;
-static int running, any_in_block;
+static int running;
 static uint32_t exchanged[64][32][8];
 
 static void yield() {
@@ -104,22 +105,6 @@ static bool __any_sync(unsigned, bool v) {
 }
 static void __syncwarp() { meet(warp()); }
 static void __syncthreads() { meet(block); }
-static int __syncthreads_or(int v) {
-  any_in_block |= v;
-  meet(block);
-  const int any = any_in_block;
-  meet(block);
-  any_in_block = 0;
-  meet(block);
-  return any;
-}
-static void __threadfence() {}
-static void __threadfence_block() {}
-static int atomicAdd(int* p, int v) {
-  const int old = *p;
-  *p += v;
-  return old;
-}
 template <class T>
 static T __ldcg(const T* p) {
   return *p;
@@ -148,16 +133,60 @@ static uint4 stream(const void* p) {
   return v;
 }
 
-static std::vector<std::vector<std::pair<int*, const int*>>> copies;  // of a thread
+struct Barrier {
+  int wanted, arrived, turn;
+};
+struct Copy {
+  int* to;
+  const int* from;
+  Barrier* arrives;  // null: none yet
+};
+static std::vector<std::vector<Copy>> copies;  // of a thread. None is made before it has to be
 
-static void copy(int* to, const int* from) { copies[threadIdx.x].push_back({to, from}); }
+static void copy(int* to, const int* from) { copies[threadIdx.x].push_back({to, from, nullptr}); }
 
-static void arrived() {  // no copy is made before it has to be
-  for (auto& [to, from] : copies[threadIdx.x]) *to = *from;
-  copies[threadIdx.x].clear();
+static void copy(uint4* to, const void* from) {
+  for (int i = 0; i < 4; i++) copy((int*)to + i, (const int*)from + i);
 }
 
-static void prefetch(const void*) {}
+static void arrived() {
+  for (auto& c : copies[threadIdx.x])
+    if (c.from) *c.to = *c.from;
+  std::erase_if(copies[threadIdx.x], [](auto& c) { return !c.arrives; });
+}
+
+static void open(Barrier& b, int arrivals) { b = {arrivals, 0, 0}; }
+
+static void arrive(Barrier& b) {
+  if (++b.arrived == b.wanted) {
+    b.arrived = 0;
+    b.turn++;
+  }
+}
+
+static void arrive_with_copies(Barrier& b) {
+  for (auto& c : copies[threadIdx.x])
+    if (!c.arrives) c.arrives = &b;
+  copies[threadIdx.x].push_back({nullptr, nullptr, &b});
+}
+
+static void wait(Barrier& b, int turn) {
+  for (int tries = 0; (b.turn - turn) % 2 == 0; tries++) {
+    yield();
+    if (tries < 20) continue;
+    for (auto& of_thread : copies) {
+      for (auto& c : of_thread) {
+        if (c.arrives != &b) continue;
+        if (c.from) *c.to = *c.from;
+        else arrive(b);
+      }
+      std::erase_if(of_thread, [&](auto& c) { return c.arrives == &b; });
+    }
+    tries = 0;
+  }
+}
+
+static int count(int* counter) { return (*counter)++; }
 
 static float exp_2(float x) { return exp2f(x); }
 
@@ -239,8 +268,9 @@ static void thread() {
   for (;;) yield();
 }
 
-// order: the blocks, as they run.
-extern "C" void launch(const Params* p, int blocks, const int* order) {
+// order: the blocks, as they run. seed: of which warps run for how long while the others stand still; 0: all in turn.
+extern "C" void launch(const Params* p, int blocks, const int* order, unsigned seed) {
+  std::mt19937 random(seed);
   constexpr int STACK = 1 << 17;
   params = p;
   gridDim.x = blocks;
@@ -252,7 +282,6 @@ extern "C" void launch(const Params* p, int blocks, const int* order) {
     block = {THREADS};
     copies.assign(THREADS, {});
     running = THREADS;
-    any_in_block = 0;
     for (int i = 0; i < THREADS; i++) {
       fibers[i].started = false;
       getcontext(&fibers[i].start);
@@ -261,7 +290,10 @@ extern "C" void launch(const Params* p, int blocks, const int* order) {
       makecontext(&fibers[i].start, thread, 0);
     }
     while (running) {
-      for (int i = 0; i < THREADS; i++) resume(i);
+      const unsigned awake = seed ? random() : ~0u;
+      for (int turns = seed ? 1 << random() % 11 : 1; running && turns; turns--)
+        for (int i = 0; i < THREADS; i++)
+          if (awake >> i / 32 & 1) resume(i);
     }
   }
 }

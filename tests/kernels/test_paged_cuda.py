@@ -29,8 +29,8 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 needs_nvrtc = pytest.mark.skipif(nvrtc.unavailable() is not None, reason=f"{nvrtc.unavailable()}")
 needs_gpp = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")
 FORMS = {
-    "16": Form(8, 2048, 1, step=2, longest=4096), "8": Form(8, 2048, 1, step=2, longest=4096),
-    "32x4": Form(8, 2048, 1, rows=4), "32x8": Form(4, 1024, 2),
+    "16": Form(8, 2048, 1, longest=4096), "8": Form(11, 2112, 1, step=2, longest=4224),
+    "32x4": Form(8, 2048, 1, rows=4), "32x8": Form(4, 1024, 2, conductor=False),
 }  # fmt: skip
 SMALL = {
     torch.float32: Form(warps=2, chunk=32, blocks_per_sm=1, rows=4, longest=64),
@@ -50,7 +50,7 @@ def around_the_sizes(form: Form, group: int = 2, *, fp8: bool = False) -> Batch:
     """Lengths on both sides of those at which the size of a sequence's chunks changes; two queries where they fit."""
     lengths = tuple(
         (min(1 + keys % 2, form.rows // group), keys)
-        for keys in (n * form.chunk + more for n in (1, 8, 64) for more in (-1, 0, 1))
+        for keys in (n * form.chunk + more for n in (1, 4, 8, 64) for more in (-1, 0, 1))
         if keys <= 64 * form.chunk
     )
     return Batch("around_the_sizes", lengths, H=group, Hkv=1, D=128, fp8=fp8, scales=(0.37, 2.9) if fp8 else None)
@@ -61,12 +61,13 @@ class Host:
 
     def __init__(self, room: Path) -> None:
         self.room = room
-        self.blocks, self.order, self.whole_nodes = 5, torch.arange(5, dtype=torch.int32), False
+        self.blocks, self.order, self.whole_nodes, self.seed = 5, torch.arange(5, dtype=torch.int32), False, 0
+        self.conductor = True
 
     def library(self, problem: PagedProblem, form: Form) -> ctypes.CDLL:
         machine = re.compile(r"// machine: begin.*?// machine: end", re.DOTALL)
         text = machine.sub("", cuda_decode.source(problem.dtype)).replace(
-            "extern __shared__ int ends[];", "static int ends[64];"
+            "extern __shared__ uint4 dynamic[];", "static uint4 dynamic[1 << 14];"
         )
         defines = [f"-D{name}={value}" for name, value in form.defines(problem).items()]
         path = self.room / hashlib.sha256(repr((text, defines)).encode()).hexdigest()[:16]
@@ -88,6 +89,7 @@ class Host:
 
     def run(self, problem: PagedProblem, operands: PagedOperands) -> None:
         form = SMALL[torch.float32 if problem.dtype == torch.float32 else torch.float16]
+        form = dataclasses.replace(form, conductor=self.conductor)
         bound = -1 if self.whole_nodes else 1 << 40
         with mock.patch.object(cuda_decode, "MAX_CHUNK_BYTES", bound):
             slots = cuda_decode.Slots.of(problem, form, self.blocks)
@@ -96,7 +98,8 @@ class Host:
         states = tuple(torch.full(s, float("nan")) for s in (shape, shape, (*shape, problem.D)))
         counters = torch.zeros(slots.counters(problem) + 1, dtype=torch.int32)
         params = cuda_decode.parameters(problem, operands, slots, states, counters)
-        self.library(problem, form).launch(ctypes.byref(params), self.blocks, ctypes.c_void_p(self.order.data_ptr()))
+        order = ctypes.c_void_p(self.order.data_ptr())
+        self.library(problem, form).launch(ctypes.byref(params), self.blocks, order, self.seed)
         assert not counters.any()
         assert all(bool(x[-1].isnan().all()) for x in states)
         start = 0
@@ -139,16 +142,20 @@ def test_fp8_on_the_host(batch: Batch, dtype: torch.dtype, host: Host) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", ["long", "around_the_sizes", "around_the_sizes_fp8"])
 def test_bits_on_the_host_depend_on_the_sequence_alone(name: str, dtype: torch.dtype, host: Host) -> None:
-    """Not on the order in which blocks run, on their number, on whether they take whole nodes, or on the batch."""
+    """Not on the order in which blocks and warps run, on blocks' number, on whether they take whole nodes or have a
+    conductor, or on the batch."""
     if dtype == torch.float32 and name.endswith("fp8"):
         pytest.skip("FP8 caches are for 16-bit queries")
     batch = LONG if name == "long" else around_the_sizes(SMALL[dtype], fp8=name.endswith("fp8"))
     check(batch, "cuda_on_host", "cpu", dtype)
     made = make(batch, "cpu", dtype)
     expected, lse = attention_paged(**made.arguments, return_lse=True, impl="cuda_on_host")
-    for blocks, whole_nodes in ((5, False), (13, False), (2, True), (7, True)):
+    for blocks, whole_nodes, conductor in (
+        (5, False, True), (13, False, True), (2, True, True), (7, True, True), (5, False, False), (7, True, False),
+    ):  # fmt: skip
         order = torch.randperm(blocks, generator=torch.Generator().manual_seed(blocks)).int()
-        with mock.patch.multiple(host, blocks=blocks, order=order, whole_nodes=whole_nodes):
+        changes = {"order": order, "whole_nodes": whole_nodes, "conductor": conductor}
+        with mock.patch.multiple(host, blocks=blocks, seed=blocks, **changes):
             out, its_lse = attention_paged(**made.arguments, return_lse=True, impl="cuda_on_host")
         assert torch.equal(out, expected)
         assert torch.equal(its_lse, lse)
@@ -161,8 +168,8 @@ def test_bits_on_the_host_depend_on_the_sequence_alone(name: str, dtype: torch.d
 @pytest.mark.parametrize(
     ("dtype", "group", "kv_dtype"),
     [
-        (torch.float16, 4, None), (torch.bfloat16, 8, None), (torch.float32, 4, None), (torch.float32, 8, None),
-        (torch.float16, 8, FP8), (torch.bfloat16, 4, FP8),
+        (torch.float16, 1, None), (torch.float16, 4, None), (torch.bfloat16, 8, None), (torch.float32, 1, None),
+        (torch.float32, 4, None), (torch.float32, 8, None), (torch.float16, 8, FP8), (torch.bfloat16, 4, FP8),
     ],
 )  # fmt: skip
 def test_a_tile_is_in_registers_while_the_next_is_on_its_way(
@@ -172,8 +179,10 @@ def test_a_tile_is_in_registers_while_the_next_is_on_its_way(
     form = FORMS[cuda_decode.kind_of(described)]
     cubin = nvrtc.compile_cubin(cuda_decode.source(dtype), 90, form.defines(described))
     used = aot.cubin_resources(cubin)
-    assert used["registers"] * 32 * form.warps * form.blocks_per_sm <= 65536
+    # a multiprocessor's warps and registers lie in four parts
+    assert used["registers"] * 32 * -(-form.threads() * form.blocks_per_sm // 128) <= 16384
     assert used["stack"] <= 32  # what is spilled is not the tile
+    assert form.shared_bytes() + 4 * cuda_decode.MAX_SEQUENCES <= 99 << 10  # what a block has on all GPUs
 
 
 def test_the_table_has_forms_of_known_kinds() -> None:
@@ -183,7 +192,7 @@ def test_the_table_has_forms_of_known_kinds() -> None:
 
 @pytest.mark.parametrize("form", [*SMALL.values(), *FORMS.values()], ids=str)
 def test_the_longest_sequence_has_not_always_the_most_chunks(form: Form) -> None:
-    cuts = [n * form.chunk for n in (1, 8, 64)]
+    cuts = [n * form.chunk for n in (1, 4, 8, 64)]
     lengths = [0, *(n for cut in cuts for n in (cut - 1, cut, cut + 1)), 200 * form.chunk]
     for most in lengths:
         assert form.most_chunks(most) == max(1, *(form.chunks_of(n) for n in lengths if n <= most))
@@ -223,7 +232,7 @@ def test_what_a_decode_batch_takes() -> None:
         mock.patch("torch.cuda.current_device", return_value=0),
     ):
         splits, size = launch.decode_memory(described, "sm_90")
-        assert [splits(n) for n in (100, 2048, 2049, 16384, 131071, 131072)] == [1, 1, 3, 8, 64, 32]
+        assert [splits(n) for n in (100, 2048, 2049, 8192, 16384, 131071, 131072)] == [1, 1, 5, 8, 8, 64, 32]
         assert size < 80 << 20
         with mock.patch.object(cuda_decode, "forms", return_value={}):
             splits, size = launch.decode_memory(described, "sm_90")

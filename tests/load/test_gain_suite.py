@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
+from elsa_load.ab import agrees
+from elsa_load.intervals import paired_gain
 
 from elsa_serve import results_file
 from elsa_serve.offload.checkpoint import load_config
@@ -91,10 +93,13 @@ def test_cells_of_several_runs_come_together(tmp_path, tiny, monkeypatch):
     assert gain_suite.main([*words, "--cell", "float32:256:3"]) == 0
     assert len(ran) == 4, "what is complete is not measured again"
     kept, old = (results_file.read(output)["rows"][0] | {"context": n, "layers": 7} for n in (128, 192))
-    results_file.write_document(output, results_file.read(output) | {"rows": [kept, old]})
+    other = old | {"chunk_tokens": 192}  # in one piece: another row
+    results_file.write_document(output, results_file.read(output) | {"rows": [kept, old, other]})
     assert gain_suite.main([*words, "--cell", "float32:192:1"]) == 0
     rows = results_file.read(output)["rows"]
-    assert [(row["context"], row["layers"]) for row in rows] == [(128, 7)] + [(192, 1)] * 3 + [(256, 3)] * 3
+    others = [(192, 1)] * 3 + [(192, 7)]
+    assert [(row["context"], row["layers"]) for row in rows] == [(128, 7), *others, *[(256, 3)] * 3]
+    assert rows.pop(4)["chunk_tokens"] == 192
     for row in rows[1:]:
         assert row["compiled_late"] == ["merge"]
         assert {"gpu_cap_bytes", "chunk_tokens", "commit", "gain_percent", "ci_low", "ci_high"} <= row.keys()
@@ -104,3 +109,17 @@ def test_cells_of_several_runs_come_together(tmp_path, tiny, monkeypatch):
     output.replace(tmp_path / "gain-h200.json")
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     assert "float32, 256 tokens, 3 layers, prefill" in tables.gain_table()
+    assert "float32, 192 tokens in one piece, 7 layers, prefill" in tables.gain_table()
+
+
+def test_what_is_committed_follows_from_its_times_and_prometheus_agrees():
+    rows = results_file.read(tables.RESULTS / "gain-h200.json")["rows"]
+    assert rows
+    for row in rows:
+        found = paired_gain(*zip(*row["pairs_s"]), row["confidence"])
+        assert (row["gain_percent"], row["ci_low"], row["ci_high"]) == pytest.approx(
+            (found.percent, found.low, found.high)
+        )
+        assert agrees(row), (row["dtype"], row["context"], row["phase"])
+        assert row["prometheus_gain_percent"] is not None
+        assert not row.get("compiled_late")

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from elsa_load import ab, bench_gain, prometheus
+from elsa_load import ab, bench_gain, in_process, prometheus
 from elsa_load.ab import SIDES, Cell, gain_rows, run_cell
 from elsa_load.command import add_command
 from elsa_load.in_process import EngineSide, Gate, Switch
@@ -292,10 +292,29 @@ def test_engines_of_this_process_take_turns_and_warm_ups_leave_no_trace(tmp_path
     assert all(pair["texts_equal"] for pair in cell["pairs"])
 
 
-def test_sides_that_cannot_share_weights_are_refused(tmp_path, capsys):
-    arguments = ["bench", "gain", str(DEMO), "--in-process", "--candidate", "dtype=float32"]
+def test_shared_weights_are_split_where_both_sides_have_our_linear_layers(tmp_path, monkeypatch):
+    kinds = []
+    observe = in_process.observe
+
+    def noting(engine, request):
+        kinds.append(type(engine._loaded.weights.decoder_layers[0].self_attn.q_proj).__name__)
+        return observe(engine, request)
+
+    monkeypatch.setattr(in_process, "observe", noting)
+    arguments = ["bench", "gain", str(DEMO), "--in-process", "--quiet", "--no-prometheus", "--context", "300"]
+    arguments += ["--pairs", "2", "--output-tokens", "2", "--warm-up", "0", "--rest", "0"]
+    for linear, kind in (("elsa", "SplitLinear"), ("torch", "Linear")):
+        settings = f"{SMALL},dtype=float32,linear={linear}"
+        assert main([*arguments, "--set", settings, "--output", str(tmp_path / linear)]) == 0
+        assert kinds == [kind] * 4
+        kinds.clear()
+
+
+@pytest.mark.parametrize(("candidate", "key"), [("dtype=float32", "dtype"), ("linear=elsa", "linear")])
+def test_sides_that_cannot_share_weights_are_refused(tmp_path, capsys, candidate, key):
+    arguments = ["bench", "gain", str(DEMO), "--in-process", "--candidate", candidate]
     assert main([*arguments, "--output", str(tmp_path)]) == 2
-    assert "same dtype" in capsys.readouterr().err
+    assert f"same {key}" in capsys.readouterr().err
 
 
 def test_two_servers_need_a_budget_each(tmp_path, capsys):
@@ -321,14 +340,15 @@ def fake_python(tmp_path):
 
 def test_gain_on_vllm_starts_two_of_its_servers(tmp_path, fake_python):
     arguments = ["bench", "gain", "some-model", "--engine", "vllm", "--python", str(fake_python), "--quiet"]
-    arguments += ["--set", "gpu-memory-utilization=0.4,dtype=float16,enforce-eager", "--no-prometheus"]
+    settings = "gpu-memory-utilization=0.4,dtype=float16,compilation-config.cudagraph_mode=NONE,enforce-eager"
+    arguments += ["--set", settings, "--no-prometheus"]
     arguments += ["--context", "256", "--pairs", "2", "--output-tokens", "3", "--output", str(tmp_path / "out")]
     assert main(arguments) == 0
     calls = [line.split(" --port ")[0] for line in (tmp_path / "calls").read_text().splitlines()]
     shared = "--max-model-len 260 --no-enable-prefix-caching"
     assert calls == [
-        "-m elsa_serve serve some-model --engine vllm --gpu-memory-utilization 0.4 --dtype float16 --enforce-eager "
-        f"--attention-backend {backend} {shared}"
+        "-m elsa_serve serve some-model --engine vllm --gpu-memory-utilization 0.4 --dtype float16 "
+        f"--compilation-config.cudagraph_mode NONE --enforce-eager --attention-backend {backend} {shared}"
         for backend in ("FLASH_ATTN", "elsa")
     ]
     rows = json.loads((tmp_path / "out" / "gain.json").read_text())["rows"]

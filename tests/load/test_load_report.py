@@ -4,7 +4,7 @@ from dataclasses import asdict
 from html.parser import HTMLParser
 
 import pytest
-from elsa_load.ab import SIDES, Cell, Results
+from elsa_load.ab import SIDES, Cell, Results, table
 from elsa_load.envelope import envelope
 from elsa_load.measures import summarise
 from elsa_load.prometheus import PHASES
@@ -85,6 +85,17 @@ def test_the_report_of_an_ab_has_every_plot(gains):
     assert "prefill at 1,024 tokens is faster (+20.0 %, +20.0 … +20.0 %)" in text
     assert "decode at 4,096 tokens is faster (+50.0 %" in text
     assert HOSTILE in text
+
+
+def test_a_prometheus_that_disagrees_is_pointed_out(gains):
+    first, second, *_ = gains["rows"]
+    first["ci_low"], first["ci_high"], first["prometheus_gain_percent"] = 19.0, 21.0, 20.5
+    second["ci_low"], second["ci_high"], second["prometheus_gain_percent"] = 19.0, 21.0, 21.5
+    lines = table(gains["rows"]).splitlines()
+    assert [line.endswith("Prometheus: outside the interval") for line in lines[1:3]] == [False, True]
+    text = gain_report(gains)
+    assert "<td>+20.5 %</td>" in text
+    assert "<td>+21.5 %, outside the interval</td>" in text
 
 
 def test_the_reports_of_a_run_and_of_a_sweep_have_every_plot():

@@ -179,6 +179,12 @@ def test_chunks_shrink_with_the_budget_and_never_exceed_the_context() -> None:
     assert plan_13b(gpu_budget=24 * GIB, context=300).chunk_tokens == 300
 
 
+def test_float32_products_without_tensor_cores_gain_nothing_from_larger_chunks() -> None:
+    budget = {"geometry": llama_13b(torch.float32), "gpu_budget": 24 * GIB, "resident_layers": 0, "rates": None}
+    assert plan_13b(**budget).chunk_tokens == 4096
+    assert plan_13b(**budget, linear="elsa").chunk_tokens == 32768
+
+
 def test_a_batch_takes_what_the_host_has_left_and_says_so() -> None:
     plan = plan_13b(batch=8)
     assert 32768 < plan.kv_tokens < 8 * 32768

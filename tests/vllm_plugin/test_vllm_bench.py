@@ -1,6 +1,7 @@
 """The benchmark's own parts: its float64 reference against transformers, its geometry, its errors as rows."""
 
 import argparse
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -115,3 +116,45 @@ def test_collected_rows_keep_the_newest_of_a_configuration_and_where_it_came_fro
             ("float16", 2.0, "new"),
         ]
         assert all(row["command"] == "python3 -m load_tests.vllm_bench speed" for row in rows)
+
+
+def test_ranks_of_one_gpu_are_nccl_hosts_of_their_own_on_the_first_device(monkeypatch):
+    from load_tests import shared_gpu
+
+    for name in ("NCCL_HOSTID", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "before")  # so that both are put back
+    seen = []
+    monkeypatch.setattr(shared_gpu.GpuWorker, "init_device", lambda self: seen.append(self.local_rank))
+    hosts = set()
+    for rank in range(2):
+        worker = object.__new__(shared_gpu.Worker)
+        worker.rank = worker.local_rank = rank
+        worker.init_device()
+        hosts.add(os.environ["NCCL_HOSTID"])
+    assert seen == [0, 0]
+    assert hosts == {"rank 0", "rank 1"}
+
+
+def test_the_engine_of_ranks_on_one_gpu_takes_that_worker(monkeypatch):
+    import vllm
+
+    from load_tests import shared_gpu
+
+    taken = {}
+
+    class Engine:
+        def __init__(self, **options):
+            taken.update(options)
+            self.llm_engine = SimpleNamespace(engine_core=SimpleNamespace(shutdown=lambda: None))
+
+    monkeypatch.setattr(vllm, "LLM", Engine)
+    parser = vllm_bench.build_parser()
+    for flags in ([], ["--one-gpu"]):
+        args = parser.parse_args(["tokens", "--layers", "1", *flags])
+        taken.clear()
+        with vllm_bench.engine(args, "folder", "ELSA", tensor_parallel_size=2):
+            pass
+        row = vllm_bench.base_row(args, vllm_bench.geometry(args), "ELSA", "tp2")
+        assert row.get("one_gpu") == (True if flags else None)
+        assert (taken.get("worker_cls") == shared_gpu.ENGINE_OPTIONS["worker_cls"]) == bool(flags)
+    assert shared_gpu.ENGINE_OPTIONS["worker_cls"] == "load_tests.shared_gpu.Worker"

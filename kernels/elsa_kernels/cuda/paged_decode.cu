@@ -1,9 +1,10 @@
 // Attention of up to ROWS packed rows (queries × heads of a group) over a paged KV with D = 128, in one launch. sm_80 and
 // newer, compiled by NVRTC, with the tiles of paged_tiles_half.cu or paged_tiles_fp32.cu.
 //
-// K and V go from global memory straight into the registers of the products. So a warp has the next tiles in flight
-// whenever it computes, and needs nobody: warps meet once a chunk, and while they do, each has the first tiles of the
-// next chunk in flight.
+// K and V go from global memory straight into the registers of the products. A warp has the next tiles in flight whenever
+// it computes, the next chunk's too, and meets nobody: one more warp, the conductor, prepares what the others read next
+// (`Prepared`) and takes what they leave of a chunk to its place. A fence waits for all loads on their way, so the
+// conductor makes all of them, which has none. Only with a block's last chunk do all warps help.
 //
 // A sequence's keys are cut into chunks, counted from key 0, of a size that follows from their number (`chunk_of`); of a
 // chunk's tiles warp w takes every WARPS-th, STEP at a time.
@@ -13,15 +14,18 @@
 // sequence alone.
 //
 // Needs: ELSA_FP32 and ELSA_BF16 (both 0 for FP16), ELSA_FP8 (of the caches, 16-bit queries), ELSA_ROWS, ELSA_GROUP,
-// ELSA_PAGE (a multiple of 16), ELSA_WARPS, ELSA_CHUNK, ELSA_LONGEST, ELSA_STEP, ELSA_MIN_BLOCKS.
+// ELSA_PAGE (a multiple of 16), ELSA_WARPS, ELSA_CONDUCTOR, ELSA_CHUNK, ELSA_LONGEST, ELSA_STEP, ELSA_SHARED,
+// ELSA_MIN_BLOCKS.
 
-constexpr int WARPS = ELSA_WARPS, CHUNK = ELSA_CHUNK, THREADS = 32 * WARPS, GROUP = ELSA_GROUP, PAGE = ELSA_PAGE;
+constexpr int WARPS = ELSA_WARPS, CHUNK = ELSA_CHUNK, GROUP = ELSA_GROUP, PAGE = ELSA_PAGE;
+constexpr bool CONDUCTOR = ELSA_CONDUCTOR;
+constexpr int TEAM = WARPS + CONDUCTOR, THREADS = 32 * TEAM;  // the conductor is the last one
 constexpr int D = 128, ROWS = ELSA_ROWS, FAN = 32, TILE = ELSA_FP32 ? 8 : 16;
 constexpr int STEP = ELSA_STEP;  // tiles that a warp multiplies at a time
 constexpr int PITCH = D + 4;  // of a row in shared memory
 constexpr int LONGEST = ELSA_LONGEST;  // of all chunks
-static_assert(CHUNK / 2 % (TILE * WARPS * STEP) == 0 && LONGEST % CHUNK == 0, "whole steps of all warps");
-static_assert(LONGEST <= 32 * TILE * WARPS, "a lane asks for the page of each of its warp's tiles");
+constexpr int AHEAD = CONDUCTOR ? 4 : 2;  // chunks that are prepared at a time
+static_assert(CHUNK / 4 % TILE == 0 && LONGEST % TILE == 0, "whole tiles");
 static_assert(PAGE % TILE == 0, "a tile lies on one page");
 
 typedef unsigned int u32;
@@ -64,14 +68,53 @@ __device__ __forceinline__ uint4 stream(const void* p) {
   return v;
 }
 
-__device__ __forceinline__ void copy(int* to, const int* from) {  // into shared memory, until `arrived`
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from) : "memory");
+__device__ __forceinline__ u32 shared(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+__device__ __forceinline__ void copy(int* to, const int* from) {  // into shared memory, until `arrive_with_copies`
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared(to)), "l"(from) : "memory");
 }
 
-__device__ __forceinline__ void arrived() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+__device__ __forceinline__ void copy(uint4* to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared(to)), "l"(from) : "memory");
+}
 
-__device__ __forceinline__ void prefetch(const void* p) {  // 128 bytes
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+// Turns of a barrier end when as many have arrived as it was opened for. They are waited for by their parity.
+struct Barrier {
+  alignas(8) u32 state[2];
+};
+
+__device__ __forceinline__ void open(Barrier& b, int arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared(&b)), "r"(arrivals) : "memory");
+}
+
+__device__ __forceinline__ void arrive(Barrier& b) {
+  asm volatile("{.reg .b64 state; mbarrier.arrive.shared.b64 state, [%0];}" ::"r"(shared(&b)) : "memory");
+}
+
+__device__ __forceinline__ void arrive_with_copies(Barrier& b) {  // when this thread's copies are there
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared(&b)) : "memory");
+}
+
+__device__ __forceinline__ void wait(Barrier& b, int turn) {
+  u32 done;
+  do {
+    asm volatile(
+#if __CUDA_ARCH__ >= 900  // sleeps a while
+        "{.reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+#else
+        "{.reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+#endif
+        : "=r"(done)
+        : "r"(shared(&b)), "r"(turn & 1)
+        : "memory");
+  } while (!done);
+}
+
+// Counts one more, after what this thread has seen was written and before what it reads from now on. Returns the old count.
+__device__ __forceinline__ int count(int* counter) {
+  int before;
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  return before;
 }
 
 __device__ __forceinline__ float exp_2(float x) {
@@ -92,7 +135,9 @@ struct Chunk {
   int q0, rows;        // the sequence's first query, packed rows
   int keys, start;     // of the sequence; position of its first query
   int size;            // keys of the sequence's chunks, `chunk_of`
+  int end;             // of the chunk's keys
   int first_item;      // of the sequence, over all heads
+  bool more;           // whether the block has another one
 };
 
 __device__ __forceinline__ int divide_up(int a, int b) { return (a + b - 1) / b; }
@@ -100,7 +145,7 @@ __device__ __forceinline__ int divide_up(int a, int b) { return (a + b - 1) / b;
 // Keys of the chunks of a sequence of so many keys: short ones are cut for one sequence to occupy many multiprocessors,
 // long ones for fewer ends of chunks. As `Form.chunk_of`.
 __device__ __forceinline__ int chunk_of(int keys) {
-  if (keys > CHUNK && keys < 8 * CHUNK) return CHUNK / 2;
+  if (keys > CHUNK && keys < 8 * CHUNK) return keys < 4 * CHUNK ? CHUNK / 4 : CHUNK / 2;
   return keys >= 64 * CHUNK ? LONGEST : CHUNK;
 }
 
@@ -126,7 +171,7 @@ __device__ int sum_items(const Params& p, int* ends, int* room) {
     __syncthreads();
     for (int w = 0; w < warp; w++) sum += room[w];
     if (s < p.B) ends[s] = before + sum;
-    for (int w = 0; w < WARPS; w++) before += room[w];
+    for (int w = 0; w < TEAM; w++) before += room[w];
     __syncthreads();
   }
   return before;
@@ -157,46 +202,21 @@ __device__ __forceinline__ Chunk first_chunk(const Params& p, const int* ends, i
   return c;
 }
 
-__device__ __forceinline__ Chunk following(Chunk c) {  // within an item
-  c.at++;
-  return c;
-}
-
-__device__ __forceinline__ void describe(Chunk& to, const Chunk& c, int lane) {
-  if (lane == 0) to = c;
-  __syncwarp();
-}
-
 __device__ __forceinline__ i64 place_of(const Chunk& c, int row, i64 token_stride, i64 head_stride) {
   return (c.q0 + row / GROUP) * token_stride + (c.head * GROUP + row % GROUP) * head_stride;
 }
 
-// What a warp leaves of a chunk.
+// What a warp leaves of a chunk. `broken`: something in it is not finite.
 struct Left {
   alignas(16) float w[ROWS][PITCH];
   float m[ROWS], l[ROWS];
+  bool broken;
 };
 
 // How many tiles of a chunk warp `warp` has.
 __device__ __forceinline__ int tiles_of(const Chunk& c, int warp) {
-  const int keys = min(c.keys - c.at * c.size, c.size) - TILE * warp;
+  const int keys = c.end - c.at * c.size - TILE * warp;
   return keys > 0 ? divide_up(keys, TILE * WARPS) : 0;
-}
-
-// A chunk that a warp is about to read: of each of the warp's tiles the page, in shared memory.
-struct Ahead {
-  const int* pages;
-  int tiles;
-};
-
-// Asks for the pages of a warp's tiles; they are there when each lane has `arrived` and the warp has met.
-__device__ __forceinline__ Ahead look(const Params& p, const Chunk& c, int* pages, int warp, int lane) {
-  const int place = (c.at * c.size + TILE * (warp + WARPS * lane)) / PAGE, tiles = tiles_of(c, warp);
-  if (lane < tiles) {
-    if (place < p.table_width) copy(pages + lane, p.table + c.s * p.table_row + place);
-    else pages[lane] = 0;
-  }
-  return {pages, tiles};
 }
 
 // What a head's logits (times log2(e)) and values are to be multiplied by.
@@ -209,63 +229,84 @@ __device__ __forceinline__ float factor_of(const Params& p, int head) {
 
 #include TILES  // put in its place by the launcher
 
-// Asks for the tiles of the warp's first step in chunk c.
-__device__ __forceinline__ void load_first(const Params& p, Tile& tile, const Chunk& c, const Ahead& a, int warp, int lane) {
-  arrived();
-  __syncwarp();
-#pragma unroll
-  for (int h = 0; h < STEP; h++)
-    if (h < a.tiles) load_k(p, tile, h, a.pages[h], c.at * c.size + TILE * (warp + WARPS * h), c.head, lane);
-#pragma unroll
-  for (int h = 0; h < STEP; h++)
-    if (h < a.tiles) load_v(p, tile, h, a.pages[h], c.at * c.size + TILE * (warp + WARPS * h), c.head, lane);
+// What warps need of a chunk: its queries, and the pages of its tiles.
+struct Prepared {
+  Chunk chunk;
+  Query q;
+  int pages[LONGEST / TILE];
+};
+
+struct Shared {
+  Prepared prepared[AHEAD];  // of chunk u at u % AHEAD
+  Left left[WARPS];
+  Scratch scratch[WARPS];
+  Barrier ready[AHEAD], asked[AHEAD];  // a chunk and its pages; its queries
+  Barrier full, taken;   // all warps have left a chunk's states; they have been read
+  int room[TEAM], answer;
+};
+static_assert(sizeof(Shared) <= ELSA_SHARED, "Form.shared_bytes");
+
+// Waits until the pages of the block's chunk u are there.
+__device__ __forceinline__ const Prepared& prepared(Shared& sh, int u) {
+  wait(sh.ready[u % AHEAD], u / AHEAD);
+  return sh.prepared[u % AHEAD];
 }
 
-// A warp's tiles of chunk c, the first of which are in `tile` or on their way; at the end the next chunk's first ones are.
-__device__ __forceinline__ void walk(const Params& p, const Chunk& c, const Ahead& here, const Chunk& next,
-                                     const Ahead& ahead, const Query& q, int warp, int lane, Scratch& scratch,
-                                     Tile& tile, Rows& rows) {
-  const int plain = p.causal ? min(c.keys, c.start + 1) : c.keys;  // all rows see the keys before it
+// Asks for the tiles of the warp's first step in a chunk, of which it has `tiles`.
+__device__ __forceinline__ void load_first(const Params& p, Tile& tile, const Prepared& from, int tiles, int warp, int lane) {
+  const Chunk& c = from.chunk;
+#pragma unroll
+  for (int h = 0; h < STEP; h++)
+    if (h < tiles) load_k(p, tile, h, from.pages[warp + WARPS * h], c.at * c.size + TILE * (warp + WARPS * h), c.head, lane);
+#pragma unroll
+  for (int h = 0; h < STEP; h++)
+    if (h < tiles) load_v(p, tile, h, from.pages[warp + WARPS * h], c.at * c.size + TILE * (warp + WARPS * h), c.head, lane);
+}
+
+// A warp's tiles of the block's chunk u, the first of which are in `tile` or on their way; at the end the next chunk's
+// first ones are.
+__device__ __forceinline__ void walk(const Params& p, Shared& sh, int u, int warp, int lane, Tile& tile, Rows& rows) {
+  const Prepared& here = sh.prepared[u % AHEAD];
+  const Chunk& c = here.chunk;
+  const int plain = p.causal ? min(c.end, c.start + 1) : c.end;  // all rows see the keys before it
+  const int tiles = tiles_of(c, warp);
   const float scale = scale_of(p, c.head);
   clear(rows);
-  if (here.tiles == 0 && ahead.tiles) load_first(p, tile, next, ahead, warp, lane);
+  wait(sh.asked[u % AHEAD], u / AHEAD);
+  if (tiles == 0 && c.more) {
+    const Prepared& next = prepared(sh, u + 1);
+    load_first(p, tile, next, tiles_of(next.chunk, warp), warp, lane);
+  }
   int key = c.at * c.size + TILE * warp;
-  for (int i = 0; i < here.tiles; i += STEP) {
-    const bool inside = i + STEP < here.tiles;
-    const int more = inside ? here.tiles - i - STEP : ahead.tiles;  // tiles that may be asked for
-    if (!inside) {
-      arrived();
-      __syncwarp();
+  for (int i = 0; i < tiles; i += STEP) {
+    // The step that is asked for: where it begins, its head, tiles that there are.
+    const int* pages = here.pages + warp + WARPS * (i + STEP);
+    int begin = key + STEP * TILE * WARPS, head = c.head, more = tiles - i - STEP;
+    if (more <= 0 && c.more) {
+      const Prepared& next = prepared(sh, u + 1);
+      pages = next.pages + warp;
+      begin = next.chunk.at * next.chunk.size + TILE * warp;
+      head = next.chunk.head;
+      more = tiles_of(next.chunk, warp);
     }
-    const int* pages = inside ? here.pages + i + STEP : ahead.pages;
     int page[STEP];
 #pragma unroll
-    for (int h = 0; h < STEP; h++) page[h] = h < more ? pages[h] : 0;
+    for (int h = 0; h < STEP; h++) page[h] = h < more ? pages[WARPS * h] : 0;
     Logits s;
-    products(tile, q, lane, scale, s);
+    products(tile, here.q, lane, scale, s);
 #pragma unroll
     for (int h = 0; h < STEP; h++)
       if (key + TILE * WARPS * h + TILE > plain) hide(p, c, h, key + TILE * WARPS * h, lane, s, tile);
-    key = inside ? key + STEP * TILE * WARPS : next.at * next.size + TILE * warp;
-    const int head = inside ? c.head : next.head;
+    key = begin;
 #pragma unroll
     for (int h = 0; h < STEP; h++)
       if (h < more) load_k(p, tile, h, page[h], key + TILE * WARPS * h, head, lane);
-    weigh(s, rows, i / STEP, lane, scratch, tile);
+    weigh(s, rows, i / STEP, lane, sh.scratch[warp], tile);
 #pragma unroll
     for (int h = 0; h < STEP; h++)
       if (h < more) load_v(p, tile, h, page[h], key + TILE * WARPS * h, head, lane);
   }
 }
-
-struct Shared {
-  Query q[2];  // of this item and of the next in turn
-  Left left[WARPS];
-  Scratch scratch[WARPS];
-  Chunk chunk[2][WARPS];  // a warp's copy of this chunk's description and of the next one's, in turn
-  int pages[2][WARPS][32];  // likewise, of each of a warp's tiles
-  int room[WARPS], answer;
-};
 
 // A row's state as a warp holds it: a lane has channels 4·lane … + 3.
 struct State {
@@ -296,34 +337,49 @@ __device__ __forceinline__ State gather(const Shared& sh, int row, int lane) {
   return x;
 }
 
-// The chunk again, a row a warp: in a tile's product a hidden key's weight 0 meets its ∞ and NaN, here it is left out,
-// as is a key with logit −∞. Leaves the state of every row as that of warp 0, the other warps' empty.
-__device__ __noinline__ void careful(const Params& p, const Chunk& c, Shared& sh, int warp, int lane) {
-  const int lo = c.at * c.size, end = min(c.keys, lo + c.size);
+// The chunk again, key by key: in a tile's product a hidden key's weight 0 meets its ∞ and NaN, here it is left out, as is
+// a key with logit −∞. One warp leaves the state of every row as that of warp 0, the other warps' empty.
+__device__ __noinline__ void careful(const Params& p, const Chunk& c, Shared& sh, int lane) {
   const float scale = scale_of(p, c.head);
-  for (int row = warp; row < c.rows; row += WARPS) {
-    float q[D / 32], w[D / 32] = {}, m = minus_infinity(), l = 0.f;
-    for (int i = 0; i < D / 32; i++) q[i] = unpack(p.q[place_of(c, row, p.q_token, p.q_head) + lane + 32 * i]);
-    const int seen = p.causal ? min(end, c.start + row / GROUP + 1) : end;
-    for (int key = lo; key < seen; key++) {
-      const i64 page = p.table[c.s * p.table_row + key / PAGE];
-      const cell* k = p.k + page * p.k_block + key % PAGE * p.k_place + c.head * p.k_head;
-      const cell* v = p.v + page * p.v_block + key % PAGE * p.v_place + c.head * p.v_head;
+  float q[ROWS][D / 32], w[ROWS][D / 32] = {}, m[ROWS], l[ROWS];
+#pragma unroll
+  for (int row = 0; row < ROWS; row++) {
+    m[row] = minus_infinity();
+    l[row] = 0.f;
+#pragma unroll
+    for (int i = 0; i < D / 32; i++)
+      q[row][i] = row < c.rows ? unpack(p.q[place_of(c, row, p.q_token, p.q_head) + lane + 32 * i]) : 0.f;
+  }
+  for (int key = c.at * c.size; key < c.end; key++) {
+    const i64 page = p.table[c.s * p.table_row + key / PAGE];
+    const cell* at_k = p.k + page * p.k_block + key % PAGE * p.k_place + c.head * p.k_head + lane;
+    const cell* at_v = p.v + page * p.v_block + key % PAGE * p.v_place + c.head * p.v_head + lane;
+    float k[D / 32], v[D / 32];
+#pragma unroll
+    for (int i = 0; i < D / 32; i++) k[i] = unpack(at_k[32 * i]), v[i] = unpack(at_v[32 * i]);
+#pragma unroll
+    for (int row = 0; row < ROWS; row++) {
+      if (row >= c.rows || (p.causal && key > c.start + row / GROUP)) continue;
       float s = 0.f;
-      for (int i = 0; i < D / 32; i++) s = fmaf(q[i], unpack(k[lane + 32 * i]), s);
+#pragma unroll
+      for (int i = 0; i < D / 32; i++) s = fmaf(q[row][i], k[i], s);
       for (int d = 16; d; d /= 2) s += __shfl_xor_sync(~0u, s, d);
       s *= scale;
       if (s == minus_infinity()) continue;
-      const float top = fmaxf(m, s), decay = exp_2(m - top), e = exp_2(s - top);
-      m = top;
-      l = fmaf(l, decay, e);
-      for (int i = 0; i < D / 32; i++) w[i] = fmaf(w[i], decay, e * unpack(v[lane + 32 * i]));
-    }
-    for (int of = 0; of < WARPS; of++) {
-      if (lane == 0) sh.left[of].m[row] = of ? minus_infinity() : m, sh.left[of].l[row] = of ? 0.f : l;
-      for (int i = 0; i < D / 32; i++) sh.left[of].w[row][lane + 32 * i] = of ? 0.f : w[i];
+      const float top = fmaxf(m[row], s), decay = exp_2(m[row] - top), e = exp_2(s - top);
+      m[row] = top;
+      l[row] = fmaf(l[row], decay, e);
+#pragma unroll
+      for (int i = 0; i < D / 32; i++) w[row][i] = fmaf(w[row][i], decay, e * v[i]);
     }
   }
+#pragma unroll
+  for (int row = 0; row < ROWS; row++)
+    for (int of = 0; of < WARPS; of++) {
+      if (lane == 0) sh.left[of].m[row] = of ? minus_infinity() : m[row], sh.left[of].l[row] = of ? 0.f : l[row];
+#pragma unroll
+      for (int i = 0; i < D / 32; i++) sh.left[of].w[row][lane + 32 * i] = of ? 0.f : w[row][i];
+    }
 }
 
 // Joins the sinks, once, and writes a row of output and its logsumexp.
@@ -354,26 +410,29 @@ __device__ __forceinline__ void put(const Params& p, i64 slot, int row, int lane
   }
 }
 
-// Of a row's states in n slots, `step` apart, those at even or at odd places (`half`), as one, under a maximum and a sum
-// that are all states'. 32 at a time: lane j has the weight of the j-th.
-__device__ __forceinline__ State merge_half(const Params& p, i64 slot, i64 step, int n, int half, int row, int lane) {
-  constexpr int AT_ONCE = 8;
+// A row's states in n slots, `step` apart, as one, under a maximum and a sum that are all states'. 32 at a time: lane j has
+// the weight of the j-th. W is summed over even and over odd places: HALVES is 2 where the caller does both, else it does
+// those from `half` on.
+template <int HALVES>
+__device__ __forceinline__ State merge_states(const Params& p, i64 slot, i64 step, int n, int half, int row, int lane) {
+  constexpr int AT_ONCE = 8 * HALVES, APART = 2 / HALVES;
   State x = {minus_infinity(), 0.f, make_float4(0.f, 0.f, 0.f, 0.f)};
+  float4 odd = x.w;
   for (int base = 0; base < n; base += 32) {
-    const int count = min(n - base, 32);
+    const int here = min(n - base, 32);
     const i64 at = (slot + base * step) * ROWS + row, stride = step * ROWS;
     float m = minus_infinity(), l = 0.f;
-    if (lane < count) {
+    if (lane < here) {
       m = __ldcg(p.state_m + at + lane * stride);
       l = __ldcg(p.state_l + at + lane * stride);
     }
     const float4* from = reinterpret_cast<const float4*>(p.state_w + at * D) + lane;
     float weight = 0.f;
-    for (int j = half; j < count; j += 2 * AT_ONCE) {
+    for (int j = half; j < here; j += APART * AT_ONCE) {
       float4 w[AT_ONCE];
 #pragma unroll
       for (int i = 0; i < AT_ONCE; i++)
-        w[i] = j + 2 * i < count ? __ldcg(from + (j + 2 * i) * stride * (D / 4)) : make_float4(0.f, 0.f, 0.f, 0.f);
+        w[i] = j + APART * i < here ? __ldcg(from + (j + APART * i) * stride * (D / 4)) : make_float4(0.f, 0.f, 0.f, 0.f);
       if (j == half) {  // while those are on their way
         float top = fmaxf(m, x.m);
 #pragma unroll
@@ -386,26 +445,40 @@ __device__ __forceinline__ State merge_half(const Params& p, i64 slot, i64 step,
         x.m = top;
         x.l = fmaf(x.l, decay, l);
         x.w = scaled(x.w, decay);
+        odd = scaled(odd, decay);
       }
 #pragma unroll
-      for (int i = 0; i < AT_ONCE; i++) add(x.w, __shfl_sync(~0u, weight, j + 2 * i), w[i]);
+      for (int i = 0; i < AT_ONCE; i++) add(i % HALVES ? odd : x.w, __shfl_sync(~0u, weight, j + APART * i), w[i]);
     }
   }
+  if (HALVES == 2) add(x.w, 1.f, odd);
   return x;
 }
 
-// The states of n slots as one, row by row, two warps a row: `take(row, state)` gets it.
-template <class Take>
-__device__ __forceinline__ void merge(const Params& p, i64 slot, i64 step, int n, int rows, int warp, int lane,
+// What one warp alone (MEMBERS is 1) or all warps of the block do together.
+template <int MEMBERS>
+__device__ __forceinline__ void meet() {
+  if (MEMBERS == 1) __syncwarp();
+  else __syncthreads();
+}
+
+// The states of n slots as one, row by row, together two warps a row: `take(row, state)` gets it.
+template <int MEMBERS, class Take>
+__device__ __forceinline__ void merge(const Params& p, i64 slot, i64 step, int n, int rows, int member, int lane,
                                       Shared& sh, Take take) {
-  for (int first = 0; first < rows; first += WARPS / 2) {
-    const int row = first + warp / 2, half = warp % 2;
+  if (MEMBERS == 1) {
+    for (int row = 0; row < rows; row++) take(row, merge_states<2>(p, slot, step, n, 0, row, lane));
+    return;
+  }
+  for (int first = 0; first < rows; first += MEMBERS / 2) {
+    const int row = first + member / 2, half = member % 2;
+    const bool mine = row < rows && member < MEMBERS / 2 * 2;
     State x;
-    if (row < rows) x = merge_half(p, slot, step, n, half, row, lane);
-    float4* other = reinterpret_cast<float4*>(&sh.left[warp / 2].w[0][4 * lane]);
-    if (row < rows && half) *other = x.w;
+    if (mine) x = merge_states<1>(p, slot, step, n, half, row, lane);
+    float4* other = reinterpret_cast<float4*>(&sh.left[member / 2 % WARPS].w[0][4 * lane]);
+    if (mine && half) *other = x.w;
     __syncthreads();
-    if (row < rows && !half) {
+    if (mine && !half) {
       add(x.w, 1.f, *other);
       take(row, x);
     }
@@ -413,98 +486,213 @@ __device__ __forceinline__ void merge(const Params& p, i64 slot, i64 step, int n
   }
 }
 
-// Counts this block; true for the one that comes last of `all`, who then sees what the others have written.
-__device__ __forceinline__ bool arrives_last(int* counter, int all, Shared& sh) {
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    sh.answer = atomicAdd(counter, 1) == all - 1;
+// Counts what the members have written; true where it comes last of `all`, and they see what the others have written.
+template <int MEMBERS>
+__device__ __forceinline__ bool arrives_last(int* counter, int all, int lane, Shared& sh) {
+  meet<MEMBERS>();
+  if (MEMBERS == 1 ? lane == 0 : threadIdx.x == 0) {
+    sh.answer = count(counter) == all - 1;
     if (sh.answer) *counter = 0;
-    __threadfence();
   }
-  __syncthreads();
+  meet<MEMBERS>();
   return sh.answer;
 }
 
-__device__ __forceinline__ int node_of(const Chunk& c) { return c.at / FAN; }
-__device__ __forceinline__ int nodes_of(const Chunk& c) { return divide_up(c.chunks, FAN); }
-__device__ __forceinline__ int chunks_in_node(const Chunk& c) { return min(FAN, c.chunks - node_of(c) * FAN); }
-
 // The slots of a node's chunks begin here and are `slot_step` apart.
 __device__ __forceinline__ i64 first_slot(const Params& p, const Chunk& c) {
-  return p.whole_nodes ? (i64)blockIdx.x * FAN : ((i64)c.first_item + node_of(c) * FAN) * p.Hkv + c.head;
+  return p.whole_nodes ? (i64)blockIdx.x * FAN : ((i64)c.first_item + c.at / FAN * FAN) * p.Hkv + c.head;
 }
 __device__ __forceinline__ i64 slot_step(const Params& p) { return p.whole_nodes ? 1 : p.Hkv; }
 
-// Merges the node of a chunk, all of whose chunks are there, and the nodes, if this was the last.
-__device__ __forceinline__ void complete(const Params& p, const Chunk& c, int warp, int lane, Shared& sh) {
-  const int nodes = nodes_of(c);
-  // Nodes of a sequence follow one another; sequences that begin within the same FAN items are told apart by s.
-  const i64 first = p.nodes0 + (p.whole_nodes ? c.first_item : c.first_item / FAN + c.s) * (i64)p.Hkv + c.head;
-  merge(p, first_slot(p, c), slot_step(p), chunks_in_node(c), c.rows, warp, lane, sh, [&](int row, const State& x) {
-    if (nodes == 1) finish(p, c, row, lane, x);
-    else put(p, first + (i64)node_of(c) * p.Hkv, row, lane, x);
-  });
-  if (nodes == 1 || !arrives_last(p.counters + c.s * p.Hkv + c.head, nodes, sh)) return;
-  merge(p, first, p.Hkv, nodes, c.rows, warp, lane, sh,
-        [&](int row, const State& x) { finish(p, c, row, lane, x); });
-}
-
-// The warps' states of a chunk are in shared memory: takes their sum to its place, and merges what is complete by it.
-__device__ __forceinline__ void deliver(const Params& p, const Chunk& c, int warp, int lane, Shared& sh) {
-  const i64 slot = first_slot(p, c);
-  for (int row = warp; row < c.rows; row += WARPS) {
+// The warps' states of a chunk are in shared memory: takes their sum to its place, and merges the node that is complete by
+// it, and the nodes.
+template <int MEMBERS>
+__device__ __forceinline__ void deliver(const Params& p, const Chunk& c, int member, int lane, Shared& sh) {
+  bool broken = false;
+#pragma unroll
+  for (int w = 0; w < WARPS; w++) broken |= sh.left[w].broken;
+  if (broken) {
+    if (member == 0) careful(p, c, sh, lane);
+    meet<MEMBERS>();
+  }
+  i64 slot = first_slot(p, c), step = slot_step(p);
+#pragma unroll 1
+  for (int row = member; row < c.rows; row += MEMBERS) {
     const State x = gather(sh, row, lane);
     if (c.chunks == 1) finish(p, c, row, lane, x);
-    else put(p, slot + c.at % FAN * slot_step(p), row, lane, x);
+    else put(p, slot + c.at % FAN * step, row, lane, x);
+  }
+  if (MEMBERS == 1) {
+    __syncwarp();
+    if (lane == 0) arrive(sh.taken);
   }
   if (c.chunks == 1 || (p.whole_nodes && c.at != c.last)) return;
-  bool last = true;
-  if (p.whole_nodes) {
-    __threadfence_block();
-    __syncthreads();
-  } else {
-    last = arrives_last(p.node_counters + slot, chunks_in_node(c), sh);
+  // Nodes of a sequence follow one another; sequences that begin within the same FAN items are told apart by s.
+  const i64 nodes0 = p.nodes0 + (p.whole_nodes ? c.first_item : c.first_item / FAN + c.s) * (i64)p.Hkv + c.head;
+  const int nodes = divide_up(c.chunks, FAN);
+  int n = min(FAN, c.chunks - c.at / FAN * FAN), *counter = p.node_counters + slot;
+#pragma unroll 1
+  for (bool whole = nodes == 1, counted = !p.whole_nodes;; whole = counted = true) {
+    if (!counted) meet<MEMBERS>();
+    else if (!arrives_last<MEMBERS>(counter, n, lane, sh)) return;
+    merge<MEMBERS>(p, slot, step, n, c.rows, member, lane, sh, [&](int row, const State& x) {
+      if (whole) finish(p, c, row, lane, x);
+      else put(p, nodes0 + (i64)(c.at / FAN) * p.Hkv, row, lane, x);
+    });
+    if (whole) return;
+    slot = nodes0, step = p.Hkv, n = nodes, counter = p.counters + c.s * p.Hkv + c.head;
   }
-  if (last) complete(p, c, warp, lane, sh);
+}
+
+// A thread's part of the pages of the first chunk, of the only sequence, asked for while it is not known of which size
+// it is.
+struct Guess {
+  static constexpr int EACH = (LONGEST / TILE + THREADS - 1) / THREADS;
+  int quarter[EACH], half[EACH], whole[EACH], longest[EACH];
+};
+
+__device__ __forceinline__ void guess(const Params& p, int size, int (&page)[Guess::EACH]) {
+  const int at = blockIdx.x / p.Hkv * (p.whole_nodes ? FAN : 1);
+#pragma unroll
+  for (int j = 0; j < Guess::EACH; j++) {
+    const int i = threadIdx.x + j * THREADS, place = (at * size + TILE * i) / PAGE;
+    page[j] = TILE * i < size && place < p.table_width ? p.table[place] : 0;
+  }
+}
+
+__device__ __forceinline__ Guess guess(const Params& p) {
+  Guess g;
+  guess(p, CHUNK / 4, g.quarter);
+  guess(p, CHUNK / 2, g.half);
+  guess(p, CHUNK, g.whole);
+  guess(p, LONGEST, g.longest);
+  return g;
+}
+
+__device__ __forceinline__ void settle(const Guess& g, int size, int* pages) {
+#pragma unroll
+  for (int j = 0; j < Guess::EACH; j++) {
+    const int i = threadIdx.x + j * THREADS;
+    if (TILE * i < size)
+      pages[i] = size == LONGEST ? g.longest[j] : size == CHUNK ? g.whole[j] : size == CHUNK / 2 ? g.half[j] : g.quarter[j];
+  }
+}
+
+// One warp prepares the block's chunk u, which comes after `c` where u is not 0, but for its queries. Returns it.
+__device__ __forceinline__ Chunk prepare(const Params& p, const int* ends, int items, Chunk c, int u, int lane, Shared& sh) {
+  if (u && c.at < c.last) c.at++;
+  else c = first_chunk(p, ends, u ? c.item + (int)gridDim.x : blockIdx.x);
+  c.more = c.at < c.last || c.item + (int)gridDim.x < items;
+  c.end = min(c.keys, (c.at + 1) * c.size);
+  Prepared& to = sh.prepared[u % AHEAD];
+  if (lane == 0) to.chunk = c;
+  if (u || p.B > 1) {  // else all threads do
+    const int tiles = divide_up(c.end - c.at * c.size, TILE);
+    for (int i = lane; i < tiles; i += 32) {
+      const int place = (c.at * c.size + TILE * i) / PAGE;
+      if (place < p.table_width) copy(to.pages + i, p.table + c.s * p.table_row + place);
+      else to.pages[i] = 0;
+    }
+  }
+  arrive_with_copies(sh.ready[u % AHEAD]);
+  arrive(sh.ready[u % AHEAD]);
+  return c;
+}
+
+__device__ __forceinline__ void prepare_q(const Params& p, const Chunk& c, int u, int lane, Shared& sh) {
+  load_q(p, c, sh.prepared[u % AHEAD].q, lane);
+  arrive_with_copies(sh.asked[u % AHEAD]);
+  arrive(sh.asked[u % AHEAD]);
+}
+
+// The conductor's part; c: the block's first chunk. Returns which is its last one, which is not yet delivered.
+__device__ __forceinline__ int conduct(const Params& p, const int* ends, int items, Chunk c, int lane, Shared& sh) {
+  int next = 1;
+  prepare_q(p, c, 0, lane, sh);
+  for (int u = 0;; u++) {
+#pragma unroll 1
+    for (; next < u + AHEAD && c.more; next++) {
+      c = prepare(p, ends, items, c, next, lane, sh);
+      prepare_q(p, c, next, lane, sh);
+    }
+    const Chunk& now = prepared(sh, u).chunk;
+    if (!now.more) return u;
+    wait(sh.full, u);
+    deliver<1>(p, now, 0, lane, sh);
+    __syncwarp();
+  }
+}
+
+// The other warps' part, which returns the same. Without a conductor, c is the last warp's.
+__device__ __forceinline__ int stream_chunks(const Params& p, const int* ends, int items, Chunk c, int warp, int lane, Shared& sh) {
+  Tile tile;
+  const Prepared& first = prepared(sh, 0);
+  load_first(p, tile, first, tiles_of(first.chunk, warp), warp, lane);
+  if (!CONDUCTOR && warp == WARPS - 1) prepare_q(p, c, 0, lane, sh);
+  for (int u = 0;; u++) {
+    const bool more = sh.prepared[u % AHEAD].chunk.more;
+    if (!CONDUCTOR && warp == WARPS - 1 && more) {
+      c = prepare(p, ends, items, c, u + 1, lane, sh);
+      prepare_q(p, c, u + 1, lane, sh);
+    }
+    Rows rows;
+    walk(p, sh, u, warp, lane, tile, rows);
+    if (CONDUCTOR && u) wait(sh.taken, u - 1);
+    const bool broken = __any_sync(~0u, leave(rows, sh.left[warp], lane));
+    if (lane == 0) sh.left[warp].broken = broken;
+    if (!more) return u;
+    if (CONDUCTOR) {
+      __syncwarp();
+      if (lane == 0) arrive(sh.full);
+    } else {
+      __syncthreads();
+      deliver<TEAM>(p, sh.prepared[u % AHEAD].chunk, warp, lane, sh);
+      __syncthreads();
+    }
+  }
+}
+
+// Before it returns, the kernel ahead may still run: nothing it writes may be read, nor anything written. Kernels behind
+// this one may start as soon as all of its blocks have.
+__device__ __forceinline__ void wait_for_kernel_ahead() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, ELSA_MIN_BLOCKS) paged_decode(const __grid_constant__ Params p) {
-  __shared__ Shared sh;
-  extern __shared__ int ends[];
+  extern __shared__ uint4 dynamic[];
+  Shared& sh = *reinterpret_cast<Shared*>(dynamic);
+  int* ends = reinterpret_cast<int*>(&sh + 1);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  if (p.B == 1 && threadIdx.x == 0)  // what the first loads of the only sequence wait for: a part of it each block
-    for (int place = 32 * blockIdx.x; place < p.table_width; place += 32 * gridDim.x) prefetch(p.table + place);
-  const int items = (p.B == 1 ? items_of(p, 0) : sum_items(p, ends, sh.room)) * p.Hkv;
-  if ((int)blockIdx.x >= items) return;
-  int turn = 0, q_turn = 0;
-  describe(sh.chunk[0][warp], first_chunk(p, ends, blockIdx.x), lane);
-  Ahead ahead = look(p, sh.chunk[0][warp], sh.pages[0][warp], warp, lane);
-  Tile tile;
-  if (ahead.tiles) load_first(p, tile, sh.chunk[0][warp], ahead, warp, lane);
-  load_q(p, sh.chunk[0][warp], sh.q[0]);
-  __syncthreads();
-  for (bool more = true; more; turn ^= 1) {
-    const Chunk& now = sh.chunk[turn][warp];
-    Chunk& next = sh.chunk[turn ^ 1][warp];
-    const Ahead here = ahead;
-    more = now.at < now.last || now.item + (int)gridDim.x < items;
-    ahead = {nullptr, 0};
-    if (more) {
-      describe(next, now.at < now.last ? following(now) : first_chunk(p, ends, now.item + gridDim.x), lane);
-      ahead = look(p, next, sh.pages[turn ^ 1][warp], warp, lane);
-    }
-    Rows rows;
-    walk(p, now, here, next, ahead, sh.q[q_turn], warp, lane, sh.scratch[warp], tile, rows);
-    if (__syncthreads_or(leave(rows, sh.left[warp], lane))) {
-      careful(p, now, sh, warp, lane);
-      __syncthreads();
-    }
-    if (more && next.item != now.item) {
-      q_turn ^= 1;
-      load_q(p, next, sh.q[q_turn]);
-    }
-    deliver(p, now, warp, lane, sh);
-    __syncthreads();  // the warps' states have been read, and the next Q is there
+  wait_for_kernel_ahead();
+  Guess pages;
+  int items = p.Hkv;
+  if (p.B == 1) {
+    pages = guess(p);
+    items *= items_of(p, 0);
+  } else {
+    items *= sum_items(p, ends, sh.room);
   }
+  if ((int)blockIdx.x >= items) return;
+  Chunk c;
+  if (p.B == 1) settle(pages, chunk_of(p.used[0]), sh.prepared[0].pages);
+  if (warp == TEAM - 1) {
+    if (lane == 0) {
+      for (int i = 0; i < AHEAD; i++) {
+        open(sh.ready[i], 2 * 32);
+        open(sh.asked[i], 2 * 32);
+      }
+      open(sh.full, WARPS);
+      open(sh.taken, 1);
+    }
+    __syncwarp();
+    c = prepare(p, ends, items, c, 0, lane, sh);
+  }
+  __syncthreads();
+  const int u = CONDUCTOR && warp == WARPS ? conduct(p, ends, items, c, lane, sh)
+                                           : stream_chunks(p, ends, items, c, warp, lane, sh);
+  __syncthreads();
+  deliver<TEAM>(p, sh.prepared[u % AHEAD].chunk, warp, lane, sh);
 }

@@ -23,12 +23,12 @@ struct Scratch {
   float4 p[2][STEP][8][MINE];  // P of a tile and of the next in turn: key h + 2i at 4h + i
 };
 
-__device__ __forceinline__ void load_q(const Params& p, const Chunk& c, Query& q) {
-  for (int i = threadIdx.x; i < ROWS * 32; i += THREADS) {
-    const int row = i / 32;
-    float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
-    if (row < c.rows) v = *reinterpret_cast<const float4*>(p.q + place_of(c, row, p.q_token, p.q_head) + i % 32 * 4);
-    q.row[row][i % 32] = v;
+__device__ __forceinline__ void load_q(const Params& p, const Chunk& c, Query& q, int lane) {
+#pragma unroll
+  for (int row = 0; row < ROWS; row++) {
+    float4* to = &q.row[row][lane];
+    if (row < c.rows) copy(reinterpret_cast<uint4*>(to), p.q + place_of(c, row, p.q_token, p.q_head) + 4 * lane);
+    else *to = make_float4(0.f, 0.f, 0.f, 0.f);
   }
 }
 
@@ -110,17 +110,17 @@ __device__ __forceinline__ void products(const Tile& tile, const Query& q, int l
   }
 }
 
-// Hides keys that do not exist or that a row does not see. Values of keys that do not exist are set to 0.
+// Hides keys that are not the chunk's or that a row does not see. Values of those that are not the chunk's are set to 0.
 __device__ __forceinline__ void hide(const Params& p, const Chunk& c, int h, int key, int lane, Logits& s, Tile& tile) {
   const int mine = key + lane / 16 + lane % 16 / 4 * 2;
 #pragma unroll
   for (int j = 0; j < MINE; j++) {
     const int row = lane % 4 * MINE + j;
-    if (mine >= c.keys || (p.causal && mine > c.start + row / GROUP)) s[h][j] = minus_infinity();
+    if (mine >= c.end || (p.causal && mine > c.start + row / GROUP)) s[h][j] = minus_infinity();
   }
 #pragma unroll
   for (int i = 0; i < 4; i++)
-    if (key + lane / 16 + 2 * i >= c.keys) tile.v[h][i][0] = tile.v[h][i][1] = make_float4(0.f, 0.f, 0.f, 0.f);
+    if (key + lane / 16 + 2 * i >= c.end) tile.v[h][i][0] = tile.v[h][i][1] = make_float4(0.f, 0.f, 0.f, 0.f);
 }
 
 // New maxima, this lane's P to where all lanes find it, and the values weighed with it.

@@ -64,22 +64,21 @@ __device__ __forceinline__ uint4 widen(u32 a, u32 b) {
 __device__ __forceinline__ float unpack(cell bits) { return unpack((u16)widen((u16)bits)); }
 #endif
 
-static_assert(TILE == 16 && ROWS % 8 == 0, "the sides of mma.m16n8k16");
-constexpr int BLOCKS = ROWS / 8;
+static_assert(TILE == 16 && ROWS == 8, "the sides of mma.m16n8k16");
 
 struct Query {
-  uint4 fragment[BLOCKS][4 * 32];
+  uint4 fragment[4 * 32];
 };
 
 struct Scratch {};  // a warp's room while it walks: none
 
-__device__ __forceinline__ void load_q(const Params& p, const Chunk& c, Query& q) {
-  for (int i = threadIdx.x; i < BLOCKS * 4 * 32; i += THREADS) {
-    const int row = i / 128 * 8 + i % 32 / 4, part = i % 128 / 32, t = i % 4;
-    const int d = ELSA_FP8 ? part / 2 * 64 + 16 * t + part % 2 * 8 : part * 32 + 8 * t;
-    uint4 v = make_uint4(0, 0, 0, 0);
-    if (row < c.rows) v = *reinterpret_cast<const uint4*>(p.q + place_of(c, row, p.q_token, p.q_head) + d);
-    q.fragment[i / 128][i % 128] = v;
+__device__ __forceinline__ void load_q(const Params& p, const Chunk& c, Query& q, int lane) {
+  const int row = lane / 4, t = lane % 4;
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const int d = ELSA_FP8 ? i / 2 * 64 + 16 * t + i % 2 * 8 : i * 32 + 8 * t;
+    if (row < c.rows) copy(&q.fragment[32 * i + lane], p.q + place_of(c, row, p.q_token, p.q_head) + d);
+    else q.fragment[32 * i + lane] = make_uint4(0, 0, 0, 0);
   }
 }
 
@@ -119,94 +118,83 @@ __device__ __forceinline__ uint4 key_part(const uint4 (&from)[PARTS], int i, int
 #endif
 }
 
-// A warp's state of rows 8b + 2t and + 1: w[b][j] has d 8g + j (two rows), then d 64 + 8g + j. l: this lane's keys alone.
+// A warp's state of rows 2t and 2t + 1: w[j] has d 8g + j (two rows), then d 64 + 8g + j. l: this lane's keys alone.
 struct Rows {
-  float m[BLOCKS][2], l[BLOCKS][2], w[BLOCKS][8][4];
+  float m[2], l[2], w[8][4];
 };
 
 __device__ __forceinline__ void clear(Rows& rows) {
 #pragma unroll
-  for (int b = 0; b < BLOCKS; b++) {
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-      rows.m[b][r] = minus_infinity();
-      rows.l[b][r] = 0.f;
-    }
-#pragma unroll
-    for (int j = 0; j < 8; j++)
-#pragma unroll
-      for (int i = 0; i < 4; i++) rows.w[b][j][i] = 0.f;
+  for (int r = 0; r < 2; r++) {
+    rows.m[r] = minus_infinity();
+    rows.l[r] = 0.f;
   }
+#pragma unroll
+  for (int j = 0; j < 8; j++)
+#pragma unroll
+    for (int i = 0; i < 4; i++) rows.w[j][i] = 0.f;
 }
 
-typedef float Logits[STEP][BLOCKS][4];
+typedef float Logits[STEP][4];
 
-// Scaled products with rows 8b + 2t and + 1: of key g (two rows), then of key g + 8.
+// Scaled products with rows 2t and 2t + 1: of key g (two rows), then of key g + 8.
 __device__ __forceinline__ void products(const Tile& tile, const Query& q, int lane, float scale, Logits& s) {
-  float a[STEP][BLOCKS][4] = {}, b[STEP][BLOCKS][4] = {};
+  float a[STEP][4] = {}, b[STEP][4] = {};
 #pragma unroll
   for (int i = 0; i < 4; i++) {
+    const uint4 f = q.fragment[32 * i + lane];
 #pragma unroll
-    for (int n = 0; n < BLOCKS; n++) {
-      const uint4 f = q.fragment[n][32 * i + lane];
-#pragma unroll
-      for (int h = 0; h < STEP; h++) {
-        const uint4 low = key_part(tile.k[h], i, 0), high = key_part(tile.k[h], i, 1);
-        mma(a[h][n], low.x, high.x, low.y, high.y, f.x, f.y);
-        mma(b[h][n], low.z, high.z, low.w, high.w, f.z, f.w);
-      }
+    for (int h = 0; h < STEP; h++) {
+      const uint4 low = key_part(tile.k[h], i, 0), high = key_part(tile.k[h], i, 1);
+      mma(a[h], low.x, high.x, low.y, high.y, f.x, f.y);
+      mma(b[h], low.z, high.z, low.w, high.w, f.z, f.w);
     }
   }
 #pragma unroll
   for (int h = 0; h < STEP; h++)
 #pragma unroll
-    for (int n = 0; n < BLOCKS; n++)
-#pragma unroll
-      for (int c = 0; c < 4; c++) s[h][n][c] = (a[h][n][c] + b[h][n][c]) * scale;
+    for (int c = 0; c < 4; c++) s[h][c] = (a[h][c] + b[h][c]) * scale;
 }
 
 __device__ __forceinline__ u32 word(const uint4& x, int i) { return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w; }
 
 // New maxima, then the values weighed with P, which is brought to the fragments that the second product wants.
 __device__ __forceinline__ void weigh(const Logits& s, Rows& rows, int, int lane, Scratch&, const Tile& tile) {
-  u32 low[STEP][BLOCKS], high[STEP][BLOCKS];
+  u32 low[STEP], high[STEP];
+  float top[2], anchor[2];
 #pragma unroll
-  for (int n = 0; n < BLOCKS; n++) {
-    float top[2], anchor[2];
+  for (int r = 0; r < 2; r++) {
+    top[r] = fmaxf(s[0][r], s[0][r + 2]);
+#pragma unroll
+    for (int h = 1; h < STEP; h++) top[r] = fmaxf(top[r], fmaxf(s[h][r], s[h][r + 2]));
+#pragma unroll
+    for (int d = 4; d < 32; d *= 2) top[r] = fmaxf(top[r], __shfl_xor_sync(~0u, top[r], d));
+    top[r] = fmaxf(top[r], rows.m[r]);
+    anchor[r] = anchor_of(top[r]);
+  }
+  if (__any_sync(~0u, top[0] != rows.m[0] || top[1] != rows.m[1])) {  // else the factors are 1
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-      top[r] = fmaxf(s[0][n][r], s[0][n][r + 2]);
+      const float decay = exp_2(rows.m[r] - anchor[r]);
+      rows.m[r] = top[r];
+      rows.l[r] *= decay;
 #pragma unroll
-      for (int h = 1; h < STEP; h++) top[r] = fmaxf(top[r], fmaxf(s[h][n][r], s[h][n][r + 2]));
-#pragma unroll
-      for (int d = 4; d < 32; d *= 2) top[r] = fmaxf(top[r], __shfl_xor_sync(~0u, top[r], d));
-      top[r] = fmaxf(top[r], rows.m[n][r]);
-      anchor[r] = anchor_of(top[r]);
-    }
-    if (__any_sync(~0u, top[0] != rows.m[n][0] || top[1] != rows.m[n][1])) {  // else the factors are 1
-#pragma unroll
-      for (int r = 0; r < 2; r++) {
-        const float decay = exp_2(rows.m[n][r] - anchor[r]);
-        rows.m[n][r] = top[r];
-        rows.l[n][r] *= decay;
-#pragma unroll
-        for (int j = 0; j < 8; j++) {
-          rows.w[n][j][r] *= decay;
-          rows.w[n][j][r + 2] *= decay;
-        }
+      for (int j = 0; j < 8; j++) {
+        rows.w[j][r] *= decay;
+        rows.w[j][r + 2] *= decay;
       }
     }
+  }
 #pragma unroll
-    for (int h = 0; h < STEP; h++) {
-      float e[4];
+  for (int h = 0; h < STEP; h++) {
+    float e[4];
 #pragma unroll
-      for (int c = 0; c < 4; c++) {
-        e[c] = exp_2(s[h][n][c] - anchor[c % 2]);
-        rows.l[n][c % 2] += e[c];
-      }
-      low[h][n] = transposed(pack(e[0], e[1]));
-      high[h][n] = transposed(pack(e[2], e[3]));
+    for (int c = 0; c < 4; c++) {
+      e[c] = exp_2(s[h][c] - anchor[c % 2]);
+      rows.l[c % 2] += e[c];
     }
+    low[h] = transposed(pack(e[0], e[1]));
+    high[h] = transposed(pack(e[2], e[3]));
   }
 #pragma unroll
   for (int h = 0; h < STEP; h++) {
@@ -228,24 +216,19 @@ __device__ __forceinline__ void weigh(const Logits& s, Rows& rows, int, int lane
 #pragma unroll
       for (int i = 0; i < 4; i++)  // d 8g + j and 64 + 8g + j, of the first two and of the last two keys
         a[i] = __byte_perm(word(v[i / 2 * 2][i % 2], j / 2), word(v[i / 2 * 2 + 1][i % 2], j / 2), j % 2 ? 0x7632 : 0x5410);
-#pragma unroll
-      for (int n = 0; n < BLOCKS; n++) mma(rows.w[n][j], a[0], a[1], a[2], a[3], low[h][n], high[h][n]);
+      mma(rows.w[j], a[0], a[1], a[2], a[3], low[h], high[h]);
     }
   }
 }
 
-// Hides keys that do not exist or that a row does not see. Values of keys that do not exist are set to 0.
+// Hides keys that are not the chunk's or that a row does not see. Values of those that are not the chunk's are set to 0.
 __device__ __forceinline__ void hide(const Params& p, const Chunk& c, int h, int key, int lane, Logits& s, Tile& tile) {
   const int g = lane / 4, t = lane % 4;
 #pragma unroll
   for (int i = 0; i < 4; i++) {
-    const int mine = key + g + i / 2 * 8;
-#pragma unroll
-    for (int n = 0; n < BLOCKS; n++) {
-      const int row = 8 * n + 2 * t + i % 2;
-      if (mine >= c.keys || (p.causal && mine > c.start + row / GROUP)) s[h][n][i] = minus_infinity();
-    }
-    if (key + 2 * t + i % 2 + i / 2 * 8 >= c.keys)
+    const int mine = key + g + i / 2 * 8, row = 2 * t + i % 2;
+    if (mine >= c.end || (p.causal && mine > c.start + row / GROUP)) s[h][i] = minus_infinity();
+    if (key + 2 * t + i % 2 + i / 2 * 8 >= c.end)
 #pragma unroll
       for (int j = 0; j < PARTS / 4; j++) tile.v[h][PARTS / 4 * i + j] = make_uint4(0, 0, 0, 0);
   }
@@ -256,14 +239,14 @@ __device__ __forceinline__ bool leave(const Rows& rows, Left& to, int lane) {
   const int g = lane / 4, t = lane % 4;
   float zero = 0.f;  // times anything finite
 #pragma unroll
-  for (int i = 0; i < 2 * BLOCKS; i++) {
-    const int n = i / 2, r = i % 2, row = 8 * n + 2 * t + r;
-    const float(&w)[8][4] = rows.w[n];
-    float l = rows.l[n][r];
+  for (int r = 0; r < 2; r++) {
+    const int row = 2 * t + r;
+    const float(&w)[8][4] = rows.w;
+    float l = rows.l[r];
 #pragma unroll
     for (int d = 4; d < 32; d *= 2) l += __shfl_xor_sync(~0u, l, d);
     if (g == 0) {
-      to.m[row] = rows.m[n][r];
+      to.m[row] = rows.m[r];
       to.l[row] = l;
     }
     zero = fmaf(l, 0.f, zero);

@@ -13,13 +13,14 @@ from importlib import resources
 import torch
 
 from elsa_kernels.cuda import driver, nvrtc
+from elsa_kernels.cuda.linear_few import EARLY_LAUNCHES_IN_GRAPHS
 from elsa_kernels.devices import multiprocessors
 from elsa_kernels.paged.problem import FP8, PagedOperands, PagedProblem
 
 OLDEST, OLDEST_FP8 = 80, 89  # mma.m16n8k16 and movmatrix; conversion from FP8
 HEAD_DIM, FAN, PLACES = 128, 32, 16  # the last: keys that must lie on one page
 MAX_CHUNK_BYTES = 256 << 20  # of chunks' states; where more would be needed, blocks take whole nodes
-MAX_SEQUENCES = 12288  # whose counts fit in a block's shared memory
+MAX_SEQUENCES = 8192  # whose counts fit in a block's shared memory
 POINTERS = (
     "q", "k", "v", "out", "lse", "sinks", "k_scale", "v_scale", "cu", "used", "table", "state_m", "state_l", "state_w",
     "node_counters", "counters",
@@ -36,7 +37,8 @@ class Form:
     """`warps` share chunks of keys (`chunk_of`), `blocks_per_sm` such blocks an SM; up to `rows` packed rows.
 
     A warp multiplies `step` tiles at a time. `longest`: keys of the chunks of long sequences, where they are more than
-    `chunk`. All but the blocks are part of a result's definition.
+    `chunk`. `conductor`: one more warp does for the others what lies between chunks; it leaves a thread 168 registers
+    where they were 255. All but the blocks and the conductor are part of a result's definition.
     """
 
     warps: int
@@ -45,6 +47,7 @@ class Form:
     rows: int = 8
     step: int = 1
     longest: int = 0
+    conductor: bool = True
 
     def defines(self, problem: PagedProblem) -> dict[str, int]:
         return {
@@ -55,16 +58,18 @@ class Form:
             "ELSA_GROUP": problem.group,
             "ELSA_PAGE": problem.page,
             "ELSA_WARPS": self.warps,
+            "ELSA_CONDUCTOR": int(self.conductor),
             "ELSA_CHUNK": self.chunk,
             "ELSA_MIN_BLOCKS": self.blocks_per_sm,
             "ELSA_STEP": self.step,
             "ELSA_LONGEST": max(self.longest, self.chunk),
+            "ELSA_SHARED": self.shared_bytes(),
         }
 
     def chunk_of(self, keys: int) -> int:
         """Keys of the chunks of a sequence of so many: `chunk_of` of the kernel."""
         if self.chunk < keys < 8 * self.chunk:
-            return self.chunk // 2
+            return self.chunk // (4 if keys < 4 * self.chunk else 2)
         return max(self.longest, self.chunk) if keys >= 64 * self.chunk else self.chunk
 
     def chunks_of(self, keys: int) -> int:
@@ -72,8 +77,15 @@ class Form:
 
     def most_chunks(self, keys: int) -> int:
         """Of any sequence of up to so many keys, which is not always the longest's."""
-        lengths = (min(keys, most) for most in (keys, 8 * self.chunk - 1, 64 * self.chunk - 1))
+        lengths = (min(keys, most) for most in (keys, *(n * self.chunk - 1 for n in (4, 8, 64))))
         return max(1, *map(self.chunks_of, lengths))
+
+    def threads(self) -> int:
+        return 32 * (self.warps + self.conductor)
+
+    def shared_bytes(self) -> int:
+        """What the kernel's `Shared` may take."""
+        return 16384 + 4352 * self.warps
 
     def state_bytes(self) -> int:
         return 4 * self.rows * (HEAD_DIM + 2)
@@ -158,8 +170,8 @@ def refusal(problem: PagedProblem) -> str | None:
         return f"it reads no {problem.kv_dtype} caches for {problem.dtype} queries"
     if problem.dtype == torch.float32 and problem.precision == "tf32":
         return "in FP32 it multiplies without tensor cores"
-    if problem.group == 1 or kind_of(problem) not in forms():
-        return "it is for key heads with several query heads, where it is the faster one"
+    if kind_of(problem) not in forms():
+        return "Triton's kernel is the faster one"
     if problem.D != HEAD_DIM or problem.page % PLACES or problem.group > form_of(problem).rows:
         return f"D {problem.D}, page {problem.page}, group {problem.group}: it takes 128, multiples of 16, up to 8"
     if problem.window is not None or problem.softcap is not None or problem.has_alibi:
@@ -180,16 +192,18 @@ def _refuse_device(device: int, oldest: int) -> str | None:
     return nvrtc.refusal(*torch.cuda.get_device_capability(device), oldest)
 
 
-def kernel(device: int, problem: PagedProblem) -> ctypes.c_void_p:
+def kernel(device: int, problem: PagedProblem) -> tuple[ctypes.c_void_p, bool]:
+    """The kernel, and whether it may be launched early."""
     defines = form_of(problem).defines(problem)
     return _kernel(device, problem.dtype, tuple(defines.items()))
 
 
 @functools.cache
-def _kernel(device: int, dtype: torch.dtype, defines: tuple[tuple[str, int], ...]) -> ctypes.c_void_p:
+def _kernel(device: int, dtype: torch.dtype, defines: tuple[tuple[str, int], ...]) -> tuple[ctypes.c_void_p, bool]:
     major, minor = torch.cuda.get_device_capability(device)
     cubin = nvrtc.cached_cubin(source(dtype), 10 * major + minor, dict(defines))
-    return driver.Module(cubin).function("paged_decode", 4 * MAX_SEQUENCES)
+    early = major >= 9 and driver.version() >= EARLY_LAUNCHES_IN_GRAPHS
+    return driver.Module(cubin).function("paged_decode", dict(defines)["ELSA_SHARED"] + 4 * MAX_SEQUENCES), early
 
 
 def parameters(
@@ -228,4 +242,5 @@ def run(problem: PagedProblem, operands: PagedOperands, counters_of: Callable[[i
     m, l = (torch.empty(shape, dtype=torch.float32, device=problem.device) for _ in range(2))
     W = torch.empty((*shape, HEAD_DIM), dtype=torch.float32, device=problem.device)
     params = parameters(problem, operands, slots, (m, l, W), counters_of(slots.counters(problem)))
-    driver.launch(kernel(operands.q.get_device(), problem), blocks, 32 * form.warps, 4 * problem.B, params)
+    function, early = kernel(operands.q.get_device(), problem)
+    driver.launch(function, blocks, form.threads(), form.shared_bytes() + 4 * problem.B, params, early)
