@@ -153,7 +153,7 @@ def measure(args: argparse.Namespace, host_and_disk: str, folder: Path, first_to
         "kv_disk_bytes": plan.kv_disk_tokens * plan.geometry.layers * plan.geometry.kv_token_bytes(),
         "disk_bytes_per_s": plan.rates.disk,
         "predicted_prefill_s": prompt_seconds(plan, args.context),
-        "predicted_decode_s_per_token": plan.s_per_token,
+        "planned_decode_s_per_token": plan.s_per_token,
         "floor_s": plan.disk_bytes / plan.rates.disk,
         "peak_host_bytes": host_peak(),
         "tokens_equal": tokens == first_tokens,

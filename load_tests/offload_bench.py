@@ -4,9 +4,9 @@
         --run attention=elsa --run serial=1 --run attention=sdpa --run gpu-memory=24GiB
 
 Every --run changes some of the flags for one configuration; without any, the flags are the one configuration. All runs
-of a process share the loaded and page-locked weights. The rates of host memory are measured right before each run: on a
-host that is shared they change within minutes. Each run warms up on a shorter prompt first; prefill is one pass
-over the prompt, decode the median over the passes after it. `floor_s` is what this machine allows for the placement:
+of a process share the loaded and page-locked weights. Each run warms up on a shorter prompt first; prefill is one pass
+over the prompt, decode the median over the passes after it, predicted before each by what the ones before it showed of
+the host; what was planned before the run stands beside it. `floor_s` is what this machine allows for the placement:
 the KV in host memory, read once a pass by all cores, the weights over PCIe, or both out of one memory, whichever takes
 the longest.
 
@@ -25,7 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from elsa_serve.offload.device import indexed
 from elsa_serve.offload.engine import OffloadEngine
 from elsa_serve.offload.loading import DTYPES
 from elsa_serve.offload.machine import Rates, host_memory
-from elsa_serve.offload.measure import Heads, memory_rates, rates, sizes_for
+from elsa_serve.offload.measure import Heads, rates
 from elsa_serve.offload.plan import HOST_PROCESS, Plan
 from elsa_serve.offload.predict import pass_time
 from elsa_serve.offload.rounds import rounds_of
@@ -83,7 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise SystemExit("runs with weights=vllm come last, and need --linear torch: they change the weights in place")
     rows: list[dict[str, Any]] = []
     if args.measure:
-        rates_now(args, refresh=True)
+        device = indexed(torch.device(args.device))
+        heads = heads_of(json.loads(args.model.read_text()))
+        rates(device, DTYPES[args.dtype], attention=args.attention, linear=args.linear, heads=heads, refresh=True)
     with tempfile.TemporaryDirectory() as folder, shared_weights(args, Path(folder)) as (directory, weights, load_s):
         first_tokens: dict[str, list[int]] = {}
         for run in runs:
@@ -230,10 +232,10 @@ def measure(
     """One configuration's row. A refusal or a failure becomes the row's `error`."""
     row = base_row(args, run, weights)
     steps = Steps([])
-    bandwidth, found = read_bandwidth(weights), rates_now(run)
+    bandwidth = read_bandwidth(weights)
     reset_host_peak()
     try:
-        engine = make_engine(run, directory, weights, steps, found)
+        engine = make_engine(run, directory, weights, steps)
     except (ElsaError, torch.cuda.OutOfMemoryError) as refusal:
         return row | {"error": f"{type(refusal).__name__}: {refusal}"}
     try:
@@ -269,7 +271,7 @@ def measure(
             **timed,
             # The twin that copies and computes in turn is not what the planner predicts.
             "predicted_prefill_s": None if run.serial else prompt_seconds(plan, run.context),
-            "predicted_decode_s_per_token": None if run.serial else plan.s_per_token,
+            "planned_decode_s_per_token": None if run.serial else plan.s_per_token,
             "peak_gpu_bytes": memory.device_used,
             "peak_torch_bytes": memory.peak_reserved,
             "peak_host_bytes": used,
@@ -293,17 +295,7 @@ def prompt_seconds(plan: Plan, tokens: int) -> float:
     return sum(pass_time(plan, [share]).seconds for share in rounds_of(plan, tokens))
 
 
-def rates_now(args: argparse.Namespace, refresh: bool = False) -> Rates:
-    """This machine's rates, those of its host memory measured now: what others on its host leave of that changes."""
-    device, dtype = indexed(torch.device(args.device)), DTYPES[args.dtype]
-    heads = heads_of(json.loads(args.model.read_text()))
-    kept = rates(device, dtype, attention=args.attention, linear=args.linear, heads=heads, refresh=refresh)
-    return replace(kept, **memory_rates(device, dtype, heads, sizes_for(device, dtype)))
-
-
-def make_engine(
-    run: argparse.Namespace, directory: Path, weights: ModelWeights, steps: Steps, rates: Rates
-) -> OffloadEngine:
+def make_engine(run: argparse.Namespace, directory: Path, weights: ModelWeights, steps: Steps) -> OffloadEngine:
     # The weights are loaded already, so they are no longer part of what is free.
     host = run.host_memory or int(0.9 * host_memory().available) + weights.store.nbytes
     return OffloadEngine(
@@ -328,7 +320,6 @@ def make_engine(
         serial=bool(run.serial),
         load_format="dummy",
         weights=weights,
-        rates=rates,
     )
 
 
@@ -372,6 +363,8 @@ def timings(passes: list[StepStats]) -> dict[str, Any]:
         "prefill_rounds": len(prefills),
         "prefill_predicted_s": sum(one.predicted_s for one in prefills),
         "decode_s_per_token": statistics.median(one.duration_s for one in decodes) if decodes else None,
+        # Of the passes that were timed, each before it; what earlier ones showed of the host counts.
+        "predicted_decode_s_per_token": statistics.median([one.predicted_s for one in decodes] or [0.0]) or None,
         "decode_s_min": min((one.duration_s for one in decodes), default=None),
         "decode_s_max": max((one.duration_s for one in decodes), default=None),
         "stall_s": sum(t.stall_s for t in transfers),

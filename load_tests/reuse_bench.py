@@ -39,7 +39,6 @@ from load_tests.offload_bench import (
     Steps,
     floor_seconds,
     prompt_of,
-    rates_now,
     read_bandwidth,
     record,
     shared_weights,
@@ -77,7 +76,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--layers", type=int, help="decoder layers (default: the model's)")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="float16")
     parser.add_argument("--linear", choices=("torch",), default="torch")
-    parser.set_defaults(attention="elsa")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--context", type=int, default=32768, help="tokens of the document (default: 32768)")
     parser.add_argument("--tokens", type=int, default=24, help="generated a token a pass (default: 24)")
@@ -103,7 +101,6 @@ def make_engine(args: argparse.Namespace, directory: Path, weights: ModelWeights
         num_speculative_tokens=DRAFT_TOKENS,
         load_format="dummy",
         weights=weights,
-        rates=rates_now(args),
     )
 
 

@@ -21,7 +21,7 @@ from elsa_serve.offload import device as devices
 from elsa_serve.offload.loading import EngineOptions, LoadedModel, load
 from elsa_serve.offload.output import OutputText
 from elsa_serve.offload.plan import Plan
-from elsa_serve.offload.predict import pass_time, running_shares
+from elsa_serve.offload.predict import Pace, Prediction, pass_time, running_shares
 from elsa_serve.offload.prefix import PrefixCache
 from elsa_serve.offload.rounds import pass_tokens
 from elsa_serve.offload.sampling import Draw, Sampler
@@ -132,6 +132,7 @@ class OffloadEngine:
         self._swept = 0.0
         self._last_step: float | None = None
         self._peak_device_used = 0
+        self._pace = Pace()
         self._loaded.runner.poll = self._poll
         self._sink.record(self._gauges())
         self._thread = threading.Thread(target=self._run, name="elsa-engine", daemon=True)
@@ -318,7 +319,7 @@ class OffloadEngine:
         done = [(share, rows[id(part)]) for share, part in zip(work, parts) if id(part) in rows]
         results = [self._draw(share, logits) for share, logits in done if share.rows]
         # The twin that copies and computes in turn is not what the planner predicts.
-        predicted = 0.0 if self._options.serial else pass_time(self.plan, shares).seconds
+        predicted = None if self._options.serial else pass_time(self.plan, shares, self._pace.value)
         self._record_step(self._last_step - start, predicted, work, [share for share, _ in done], results)
         if self._checksums:
             for part, before in zip(parts, shares):
@@ -380,12 +381,20 @@ class OffloadEngine:
         return report
 
     def _record_step(
-        self, seconds: float, predicted: float, work: list[Work], done: list[Work], results: list[_Result]
+        self,
+        seconds: float,
+        predicted: Prediction | None,
+        work: list[Work],
+        done: list[Work],
+        results: list[_Result],
     ) -> None:
         prefilling = sum(share.prefilling for share in work)
         phase: Phase = "decode" if not prefilling else "prefill" if prefilling == len(work) else "mixed"
         self._peak_device_used = self.memory().device_used
         drafts = [result for result in results if result.share.draft]
+        attended = self._loaded.tiers.drain()
+        if predicted and attended and len(done) == len(work):
+            self._pace.seen(predicted.attending, attended.seconds)
         self._sink.record(
             StepStats(
                 phase=phase,
@@ -396,8 +405,8 @@ class OffloadEngine:
                 transfers=self._loaded.streams.drain_transfers(),
                 drafted_tokens=sum(len(result.share.draft) for result in drafts),
                 accepted_tokens=sum(max(0, len(result.tokens) - 1) for result in drafts),
-                host_attention=self._loaded.tiers.drain(),
-                predicted_s=predicted,
+                host_attention=attended,
+                predicted_s=predicted.seconds if predicted else 0.0,
                 disk=self._loaded.weights.drain_disk(),
             )
         )

@@ -222,7 +222,7 @@ def measure_rates(
     require_exact_matmul()
     sizes = sizes or sizes_for(device, dtype)
     found: dict[str, Any] = {"source": f"measured on {_machine_key(device).partition(', torch')[0]}"}
-    found |= memory_rates(device, dtype, heads, sizes)
+    found |= _memory_rates(device, dtype, heads, sizes)
     found |= {"disk": _disk_rate(sizes.file), "disk_write": _disk_write_rate(sizes.file, device)}
     # The last: they leave the device's memory free. The probes' prompts are over before power limits the clock.
     brief, lasting = _device_rates(device, dtype, attention, linear, heads, sizes)
@@ -231,7 +231,7 @@ def measure_rates(
     return replace(measured, **lasting | share)
 
 
-def memory_rates(device: torch.device, dtype: torch.dtype, heads: Heads, sizes: Sizes) -> dict[str, float]:
+def _memory_rates(device: torch.device, dtype: torch.dtype, heads: Heads, sizes: Sizes) -> dict[str, float]:
     """Host memory's pipes: copies each way, reads by all cores, the CPU kernel, and copies beside the CPU kernel.
 
     On a host that other machines share these change from minute to minute: twofold has been seen.

@@ -47,10 +47,12 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """`seconds` of a pass, `pipes` seconds by name, and the name of the one that sets the time."""
+    """`seconds` of a pass, `pipes` seconds by name, and the name of the one that sets the time. `attending`: those that
+    the host's cores attend KV for, where all of it lies in memory."""
 
     seconds: float
     pipes: dict[str, float]
+    attending: float = 0.0
 
     @property
     def bottleneck(self) -> str:
@@ -75,9 +77,26 @@ class _Work:
     hops: int
 
 
-def pass_time(plan: Plan, shares: Sequence[Share]) -> Prediction:
-    """The pass of these requests' shares."""
-    return _time(_work(plan, shares), plan.rates, one_memory=plan.device_type == "cpu")
+def pass_time(plan: Plan, shares: Sequence[Share], pace: float = 1.0) -> Prediction:
+    """The pass of these requests' shares. `pace`: of the host's attention, beside its measured rates."""
+    rates = plan.rates
+    if pace != 1.0:
+        beside = pace * rates.cpu_attention_beside_h2d
+        rates = replace(rates, cpu_attention=pace * rates.cpu_attention, cpu_attention_beside_h2d=beside)
+    return _time(_work(plan, shares), rates, one_memory=plan.device_type == "cpu")
+
+
+class Pace:
+    """How fast the host's attention is at present, beside its measured rates: what others on a shared host leave of its
+    memory changes within minutes, so each pass tells of the next."""
+
+    def __init__(self) -> None:
+        self.value = 1.0
+
+    def seen(self, expected: float, taken: float) -> None:
+        """Seconds of a pass's attention on the host: as expected at this pace, and as they were."""
+        if expected > 0 and taken > 0:
+            self.value = min(4.0, max(0.25, self.value * math.sqrt(expected / taken)))
 
 
 def running_shares(parts: Iterable[tuple[RequestKV, int]]) -> list[Share]:
@@ -242,7 +261,8 @@ def _time(work: _Work, rates: Rates, one_memory: bool) -> Prediction:
         TO_DISK: work.device_s + work.to_disk / rates.disk_write if work.to_disk else 0.0,
         DISK: (work.from_disk + work.mapped) / rates.disk,
     }
-    return Prediction(max(pipes.values()), {name: value for name, value in pipes.items() if value})
+    found = {name: value for name, value in pipes.items() if value}
+    return Prediction(max(pipes.values()), found, 0.0 if paging else attending)
 
 
 def _between(alone: float, beside: float, part: float) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from elsa_kernels.cpu import native
 from engine_models import (
     FAMILIES,
     generate,
@@ -144,6 +145,8 @@ def test_kv_really_lies_on_the_host(device: str, checkpoints: dict[str, Path]) -
         assert done.wait(20)
         assert used["gpu"] > 0
         assert used["host"] > 0
+        # What the host took tells of the passes to come, where it is timed.
+        assert (engine._pace.value != 1.0) == (native.unavailable() is None)
     finally:
         engine.shutdown()
 

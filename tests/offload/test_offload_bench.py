@@ -15,20 +15,7 @@ from kernels.bench import results_file
 from load_tests import offload_bench
 
 
-@pytest.fixture(autouse=True)
-def measured(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """How often host memory was measured, which takes seconds."""
-    found: list[Any] = []
-
-    def memory_rates(*asked: Any) -> dict[str, float]:
-        found.append(asked)
-        return {"h2d": 1e9 * len(found)}
-
-    monkeypatch.setattr(offload_bench, "memory_rates", memory_rates)
-    return found
-
-
-def test_runs_of_one_load_become_rows(tmp_path: Path, measured: list[Any]) -> None:
+def test_runs_of_one_load_become_rows(tmp_path: Path) -> None:
     config = make_config("llama", num_key_value_heads=4).to_dict()
     model, output = tmp_path / "tiny.json", tmp_path / "rows.json"
     model.write_text(json.dumps(config))
@@ -51,8 +38,6 @@ def test_runs_of_one_load_become_rows(tmp_path: Path, measured: list[Any]) -> No
     assert streamed["decode_s_per_token"] > 0
     assert streamed["h2d_bytes"] > 0
     assert "--gpu-memory" in refused["error"]
-    assert (streamed["h2d_bytes_per_s"], serial["h2d_bytes_per_s"]) == (4e9, 5e9)  # each run's own, before it
-    assert len(measured) == 6
 
 
 def test_the_floor_is_the_slowest_of_three_bounds() -> None:

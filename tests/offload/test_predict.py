@@ -16,7 +16,7 @@ from elsa_serve.offload.kv import Extent, RequestKV, Span
 from elsa_serve.offload.machine import Rates
 from elsa_serve.offload.plan import Geometry, Plan, make_plan
 from elsa_serve.offload.plan_text import render
-from elsa_serve.offload.predict import HOP_S, Share, device_seconds, pass_time, running_shares
+from elsa_serve.offload.predict import HOP_S, Pace, Share, device_seconds, pass_time, running_shares
 from elsa_serve.offload.rounds import rounds_of
 
 GIB = 2**30
@@ -230,3 +230,18 @@ def test_layers_and_kv_on_disk_share_one_disk() -> None:
 def test_host_memory_too_small_even_for_the_staging() -> None:
     with pytest.raises(BudgetError, match=r"1\.0 GiB in host memory.*staging for layers on disk 1\.8 GiB"):
         plan(disk=True, context=512, host_budget=1 * GIB)
+
+
+def test_the_pace_of_the_host_follows_what_passes_took() -> None:
+    """A host whose attention runs at 0.6 of its measured rate, as neighbours on a shared one leave it."""
+    made, shares, pace = plan(gpu_budget=24 * GIB), [Share(32767, 1)], Pace()
+    slow = pass_time(made, shares, 0.6)
+    assert slow.attending > 1.3 * pass_time(made, shares).attending
+    for _ in range(6):
+        pace.seen(pass_time(made, shares, pace.value).attending, slow.attending)
+    assert pass_time(made, shares, pace.value).seconds == pytest.approx(slow.seconds, rel=0.05)
+    for _ in range(20):
+        pace.seen(1.0, 1e-9)
+    assert pace.value == 4.0
+    pace.seen(0.0, 1.0)
+    assert pace.value == 4.0
