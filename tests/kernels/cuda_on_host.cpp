@@ -55,7 +55,7 @@ struct Fiber {
 static std::vector<Fiber> fibers;
 static std::vector<Meeting> warps;
 static Meeting block;
-static int running;
+static int running, any_in_block;
 static uint32_t exchanged[64][32][8];
 
 static void yield() {
@@ -109,6 +109,15 @@ static bool __any_sync(unsigned, bool v) {
 }
 static void __syncwarp() { meet(warp()); }
 static void __syncthreads() { meet(block); }
+static int __syncthreads_or(int v) {
+  any_in_block |= v;
+  meet(block);
+  const int any = any_in_block;
+  meet(block);
+  any_in_block = 0;
+  meet(block);
+  return any;
+}
 template <class T>
 static T __ldcg(const T* p) {
   return *p;
@@ -297,6 +306,7 @@ extern "C" void launch(const Params* p, int blocks, const int* order, unsigned s
     block = {THREADS};
     copies.assign(THREADS, {});
     running = THREADS;
+    any_in_block = 0;
     for (int i = 0; i < THREADS; i++) {
       fibers[i].started = false;
       getcontext(&fibers[i].start);

@@ -294,7 +294,7 @@ class Host:
         early: bool = False,
     ) -> None:
         order = torch.arange(blocks, dtype=torch.int32)
-        function.launch(ctypes.byref(params), blocks, ctypes.c_void_p(order.data_ptr()))
+        function.launch(ctypes.byref(params), blocks, ctypes.c_void_p(order.data_ptr()), 0)
 
 
 @pytest.fixture(scope="module")

@@ -119,6 +119,7 @@ def test_collected_rows_keep_the_newest_of_a_configuration_and_where_it_came_fro
 
 
 def test_ranks_of_one_gpu_are_nccl_hosts_of_their_own_on_the_first_device(monkeypatch):
+    pytest.importorskip("vllm")
     from load_tests import shared_gpu
 
     for name in ("NCCL_HOSTID", "NCCL_SOCKET_IFNAME"):
@@ -136,7 +137,7 @@ def test_ranks_of_one_gpu_are_nccl_hosts_of_their_own_on_the_first_device(monkey
 
 
 def test_the_engine_of_ranks_on_one_gpu_takes_that_worker(monkeypatch):
-    import vllm
+    vllm = pytest.importorskip("vllm")
 
     from load_tests import shared_gpu
 
