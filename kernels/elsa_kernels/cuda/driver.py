@@ -12,6 +12,7 @@ import torch
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _DEFAULT_SHARED = 48 * 1024  # beyond it a kernel has to opt in
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_…
+_EARLY_LAUNCHES_IN_GRAPHS = 12030  # the version from which on a CUDA graph can hold them
 
 
 class DriverError(RuntimeError):
@@ -36,6 +37,11 @@ def version() -> int:
     number = ctypes.c_int()
     _check(_library().cuDriverGetVersion(ctypes.byref(number)), "asking for the driver's version")
     return number.value
+
+
+def takes_early_launches(major: int) -> bool:
+    """Whether kernels can be launched early (`launch`), in CUDA graphs too, on compute capability `major`.x."""
+    return major >= 9 and version() >= _EARLY_LAUNCHES_IN_GRAPHS
 
 
 class Module:

@@ -9,7 +9,6 @@ from importlib.resources import files
 import torch
 
 from elsa_kernels.cuda import driver, nvrtc
-from elsa_kernels.cuda.linear_few import EARLY_LAUNCHES_IN_GRAPHS
 from elsa_kernels.cuda.tiles import SHORT_KEYS, Tile, choose
 from elsa_kernels.registry import Operands, Problem
 from elsa_kernels.state import State
@@ -124,7 +123,7 @@ def run_tile(problem: Problem, operands: Operands, tile: Tile) -> torch.Tensor |
     with torch.cuda.device(device):
         index = torch.cuda.current_device()
         properties = torch.cuda.get_device_properties(index)
-        early = properties.major >= 9 and driver.version() >= EARLY_LAUNCHES_IN_GRAPHS
+        early = driver.takes_early_launches(properties.major)
         some = min(blocks, properties.multi_processor_count * tile.blocks_per_sm)
         unneeded = set() if problem.has_kv_range else {_unneeded(problem.Nk, tile)}
         for name, kernel in kernels(index, tile, 4 if _aligned(v) else 1, logits).items():

@@ -13,7 +13,6 @@ from elsa_kernels.cuda import driver, nvrtc
 from elsa_kernels.devices import multiprocessors
 
 OLDEST = 80  # mma.m16n8k16 and conversions to FP16 pairs
-EARLY_LAUNCHES_IN_GRAPHS = 12030  # the CUDA driver from which on a CUDA graph can hold them
 MAX_ROWS = 16
 SLICES = 8  # warps that share K; part of the result's definition, like FLUSH in the kernel
 
@@ -105,8 +104,7 @@ def kernel(device: int, tile: FewTile) -> tuple[ctypes.c_void_p, bool]:
     """The kernel, and whether it may be launched early."""
     major, minor = torch.cuda.get_device_capability(device)
     cubin = nvrtc.cached_cubin(source(), 10 * major + minor, tile.defines())
-    early = major >= 9 and driver.version() >= EARLY_LAUNCHES_IN_GRAPHS
-    return driver.Module(cubin).function("linear_few", tile.shared_bytes), early
+    return driver.Module(cubin).function("linear_few", tile.shared_bytes), driver.takes_early_launches(major)
 
 
 def run(

@@ -13,7 +13,6 @@ from importlib import resources
 import torch
 
 from elsa_kernels.cuda import driver, nvrtc
-from elsa_kernels.cuda.linear_few import EARLY_LAUNCHES_IN_GRAPHS
 from elsa_kernels.devices import multiprocessors
 from elsa_kernels.paged.problem import FP8, PagedOperands, PagedProblem
 
@@ -202,8 +201,8 @@ def kernel(device: int, problem: PagedProblem) -> tuple[ctypes.c_void_p, bool]:
 def _kernel(device: int, dtype: torch.dtype, defines: tuple[tuple[str, int], ...]) -> tuple[ctypes.c_void_p, bool]:
     major, minor = torch.cuda.get_device_capability(device)
     cubin = nvrtc.cached_cubin(source(dtype), 10 * major + minor, dict(defines))
-    early = major >= 9 and driver.version() >= EARLY_LAUNCHES_IN_GRAPHS
-    return driver.Module(cubin).function("paged_decode", dict(defines)["ELSA_SHARED"] + 4 * MAX_SEQUENCES), early
+    function = driver.Module(cubin).function("paged_decode", dict(defines)["ELSA_SHARED"] + 4 * MAX_SEQUENCES)
+    return function, driver.takes_early_launches(major)
 
 
 def parameters(
