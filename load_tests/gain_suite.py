@@ -12,14 +12,17 @@ shapes on both sides before, so that every kernel is there when the clock runs; 
 
 Results are written after every cell; cells that the work folder holds already are not measured again, and rows of the
 results file that the work folder has nothing for stay. Where no Prometheus is, its scrapes are kept in the work folder:
-`--collect` on a machine that has one adds what it makes of them. What `elsa-serve bench gain --engine vllm` wrote to a
-folder beside the cells' is collected with them.
+`--collect` on a machine that has one adds what it makes of them.
+
+With `--engine vllm` a cell is two vLLM servers on one GPU, FLASH_ATTN (TRITON_ATTN in float32, which FLASH_ATTN does
+not take) against ELSA, everything on the GPU, the prompt in one step, CUDA graphs for decode, no torch.compile.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -43,9 +46,11 @@ from kernels.bench import results_file
 from load_tests.vllm_bench import compiled_kernels
 
 MODEL = Path(__file__).parent / "models" / "llama-13b.json"
+DEMO_MODEL = Path(__file__).parents[1] / "configs" / "demo_model"
 PLENTY = 1 << 50  # bytes of host memory: the plan of all layers is never run
 CELLS = ("float16:32768:40", "float16:65536:40", "float32:32768:10", "float32:65536:6")
 REHEARSAL_LAYERS = 2  # all KV of a single one would lie on the device, in the place of a second weight slot
+VLLM_BASELINES = {"float32": "TRITON_ATTN"}  # FLASH_ATTN takes no float32
 COMPILED = "compiled.json"  # names of kernels that were compiled while a cell was measured
 
 
@@ -74,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     failed = []
     for cell in [] if args.collect else args.cell or [SuiteCell.parse(text) for text in CELLS]:
-        if measure(args, cell):
+        if (measure_vllm if args.engine == "vllm" else measure)(args, cell):
             failed.append(cell.name)
         else:
             collect(args)
@@ -93,6 +98,10 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", type=Path, default=MODEL, help="a config.json (default: LLaMA-13B's geometry)")
     add("--cell", type=SuiteCell.parse, action="append", metavar="DTYPE:CONTEXT:LAYERS", help="repeatable")
+    add(
+        "--engine", choices=("offload", "vllm"), default="offload",
+        help="whose attention: the offload engine's, or vLLM's (default: offload)",
+    )  # fmt: skip
     add("--pairs", type=int, default=6, help="prompts a cell, each on both sides (default: 6)")
     add("--warm-up", type=int, default=0, help="prompts of all layers a side, after the two layers' (default: 0)")
     add("--seconds", type=float, default=600.0, help="begin no further pair of a cell after this long (default: 600)")
@@ -153,18 +162,69 @@ def measure(args: argparse.Namespace, cell: SuiteCell) -> int:
 
 def run_cell(args: argparse.Namespace, cell: SuiteCell, folder: Path, *more: object) -> int:
     """`bench gain` of the cell with `more` flags, into `folder`."""
-    model = folder / "model"
-    model.mkdir(parents=True, exist_ok=True)
-    config = json.loads(args.model.read_text()) | {"num_hidden_layers": cell.layers}
-    (model / "config.json").write_text(json.dumps(config))
+    model, _ = written_model(args, cell, folder)
     settings = {"dtype": cell.dtype, "load-format": "dummy", "resident-layers": 0, **placement(args, cell)}
     # A token a pass, and a prompt in one: what differs between the sides is then attention and nothing that it decides.
     settings |= {"num-speculative-tokens": 0, "prefill-round-tokens": cell.context}
     settings |= {"linear": args.linear} if args.linear != "torch" else {}
+    return bench_gain(args, cell, folder, model, settings, "--in-process", *more)
+
+
+def bench_gain(
+    args: argparse.Namespace, cell: SuiteCell, folder: Path, model: Path, settings: dict[str, Any], *more: object
+) -> int:
     flags = [*more, "--context", cell.context, "--seconds", args.seconds, "--output-tokens", args.output_tokens]
     flags += ["--output", folder, "--set", ",".join(f"{key}={value}" for key, value in settings.items())]
     quiet = [] if sys.stderr.isatty() else ["--quiet"]
-    return bench(["gain", str(model), "--in-process", *map(str, flags), *quiet])
+    return bench(["gain", str(model), *map(str, flags), *quiet])
+
+
+def written_model(args: argparse.Namespace, cell: SuiteCell, folder: Path) -> tuple[Path, dict[str, Any]]:
+    """A model folder of the cell's layers, and its configuration."""
+    model = folder / "model"
+    model.mkdir(parents=True, exist_ok=True)
+    config = json.loads(args.model.read_text()) | {"num_hidden_layers": cell.layers}
+    (model / "config.json").write_text(json.dumps(config))
+    return model, config
+
+
+def measure_vllm(args: argparse.Namespace, cell: SuiteCell) -> int:
+    """The exit status. Each server gets the KV of one request, so that two fit a GPU."""
+    folder = args.work / f"vllm-{cell.name}"
+    model, config = written_model(args, cell, folder)
+    write_tokenizer(model, config["vocab_size"])
+    tokens = cell.context + args.output_tokens + 1
+    a_token = 2 * cell.layers * config["num_key_value_heads"] * config["head_dim"] * DTYPES[cell.dtype].itemsize
+    settings = {
+        "dtype": cell.dtype,
+        "load-format": "dummy",
+        "worker-cls": "load_tests.drawn_weights.Worker",
+        "gpu-memory-utilization": 0.05,  # the KV is stated; so much must be free
+        "kv-cache-memory-bytes": int(1.01 * (tokens + 64) * a_token) + (256 << 20),
+        "max-num-batched-tokens": args.chunk_tokens or tokens,
+        "max-num-seqs": 2,
+        "compilation-config.mode": 0,
+        "compilation-config.cudagraph_mode": "FULL_DECODE_ONLY",
+    }
+    more = ["--engine", "vllm", "--baseline", f"attention-backend={VLLM_BASELINES.get(cell.dtype, 'FLASH_ATTN')}"]
+    # Its running usage times tokens that have no text, too.
+    more += ["--pairs", args.pairs, "--warm-up", args.warm_up, "--tokenizer", model, "--counting", "continuous"]
+    print(f"{folder.name}: measured", flush=True)
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"  # vllm_bench, which is imported here, wants engines in-process
+    return bench_gain(args, cell, folder, model, settings, *more)
+
+
+def write_tokenizer(folder: Path, size: int) -> None:
+    """The demo model's, with a text of its own for every further id of the model's: what differs shows."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        data = json.loads((DEMO_MODEL / name).read_text())
+        if name == "tokenizer.json":
+            vocabulary = data["model"]["vocab"]
+            known = {*vocabulary.values(), *(token["id"] for token in data["added_tokens"])}
+            vocabulary |= {f"<{i}>": i for i in range(size) if i not in known}
+        else:
+            data["model_max_length"] = 1 << 20
+        (folder / name).write_text(json.dumps(data))
 
 
 def placement(args: argparse.Namespace, cell: SuiteCell) -> dict[str, int]:

@@ -220,7 +220,7 @@ def vllm(args: argparse.Namespace, folder: str, config: Row, peer: str, cap: int
     weights = config["num_hidden_layers"] * layer * DTYPES[args.dtype].itemsize
     options = argparse.Namespace(
         context=args.context, decode_tokens=args.decode_tokens, dtype=args.dtype, kv_cache_dtype="auto",
-        chunk_tokens=None, command="speed",
+        chunk_tokens=None, command="speed", one_gpu=False,
     )  # fmt: skip
     changes = VLLM_OFFLOADS[peer](1.01 * weights / 2**30) | {
         "gpu_memory_utilization": cap / total,
@@ -230,7 +230,12 @@ def vllm(args: argparse.Namespace, folder: str, config: Row, peer: str, cap: int
     }
     start = time.perf_counter()
     torch.cuda.reset_peak_memory_stats()
-    with forgotten(), drawing_on_device(), vllm_bench.engine(options, folder, "FLASH_ATTN", **changes) as llm:
+    with (
+        forgotten() as note,
+        drawing_on_device(),
+        vllm_bench.engine(options, folder, "FLASH_ATTN", **changes) as llm,
+    ):
+        note()
         load_s = time.perf_counter() - start
         vllm_bench.generate(llm, [prompt_of(min(args.context, WARM_UP_TOKENS), config["vocab_size"])], 2)
         times = vllm_bench.timed(llm, prompt_of(args.context, config["vocab_size"]), options)
@@ -238,11 +243,23 @@ def vllm(args: argparse.Namespace, folder: str, config: Row, peer: str, cap: int
 
 
 @contextmanager
-def forgotten() -> Iterator[None]:
-    """vLLM keeps the last offloader, and its host memory, until it makes the next: both together are too much."""
+def forgotten() -> Iterator[Callable[[], None]]:
+    """Afterwards nothing holds the offloaded weights any more: engines that vLLM refused may live on, and host memory
+    has no room for those of two. To be called once there is an engine: its shutdown hides what it had."""
+    known: list[Any] = []
+
+    def note() -> None:
+        with suppress(ImportError):
+            from vllm.model_executor.offloader import get_offloader
+
+            known.append(get_offloader())
+
     try:
-        yield
+        yield note
     finally:
+        note()  # of an engine that was refused
+        for layer in (layer for one in known for layer in getattr(one, "module_offloaders", ())):
+            layer._param_offloaders.clear()
         with suppress(ImportError):
             from vllm.model_executor.offloader import set_offloader
 

@@ -23,5 +23,6 @@ class Worker(GpuWorker):
     def init_device(self) -> None:
         os.environ["NCCL_HOSTID"] = f"rank {self.rank}"
         os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+        os.environ["VLLM_ALLREDUCE_USE_SYMM_MEM"] = "0"  # memory of two GPUs, too
         self.local_rank = 0
         super().init_device()

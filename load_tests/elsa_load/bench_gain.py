@@ -17,7 +17,7 @@ from elsa_load.bench_run import encoder, flags_of
 from elsa_load.client import Client, Endpoint
 from elsa_load.envelope import envelope
 from elsa_load.in_process import engine_sides
-from elsa_load.processes import Program, elsa_serve_command, split_command
+from elsa_load.processes import Program, elsa_serve_command, split_command, stop_all
 from elsa_load.prometheus import Prometheus
 from elsa_load.prompts import PromptMaker
 from elsa_load.report import gain_report
@@ -103,8 +103,8 @@ def compare(
     results = opened(args)
     with ExitStack() as stack:
         programs = {side: Program(command, args.output / f"{side}.log") for side, command in commands.items()}
+        stack.callback(stop_all, programs.values())
         for program in programs.values():
-            stack.callback(program.stop)
             program.start()
             if not together:
                 program.wait_ready()
@@ -124,8 +124,7 @@ def compare(
 
 def restart(programs: Mapping[str, Program], sides: Sequence[str]) -> None:
     """New processes on the same ports, the first of `sides` first; both old ones are gone before."""
-    for side in sides:
-        programs[side].stop()
+    stop_all(programs[side] for side in sides)
     for side in sides:
         programs[side].start()
         programs[side].wait_ready()

@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from elsa_serve.errors import ElsaError
@@ -53,6 +53,7 @@ class Program:
         self.command = [part.replace("{port}", str(self.port)) for part in command]
         self.log, self._ready_paths, self._startup_s, self._stop_s = log, ready_paths, startup_s, stop_s
         self._process: subprocess.Popen[bytes] | None = None
+        self._asked = False
 
     def __enter__(self) -> Program:
         self.start()
@@ -71,6 +72,7 @@ class Program:
         with self.log.open("ab") as out:
             try:
                 self._process = subprocess.Popen(self.command, stdout=out, stderr=subprocess.STDOUT)
+                self._asked = False
             except OSError as error:
                 raise ElsaError(f"cannot start {self.command[0]}: {error.strerror}") from error
 
@@ -85,13 +87,19 @@ class Program:
                 raise ElsaError(f"{shlex.join(self.command)} was not ready in {self._startup_s:.0f} s; log: {self.log}")
             time.sleep(0.1)
 
+    def ask_to_stop(self) -> None:
+        """SIGTERM, once: some programs end at once, their work undone, at a second."""
+        if self._process is not None and self._process.poll() is None and not self._asked:
+            self._process.send_signal(signal.SIGTERM)
+            self._asked = True
+
     def stop(self) -> int | None:
         """SIGTERM, then SIGKILL. Returns the exit status."""
         process = self._process
         if process is None:
             return None
         if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
+            self.ask_to_stop()
             try:
                 process.wait(self._stop_s)
             except subprocess.TimeoutExpired:
@@ -107,6 +115,15 @@ class Program:
 
     def log_tail(self) -> str:
         return self.log.read_text(errors="replace")[-LOG_TAIL:]
+
+
+def stop_all(programs: Iterable[Program]) -> None:
+    """All at the same time: a server of vLLM's takes seconds to end."""
+    running = list(programs)
+    for program in running:
+        program.ask_to_stop()
+    for program in running:
+        program.stop()
 
 
 def answers(url: str) -> bool:

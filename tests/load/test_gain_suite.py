@@ -2,12 +2,15 @@
 
 import argparse
 import json
+import os
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from elsa_load.ab import agrees
 from elsa_load.intervals import paired_gain
+from transformers import AutoTokenizer
 
 from elsa_serve import results_file
 from elsa_serve.offload.checkpoint import load_config
@@ -110,6 +113,39 @@ def test_cells_of_several_runs_come_together(tmp_path, tiny, monkeypatch):
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     assert "float32, 256 tokens, 3 layers, prefill" in tables.gain_table()
     assert "float32, 192 tokens in one piece, 7 layers, prefill" in tables.gain_table()
+
+
+@pytest.mark.parametrize(("dtype", "baseline"), [("float16", "FLASH_ATTN"), ("float32", "TRITON_ATTN")])
+def test_a_cell_on_vllm_states_all_that_two_servers_share(tmp_path, tiny, monkeypatch, dtype, baseline):
+    asked = []
+    monkeypatch.setattr(gain_suite, "bench", lambda words: asked.append(words) or 0)
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # what vllm_bench sets for itself
+    words = ["--engine", "vllm", "--model", str(tiny), "--cell", f"{dtype}:256:3", "--warm-up", "1", "--pairs", "5"]
+    assert gain_suite.main([*words, "--work", str(tmp_path), "--output", str(tmp_path / "gain.json")]) == 0
+    assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "1"
+    ((what, model, *flags),) = asked
+    args = SimpleNamespace(**dict(zip((word.removeprefix("--").replace("-", "_") for word in flags[::2]), flags[1::2])))
+    folder = tmp_path / f"vllm-{dtype}-256-3"
+    assert (what, model, args.tokenizer, args.output) == ("gain", *[str(folder / "model")] * 2, str(folder))
+    assert (args.engine, args.baseline, args.warm_up) == ("vllm", f"attention-backend={baseline}", "1")
+    assert (args.pairs, args.context, args.counting) == ("5", "256", "continuous")
+    settings = dict(item.split("=") for item in args.set.split(","))
+    a_token = 2 * 3 * 4 * 16 * (4 if dtype == "float32" else 2)
+    assert int(settings["kv-cache-memory-bytes"]) - (256 << 20) >= (256 + 8 + 1) * a_token
+    assert settings["max-num-batched-tokens"] == "265"  # the prompt in one step
+    assert (settings["dtype"], settings["load-format"]) == (dtype, "dummy")
+    assert json.loads((folder / "model" / "config.json").read_text()) == TINY | {"num_hidden_layers": 3}
+
+
+def test_every_token_of_a_random_model_has_a_text_of_its_own(tmp_path):
+    gain_suite.write_tokenizer(tmp_path, 3000)
+    tokenizer, known = (AutoTokenizer.from_pretrained(one) for one in (tmp_path, gain_suite.DEMO_MODEL))
+    assert (len(tokenizer), len(known)) == (3000, 2048)
+    new = [tokenizer.decode([i]) for i in range(2048, 3000)]
+    assert len({*new}) == len(new)
+    assert new[0] == "<2048>"
+    text = "The code of alpha is 58213.\n" * 20 + "def f(x):\n    return <7>\n"
+    assert tokenizer.encode(text) == known.encode(text)
 
 
 def test_what_is_committed_follows_from_its_times_and_prometheus_agrees():

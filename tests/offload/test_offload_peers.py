@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -77,6 +78,55 @@ def test_vllm_offloads_everything_under_the_cap_and_a_refusal_is_a_row(
     assert {one["gpu_memory_utilization"] for one in asked} == {0.25}
     layer = 4 * 64 * 64 + 3 * 64 * 96
     assert asked[1]["cpu_offload_gb"] >= 2 * layer * 4 / 2**30
+
+
+def test_the_engine_gets_all_options_and_what_it_offloaded_is_let_go(
+    flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The benchmark's own engine over a stand-in for vLLM: one that runs, and one that is refused after loading."""
+    asked: list[dict[str, Any]] = []
+    layers: list[SimpleNamespace] = []
+    current: list[Any] = [None]
+
+    class LLM:
+        def __init__(self, **options: Any) -> None:
+            asked.append(options)
+            layers.append(SimpleNamespace(_param_offloaders={"weight": torch.zeros(1)}))
+            current[0] = SimpleNamespace(module_offloaders=layers[-1:])
+            if options["gpu_memory_utilization"] < 0.5:
+                raise ValueError("no room for KV")
+            self.llm_engine = SimpleNamespace(engine_core=self)
+
+        def shutdown(self) -> None:
+            current[0] = None  # as vLLM's runner does
+
+        def generate(self, prompts: Any, params: Any, **_: Any) -> Any:
+            metrics = SimpleNamespace(scheduled_ts=1.0, first_token_ts=4.5, last_token_ts=5.5)
+            return [SimpleNamespace(metrics=metrics) for _ in prompts]
+
+    offloader = SimpleNamespace(get_offloader=lambda: current[0], set_offloader=lambda one: current.__setitem__(0, one))
+    loader = SimpleNamespace(dummy_loader=SimpleNamespace(initialize_single_dummy_weight=None))
+    for name, module in {
+        "vllm": SimpleNamespace(LLM=LLM, SamplingParams=lambda **_: None),
+        "vllm.distributed": SimpleNamespace(cleanup_dist_env_and_memory=lambda: None),
+        "vllm.model_executor": SimpleNamespace(),
+        "vllm.model_executor.model_loader": loader,
+        "vllm.model_executor.offloader": offloader,
+    }.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=4 << 30), raising=False
+    )
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 7)
+    ran, refused = rows_of(["--case", "vllm-prefetch-2:3GiB", "vllm-prefetch-2:1GiB", *flags])
+    assert (ran["error"], ran["prefill_s"]) == (None, 3.5)
+    assert "no room for KV" in refused["error"]
+    assert [one["gpu_memory_utilization"] for one in asked] == [0.75, 0.25]
+    assert all(one["attention_backend"] == "FLASH_ATTN" and one["max_model_len"] == 43 for one in asked)
+    assert "worker_cls" not in asked[0]
+    assert [one._param_offloaders for one in layers] == [{}, {}]
+    assert current == [None]
 
 
 def test_what_takes_too_long_is_ended_and_an_error_of_its_own_row(flags: list[str]) -> None:
