@@ -22,6 +22,7 @@ import os
 import re
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -283,6 +284,7 @@ def attempt(row: Row, work: Callable[[], Row]) -> Row:
     try:
         measured = work() | {"error": None}
     except Exception as error:
+        traceback.print_exc()  # the row has the last line alone
         measured = {"error": f"{type(error).__name__}: {error}"[:600]}
     return row | measured | {"run_s": round(time.perf_counter() - start, 1)}
 
