@@ -122,8 +122,8 @@ def test_ranks_of_one_gpu_are_nccl_hosts_of_their_own_on_the_first_device(monkey
     pytest.importorskip("vllm")
     from load_tests import shared_gpu
 
-    for name in ("NCCL_HOSTID", "NCCL_SOCKET_IFNAME"):
-        monkeypatch.setenv(name, "before")  # so that both are put back
+    for name in ("NCCL_HOSTID", "NCCL_SOCKET_IFNAME", "VLLM_ALLREDUCE_USE_SYMM_MEM"):
+        monkeypatch.setenv(name, "before")  # so that all are put back
     seen = []
     monkeypatch.setattr(shared_gpu.GpuWorker, "init_device", lambda self: seen.append(self.local_rank))
     hosts = set()
