@@ -10,7 +10,7 @@ copies a layer's KV forth and back for every token. vLLM's prefetch copies one l
 the one buffer there is then, so that the copy waits for the layer before it: the others copy two ahead. Weights are
 random: vLLM's as its dummy loader draws them, accelerate's as transformers would. What refuses, fails or takes too long
 becomes the row's `error`: with `--limit`, cases run in processes of their own, vLLM's one after the other in one, which
-is ended when a case's time is over, whatever it waits for.
+is ended when one of them fails or its time is over, whatever it waits for. So name those last that may be refused.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 
+from elsa_serve.offload.device import indexed
 from elsa_serve.offload.loading import DTYPES
 from elsa_serve.offload.units import parse_size
 from kernels.bench import results_file
@@ -45,7 +46,6 @@ VLLM_OFFLOADS: dict[str, Callable[[float], Row]] = {  # by the weights' GiB
     "vllm-uva": lambda gib: {"offload_backend": "uva", "cpu_offload_gb": gib},
 }  # fmt: skip
 PEERS = (*VLLM_OFFLOADS, "accelerate")
-REFUSAL = "ValueError"  # how vLLM says that memory does not suffice
 
 
 def prefetch(step: int) -> Row:
@@ -93,8 +93,9 @@ def run(args: argparse.Namespace, folder: str, config: Row) -> None:
 
 
 class Worker:
-    """A process that measures one peer's cases, as long as none fails for another reason than a refusal: a second
-    engine finds the libraries imported and the host memory page-locked."""
+    """A process that measures one peer's cases as long as none fails: a second engine finds the libraries imported and
+    the host memory page-locked. What an engine that was refused leaves is let go while the next one measures memory,
+    which that takes for an error."""
 
     def __init__(self, args: argparse.Namespace, folder: str, config: Row, before: Worker | None = None) -> None:
         if before is not None:
@@ -116,7 +117,7 @@ class Worker:
             self._connection.send((peer, cap))
             if self._connection.poll(limit):
                 row: Row = self._connection.recv()
-                self._usable = (row["error"] or REFUSAL).startswith(REFUSAL)
+                self._usable = row["error"] is None
                 return row
             row = {"error": f"no result within {limit} s"}
         except (EOFError, OSError):
@@ -244,8 +245,8 @@ def vllm(args: argparse.Namespace, folder: str, config: Row, peer: str, cap: int
 
 @contextmanager
 def forgotten() -> Iterator[Callable[[], None]]:
-    """Afterwards nothing holds the offloaded weights any more: engines that vLLM refused may live on, and host memory
-    has no room for those of two. To be called once there is an engine: its shutdown hides what it had."""
+    """Afterwards nothing holds the offloaded weights any more: host memory has no room for those of two engines. To be
+    called once there is an engine: its shutdown hides what it had."""
     known: list[Any] = []
 
     def note() -> None:
@@ -257,7 +258,6 @@ def forgotten() -> Iterator[Callable[[], None]]:
     try:
         yield note
     finally:
-        note()  # of an engine that was refused
         for layer in (layer for one in known for layer in getattr(one, "module_offloaders", ())):
             layer._param_offloaders.clear()
         with suppress(ImportError):
@@ -296,7 +296,7 @@ def accelerate(args: argparse.Namespace, folder: str, config: Row, peer: str, ca
     from accelerate import cpu_offload
     from transformers import AutoConfig, DynamicCache
 
-    device = torch.device(args.device)
+    device = indexed(torch.device(args.device))
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(cap / total, device)

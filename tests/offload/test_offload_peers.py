@@ -83,7 +83,7 @@ def test_vllm_offloads_everything_under_the_cap_and_a_refusal_is_a_row(
 def test_the_engine_gets_all_options_and_what_it_offloaded_is_let_go(
     flags: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The benchmark's own engine over a stand-in for vLLM: one that runs, and one that is refused after loading."""
+    """The benchmark's own engine over a stand-in for vLLM: one that runs, and one that is refused."""
     asked: list[dict[str, Any]] = []
     layers: list[SimpleNamespace] = []
     current: list[Any] = [None]
@@ -125,7 +125,7 @@ def test_the_engine_gets_all_options_and_what_it_offloaded_is_let_go(
     assert [one["gpu_memory_utilization"] for one in asked] == [0.75, 0.25]
     assert all(one["attention_backend"] == "FLASH_ATTN" and one["max_model_len"] == 43 for one in asked)
     assert "worker_cls" not in asked[0]
-    assert [one._param_offloaders for one in layers] == [{}, {}]
+    assert layers[0]._param_offloaders == {}
     assert current == [None]
 
 
@@ -146,9 +146,8 @@ def died(*_: Any) -> None:
 
 
 def told(connection: Any, *_: Any) -> None:
-    """A worker whose second engine is refused and whose third case fails for good."""
-    errors = iter([None, "ValueError: no room for KV", "AcceleratorError: an illegal access"])
-    for error in errors:
+    """A worker whose second engine is refused."""
+    for error in (None, "ValueError: no room for KV"):
         peer, cap = connection.recv()
         connection.send({"error": error, "process": os.getpid(), "asked": [peer, cap]})
     connection.recv()
@@ -169,9 +168,10 @@ def test_cases_of_one_system_share_a_process_until_one_fails(flags: list[str], m
     cases = ["vllm-prefetch-2:4GiB", "vllm-prefetch-2:3GiB", "vllm-uva:2GiB", "vllm-uva:1GiB", "accelerate:1GiB"]
     rows = rows_of(["--case", *cases, "--limit", "300", *flags])
     assert [row["asked"] for row in rows] == [case.split(":") for case in cases]
-    first, refused, failed, fresh, other = (row["process"] for row in rows)
-    assert first == refused == failed
-    assert len({failed, fresh, other}) == 3
+    first, refused, fresh, failed, other = (row["process"] for row in rows)
+    assert first == refused
+    assert fresh == failed
+    assert len({refused, fresh, other}) == 3
     assert not multiprocessing.active_children()
 
 
