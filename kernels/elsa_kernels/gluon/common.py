@@ -378,7 +378,8 @@ def tanh(x):
 
 
 @gluon.jit
-def fold(s, m, l, factor, t, lo, hi, positions, work, BN: gl.constexpr, MASK: gl.constexpr, features):
+def fold(s, m, l, factor, t, lo, hi, positions, work, BN: gl.constexpr, MASK: gl.constexpr, features,
+         BIAS: gl.constexpr = False, bias=0, unbias=1.0):  # fmt: skip
     """Fold the products s = q·k of tile t into (m, l); returns them with P ≤ 1 and the factor that old sums take.
 
     factor, one per row, turns s into logits in log2 units.
@@ -400,9 +401,15 @@ def fold(s, m, l, factor, t, lo, hi, positions, work, BN: gl.constexpr, MASK: gl
     else:
         m_new = gl.maximum(m, gl.max(s, axis=1) * factor)
         anchor = m_new
-    p = gl.exp2(s * gl.expand_dims(factor, 1) - gl.expand_dims(anchor, 1))
     decay = gl.exp2(m - anchor)
-    return m_new, l * decay + gl.sum(p, axis=1), p, decay
+    if BIAS:
+        anchor = anchor - bias
+    p = gl.exp2(s * gl.expand_dims(factor, 1) - gl.expand_dims(anchor, 1))
+    if BIAS:
+        l = gl.fma(gl.sum(p, axis=1), gl.zeros_like(l) + unbias, l * decay)
+    else:
+        l = l * decay + gl.sum(p, axis=1)
+    return m_new, l, p, decay
 
 
 @gluon.jit

@@ -41,12 +41,16 @@ from elsa_kernels.gluon.common import (
     write_rows,
 )
 
-P_EXPONENT = gl.constexpr(14)  # P ≤ 1 is split as P·2^14 < 65504: its lo half then keeps 11 more bits down to 2^-24
-P_UNIT = gl.constexpr(2.0**-14)
+import os
+P_EXPONENT = gl.constexpr(int(os.environ.get("PEXP", "14")))  # P ≤ 1 is split as P·2^14 < 65504: its lo half then keeps 11 more bits down to 2^-24
+P_UNIT = gl.constexpr(2.0**-int(os.environ.get("PEXP", "14")))
 FINEST = gl.constexpr(126)  # largest exponent of a scale (see planes.py)
 # How much of a finer scale P takes up, lest it leave FP16's range; the rest is taken from the tile's product.
 MAX_FINER = gl.constexpr(8)
 SPAN = gl.constexpr(8192)  # keys
+import os
+CUT = gl.constexpr(os.environ.get("CUT", "plain"))
+BIAS = gl.constexpr(bool(int(os.environ.get("BIAS", "0"))))
 CHAIN = gl.constexpr(64)  # channels that one chain of large products adds up
 
 
@@ -145,10 +149,20 @@ def _step(t, m, l, acc, unit, k_e, v_e, exponents, q_0, q_1, ql, keys, values, w
     s = _products(q_0, q_1, ql, keys.hi.index(slot).reshape([BN, D]), keys.lo.index(slot).reshape([BN, D]), D, BN)
     release(keys, i)
 
-    m, l, p, decay = fold(s, m, l, here, t, lo, hi, positions, work, BN, MASK, features)
-    p = p * power_of_two(P_EXPONENT - finer)
-    p_hi = p.to(gl.float16)
-    p_lo = (p - p_hi.to(gl.float32)).to(gl.float16)
+    if BIAS:
+        m, l, p, decay = fold(s, m, l, here, t, lo, hi, positions, work, BN, MASK, features, True,
+                              (P_EXPONENT - finer).to(gl.float32), power_of_two(finer - P_EXPONENT))  # fmt: skip
+    else:
+        m, l, p, decay = fold(s, m, l, here, t, lo, hi, positions, work, BN, MASK, features)
+        p = p * power_of_two(P_EXPONENT - finer)
+    if CUT == "plain":
+        p_hi = p.to(gl.float16)
+        p_lo = (p - p_hi.to(gl.float32)).to(gl.float16)
+    else:
+        p_hi, p_lo = gl.inline_asm_elementwise(
+            "{.reg .b32 a, b; .reg .f32 x, y; and.b32 a, $2, 0xffffe000; and.b32 b, $3, 0xffffe000;"
+            " cvt.rn.f16x2.f32 $0, b, a; sub.f32 x, $2, a; sub.f32 y, $3, b; cvt.rn.f16x2.f32 $1, y, x;}",
+            "=&r,=r,r,r", [p], dtype=(gl.float16, gl.float16), is_pure=True, pack=2)
     p_hi = gl.convert_layout(p_hi, P)
     p_lo = gl.convert_layout(p_lo, P)
 
@@ -294,12 +308,23 @@ def split_attention(q, planes, exponents, sinks, slopes, kv_range, starts_q, sta
     keys = new_ring(planes, STAGES, GROUPS, 2)
     values = new_ring(planes, STAGES, GROUPS, 2)
     fence_async_shared()
-    gl.static_assert(GROUPS == 2)
-    gl.warp_specialize(
-        [
-            (_produce, (planes, keys, values, work, kv, slot, BN)),
-            (_consume, (q, q_stride_n, exponents, scale, qh, ql, keys, values, work, output, features, 0, D, BN)),
-            (_consume, (q, q_stride_n, exponents, scale, qh, ql, keys, values, work, output, features, 1, D, BN)),
-        ],
-        [4, 4], [REGS, REGS],
-    )  # fmt: skip
+    if GROUPS == 2:
+        gl.warp_specialize(
+            [
+                (_produce, (planes, keys, values, work, kv, slot, BN)),
+                (_consume, (q, q_stride_n, exponents, scale, qh, ql, keys, values, work, output, features, 0, D, BN)),
+                (_consume, (q, q_stride_n, exponents, scale, qh, ql, keys, values, work, output, features, 1, D, BN)),
+            ],
+            [4, 4], [REGS, REGS],
+        )  # fmt: skip
+    else:
+        gl.static_assert(GROUPS == 3)
+        gl.warp_specialize(
+            [
+                (_produce, (planes, keys, values, work, kv, slot, BN)),
+                (_consume, (q, q_stride_n, exponents, scale, qh, ql, keys, values, work, output, features, 0, D, BN)),
+                (_consume, (q, q_stride_n, exponents, scale, qh, ql, keys, values, work, output, features, 1, D, BN)),
+                (_consume, (q, q_stride_n, exponents, scale, qh, ql, keys, values, work, output, features, 2, D, BN)),
+            ],
+            [4, 4, 4], [REGS, REGS, REGS],
+        )  # fmt: skip
