@@ -156,26 +156,26 @@ def skinny_kernel(
 
     The spans give every multiprocessor several programs even where N is small; they do not depend on M. Every 16 of K
     are one product of the tensor core, which truncates: the largest of the three is taken twice, at first only to learn
-    its size, so that the sum can be rounded. Those sums are added with their remainders. Tiles are loaded with K last,
-    so that neighbouring threads read neighbouring bytes, and turned on their way to the product.
+    its size, so that the sum can be rounded. Those sums are added with their remainders.
     """
     rows = tl.arange(0, BM)
     cols = tl.program_id(0) * BN + tl.arange(0, BN)
-    inner = tl.arange(0, BK // 16)[None, :, None] * 16 + tl.arange(0, 16)[None, None, :]  # [1, BK / 16, 16]
+    inner = tl.arange(0, BK // 16)[:, None] * 16 + tl.arange(0, 16)[None, :]  # [BK / 16, 16]
     begin = tl.program_id(1) * SPAN
-    m_rows = (rows < M)[:, None, None]
-    m_cols = (cols < N)[:, None, None]
-    o_x = rows.to(tl.int64)[:, None, None] * K + inner
-    o_w = cols.to(tl.int64)[:, None, None] * K + inner
+    m_rows = (rows < M)[None, :, None]
+    m_cols = (cols < N)[None, None, :]
+    o_x = rows.to(tl.int64)[None, :, None] * K + inner[:, None, :]
+    o_w = cols.to(tl.int64)[None, None, :] * K + inner[:, :, None]
     total = tl.zeros([BK // 16, BM, BN], tl.float32)
     rest = tl.zeros([BK // 16, BM, BN], tl.float32)
     for start in range(begin, tl.minimum(begin + SPAN, K), BK):
-        m_w = m_cols & (start + inner < K)
-        m_x = m_rows & (start + inner < K)
-        b_w0 = tl.permute(tl.load(w_hi + o_w + start, mask=m_w, other=0.0), (1, 2, 0))  # [BK / 16, 16, BN]
-        b_w1 = tl.permute(tl.load(w_lo + o_w + start, mask=m_w, other=0.0), (1, 2, 0))
-        b_x0 = tl.permute(tl.load(x_hi + o_x + start, mask=m_x, other=0.0), (1, 0, 2))  # [BK / 16, BM, 16]
-        b_x1 = tl.permute(tl.load(x_lo + o_x + start, mask=m_x, other=0.0), (1, 0, 2))
+        m_inner = start + inner < K
+        m_w = m_cols & m_inner[:, :, None]
+        m_x = m_rows & m_inner[:, None, :]
+        b_w0 = tl.load(w_hi + o_w + start, mask=m_w, other=0.0)  # [BK / 16, 16, BN]
+        b_w1 = tl.load(w_lo + o_w + start, mask=m_w, other=0.0)
+        b_x0 = tl.load(x_hi + o_x + start, mask=m_x, other=0.0)  # [BK / 16, BM, 16]
+        b_x1 = tl.load(x_lo + o_x + start, mask=m_x, other=0.0)
         part = tl.dot(b_x1, b_w0, input_precision="ieee", out_dtype=tl.float32)
         part = tl.dot(b_x0, b_w1, part, input_precision="ieee", out_dtype=tl.float32)
         part += _half_unit(tl.dot(b_x0, b_w0, input_precision="ieee", out_dtype=tl.float32))
