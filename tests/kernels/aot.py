@@ -66,7 +66,7 @@ def forward_variant(target: str, mode: str, D: int, features: dict, dtype: str =
         "OUT": "*fp32" if features["STATE"] or mode == "split" else element,
     }  # fmt: skip
     if mode == "split":
-        pointers |= {"K1": element, "V1": element, "KS": "*fp32", "VS": "*fp32"}
+        pointers |= {"K1": element, "V1": element, "KS": "*fp32", "KO": "*i32", "VS": "*fp32"}
     pointers |= _feature_pointers(features)
     constants = features | {"D": D, "BD": BD, "BM": tile.BM, "BN": tile.BN, "MODE": mode}
     return compile_kernel(forward.forward_kernel, pointers, constants, target, tile.options())

@@ -59,8 +59,9 @@ def test_planes_hold_their_tensors(N: int) -> None:
     k, v = torch.randn(1, 2, N, 6, device=DEVICE) * channels, torch.randn(1, 2, N, 6, device=DEVICE)
     k[0, 0, 3, 1] = NAN
     planes = split_kv(k, v)
+    in_order = k.gather(3, planes.order[..., :-1].long().unsqueeze(2).expand_as(k))
     for x, hi, lo, scale in (
-        (k, planes.k_hi, planes.k_lo, planes.k_scale), (v, planes.v_hi, planes.v_lo, planes.v_scale),
+        (in_order, planes.k_hi, planes.k_lo, planes.k_scale), (v, planes.v_hi, planes.v_lo, planes.v_scale),
     ):  # fmt: skip
         assert bool((scale.log2() == scale.log2().round()).all())
         held = (hi.double() + lo.double()) / scale.double().unsqueeze(2)
@@ -68,6 +69,27 @@ def test_planes_hold_their_tensors(N: int) -> None:
         x = x.double().nan_to_num(0)
         floor = x.abs().amax(2, keepdim=True) * 2.0**-39
         assert bool(((held.nan_to_num(0) - x).abs() <= torch.maximum(x.abs() * 2.0**-23, floor)).all())
+
+
+def test_large_channels_of_keys_come_last_in_their_planes() -> None:
+    """By what the first keys say that exist, of each sequence."""
+    from elsa_kernels.triton.split import split_kv
+
+    torch.manual_seed(0)
+    k = torch.rand(2, 1, 100, 40, device=DEVICE) + 0.5
+    k[0, :, :, 3], k[0, :, :, 20] = 1e4, -100.0
+    k[0, :, 40:, 5] *= 1e6  # behind the keys that tell
+    k[1, :, :50, 6], k[1, :, 50:, 7], k[1, :, 51, 8] = 1e6, 100.0, torch.inf
+    exist = torch.tensor([[0, 100], [50, 100]], dtype=torch.int32, device=DEVICE)
+    first = [*(c for c in range(40) if c not in (3, 20)), 20, 3]
+    second = [*(c for c in range(40) if c != 7), 7]
+    assert split_kv(k, k, exist).order.tolist() == [[[*first, 1]], [[*second, 1]]]
+    packed = torch.cat([k[:1], k[1:, :, 50:]], 2)
+    starts = torch.tensor([0, 100, 150], dtype=torch.int32, device=DEVICE)
+    assert split_kv(packed, packed, None, starts, 100).order.tolist() == [[[*first, 1]], [[*second, 1]]]
+    few = split_kv(k[:1, :, :1], k[:1, :, :1])
+    assert few.order.tolist() == [[[*first, 1]]]
+    assert torch.equal(few.k_hi[0, 0, 0, -1] / few.k_scale[0, 0, -1], k[0, 0, 0, 3].half())
 
 
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
