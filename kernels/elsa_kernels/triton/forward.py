@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from elsa_kernels.triton.split import MAX_EXPONENT, TARGET, exponent, power_of_two, split_pair
+from elsa_kernels.triton.split import MAX_EXPONENT, TARGET, channels_in_order, exponent, power_of_two, split_pair
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -324,10 +324,12 @@ def attend_rows(
     SPLIT: tl.constexpr = MODE == "split" or MODE == "inline"
     HALF: tl.constexpr = BD // 2 if MODE == "split" and BD >= 128 else BD
     channels = tl.arange(0, HALF)
-    o_c = channels
-    if MODE == "split":  # in the order of K's planes
-        o_c = tl.load(KO + i_head * (D + 1) + channels, mask=channels < D, other=0)
-    q = tl.load(Q + o_q[:, None] + o_c[None, :], mask=valid[:, None] & (channels[None, :] < D), other=0.0)
+    exists = valid[:, None] & (channels[None, :] < D)
+    if MODE == "split":
+        KO += i_head * (D + 1)
+        q = channels_in_order(Q, o_q, channels, exists, KO, D)
+    else:
+        q = tl.load(Q + o_q[:, None] + channels[None, :], mask=exists, other=0.0)
     if not SCALED:
         q = (q * sign).to(q.dtype)
     if MODE == "inline":
@@ -339,8 +341,7 @@ def attend_rows(
         largest = row_exponents(q, e_k)
         if HALF != BD:
             beyond = channels + HALF
-            o_c = tl.load(KO + i_head * (D + 1) + beyond, mask=beyond < D, other=0)
-            qb = tl.load(Q + o_q[:, None] + o_c[None, :], mask=valid[:, None] & (beyond[None, :] < D), other=0.0)
+            qb = channels_in_order(Q, o_q, beyond, valid[:, None] & (beyond[None, :] < D), KO, D)
             if not SCALED:
                 qb *= sign
             e_kb = key_exponents(KS, o_scale, beyond, D, HALF)

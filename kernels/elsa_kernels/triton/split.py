@@ -92,24 +92,19 @@ def _extent(CUK, b, N, VARLEN: tl.constexpr):
 
 
 @triton.jit
-def _order_kernel(
-    K, ORDER, RANGES, CUK, skb, skh, skn, Hkv, N,
-    D: tl.constexpr, BD: tl.constexpr, SAMPLE: tl.constexpr, HAS_RANGES: tl.constexpr, VARLEN: tl.constexpr,
+def _write_order(
+    K, ORDER, RANGES, b, base, skn, end, D: tl.constexpr, BD: tl.constexpr, SAMPLE: tl.constexpr,
+    HAS_RANGES: tl.constexpr,
 ):  # fmt: skip
-    """The order of K's channels in its planes: those far larger than most go last, by exponent, the rest as they lie.
-    Behind it, whether any has moved.
+    """The order of K's channels in its planes: those far larger than most go last, all else as it lies. Behind it,
+    whether any has moved.
 
     A product's accumulator truncates whatever it holds at the last bit of the largest product of a step, so what comes
     after large ones costs digits. The first keys of the sequence tell, and they alone, so that bits depend neither on
-    the batch nor on later keys. The rule is the one of cuda/attention_ieee.cu.
+    the batch nor on later keys. Large is what it is in cuda/attention_ieee.cu.
     """
-    i_bh = tl.program_id(0).to(tl.int64)
-    b, h = i_bh // Hkv, i_bh % Hkv
     cols = tl.arange(0, BD)
-    begin, end = _extent(CUK, b, N, VARLEN)
-    base, first = b * skb + h * skh, 0
-    if VARLEN:
-        base = begin * skn + h * skh
+    first = 0
     if HAS_RANGES:
         first = tl.maximum(tl.load(RANGES + 2 * b), 0)
         end = tl.minimum(tl.load(RANGES + 2 * b + 1), end)
@@ -119,53 +114,65 @@ def _order_kernel(
     bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     own = tl.max(tl.where(bits < 0x7F800000, bits, 0), 0) >> 23
     lower = tl.sum(((own[:, None] + _OUTLIER <= own[None, :]) & (cols[:, None] < D)).to(tl.int32), 0)
-    rank = tl.where(cols < D, tl.where(2 * lower >= D, own, 0), 1 << 20)
-    before = (rank[:, None] < rank[None, :]) | ((rank[:, None] == rank[None, :]) & (cols[:, None] < cols[None, :]))
-    place = tl.sum(before.to(tl.int32), 0)
-    ORDER += i_bh * (D + 1)
+    large = ((2 * lower >= D) & (cols < D)).to(tl.int32)
+    before = tl.cumsum(large, 0) - large
+    count = tl.sum(large, 0)
+    place = tl.where(large != 0, D - count + before, cols - before)
     tl.store(ORDER + place, cols, mask=cols < D)
-    tl.store(ORDER + D, tl.max((place != cols).to(tl.int32), 0))
+    tl.store(ORDER + D, (tl.sum(((place != cols) & (cols < D)).to(tl.int32), 0) > 0).to(tl.int32))
 
 
 @triton.jit
 def _amax_kernel(
-    K, V, KMAX, VMAX, CUK, skb, skh, skn, svb, svh, svn, Hkv, N,
-    D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, VARLEN: tl.constexpr,
+    K, V, KMAX, VMAX, ORDER, RANGES, CUK, skb, skh, skn, svb, svh, svn, Hkv, N,
+    D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, SAMPLE: tl.constexpr,
+    HAS_RANGES: tl.constexpr, VARLEN: tl.constexpr,
 ):  # fmt: skip
-    """Largest finite |k| and |v| per (batch, head, channel), as the bits of a non-negative float (they order alike)."""
+    """Largest finite |k| and |v| per (batch, head, channel), as the bits of a non-negative float (they order alike).
+
+    A program has some rows of K or of V; the last one of a head writes the order of K's channels instead.
+    """
     i_bh = tl.program_id(1).to(tl.int64)
     b, h = i_bh // Hkv, i_bh % Hkv
-    row0 = tl.program_id(0) * (ROWS * TILES)
+    row0 = tl.program_id(0) // 2 * (ROWS * TILES)
     cols = tl.arange(0, BD)
     begin, N = _extent(CUK, b, N, VARLEN)
     o_k, o_v = b * skb, b * svb
     if VARLEN:
         o_k, o_v = begin * skn, begin * svn
-    k_max = _column_amax(K, o_k + h * skh, skn, row0, N, D, BD, ROWS, TILES)
-    v_max = _column_amax(V, o_v + h * svh, svn, row0, N, D, BD, ROWS, TILES)
+    o_k += h * skh
     # A maximum does not depend on the order of its atomics.
-    tl.atomic_max(KMAX + i_bh * D + cols, k_max, mask=cols < D)
-    tl.atomic_max(VMAX + i_bh * D + cols, v_max, mask=cols < D)
+    if tl.program_id(0) == tl.num_programs(0) - 1:
+        _write_order(K, ORDER + i_bh * (D + 1), RANGES, b, o_k, skn, N, D, BD, SAMPLE, HAS_RANGES)
+    elif tl.program_id(0) % 2 == 0:
+        largest = _column_amax(K, o_k, skn, row0, N, D, BD, ROWS, TILES)
+        tl.atomic_max(KMAX + i_bh * D + cols, largest, mask=cols < D)
+    else:
+        largest = _column_amax(V, o_v + h * svh, svn, row0, N, D, BD, ROWS, TILES)
+        tl.atomic_max(VMAX + i_bh * D + cols, largest, mask=cols < D)
 
 
 @triton.jit
 def _channel_scale(MAX, i_bh, channels, D: tl.constexpr, BD: tl.constexpr):
-    cols = tl.arange(0, BD)
-    largest = tl.load(MAX + i_bh * D + channels, mask=cols < D, other=0)
+    largest = tl.load(MAX + i_bh * D + channels, mask=tl.arange(0, BD) < D, other=0)
     e = -((largest >> 23) - 127 - TARGET)
     return power_of_two(tl.where(largest > 0, tl.minimum(e, MAX_EXPONENT), 0))
 
 
 @triton.jit
-def _write_planes(
-    X, HI, LO, channels, scale, base, stride_n, plane, row0, N, D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr
-):
-    cols = tl.arange(0, BD)
-    rows = row0 + tl.arange(0, ROWS)
-    inside = (rows[:, None] < N) & (cols[None, :] < D)
-    x = tl.load(X + base + rows.to(tl.int64)[:, None] * stride_n + channels[None, :], mask=inside, other=0.0)
+def channels_in_order(X, o_x, cols, inside, ORDER, D: tl.constexpr):
+    """Rows of X at o_x, of them the channels that K's planes have at `cols`."""
+    # Wide loads, which are on their way by the time it is known whether they are the right ones.
+    x = tl.load(X + o_x[:, None] + cols[None, :], mask=inside, other=0.0)
+    if tl.load(ORDER + D) != 0:
+        channels = tl.load(ORDER + cols, mask=cols < D, other=0)
+        x = tl.load(X + o_x[:, None] + channels[None, :], mask=inside, other=0.0)
+    return x
+
+
+@triton.jit
+def _write_planes(x, HI, LO, scale, o_plane, inside):
     hi, lo = split_pair(x * scale[None, :])
-    o_plane = (plane + rows.to(tl.int64))[:, None] * D + cols[None, :]
     tl.store(HI + o_plane, hi, mask=inside)
     tl.store(LO + o_plane, lo, mask=inside)
 
@@ -175,25 +182,33 @@ def _split_kernel(
     K, V, KMAX, VMAX, ORDER, CUK, K_HI, K_LO, K_SCALE, V_HI, V_LO, V_SCALE, skb, skh, skn, svb, svh, svn, Hkv, N, total,
     D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr, VARLEN: tl.constexpr,
 ):  # fmt: skip
+    """A program writes the planes of some rows of K or of V."""
     i_bh = tl.program_id(1).to(tl.int64)
     b, h = i_bh // Hkv, i_bh % Hkv
-    row0 = tl.program_id(0) * ROWS
+    row0 = tl.program_id(0) // 2 * ROWS
     cols = tl.arange(0, BD)
-    ORDER += i_bh * (D + 1)
-    order = tl.load(ORDER + cols, mask=cols < D, other=0)
-    k_scale, v_scale = _channel_scale(KMAX, i_bh, order, D, BD), _channel_scale(VMAX, i_bh, cols, D, BD)
-    if row0 == 0:
-        tl.store(K_SCALE + i_bh * D + cols, k_scale, mask=cols < D)
-        tl.store(V_SCALE + i_bh * D + cols, v_scale, mask=cols < D)
     begin, N = _extent(CUK, b, N, VARLEN)
     o_k, o_v, plane = b * skb, b * svb, i_bh * N
     if VARLEN:
         o_k, o_v, plane = begin * skn, begin * svn, h * total + begin
-    if tl.load(ORDER + D) != 0:
-        _write_planes(K, K_HI, K_LO, order, k_scale, o_k + h * skh, skn, plane, row0, N, D, BD, ROWS)
-    else:  # the same, in wide loads
-        _write_planes(K, K_HI, K_LO, cols, k_scale, o_k + h * skh, skn, plane, row0, N, D, BD, ROWS)
-    _write_planes(V, V_HI, V_LO, cols, v_scale, o_v + h * svh, svn, plane, row0, N, D, BD, ROWS)
+    rows = row0 + tl.arange(0, ROWS)
+    inside = (rows[:, None] < N) & (cols[None, :] < D)
+    rows = rows.to(tl.int64)
+    o_plane = (plane + rows)[:, None] * D + cols[None, :]
+    o_scale = i_bh * D + cols
+    if tl.program_id(0) % 2 == 0:
+        ORDER += i_bh * (D + 1)
+        k = channels_in_order(K, o_k + h * skh + rows * skn, cols, inside, ORDER, D)
+        scale = _channel_scale(KMAX, i_bh, tl.load(ORDER + cols, mask=cols < D, other=0), D, BD)
+        _write_planes(k, K_HI, K_LO, scale, o_plane, inside)
+        if row0 == 0:
+            tl.store(K_SCALE + o_scale, scale, mask=cols < D)
+    else:
+        v = tl.load(V + o_v + h * svh + rows[:, None] * svn + cols[None, :], mask=inside, other=0.0)
+        scale = _channel_scale(VMAX, i_bh, cols, D, BD)
+        _write_planes(v, V_HI, V_LO, scale, o_plane, inside)
+        if row0 == 0:
+            tl.store(V_SCALE + o_scale, scale, mask=cols < D)
 
 
 def split_kv(
@@ -223,14 +238,11 @@ def split_kv(
     amax = torch.zeros((2, B, Hkv, D), dtype=torch.int32, device=k.device)
     strides = (*k.stride()[:3], *v.stride()[:3])
     per_program = _AMAX_TILES if N > _MANY_KEYS else 1  # a maximum is the same however it is cut
-    _order_kernel[(B * Hkv,)](
-        k, order, kv_range, cu_seqlens, *strides[:3], Hkv, N,
-        D=D, BD=BD, SAMPLE=_SAMPLE, HAS_RANGES=kv_range is not None, VARLEN=packed, num_warps=8,
+    _amax_kernel[(2 * triton.cdiv(N, _ROWS * per_program) + 1, B * Hkv)](
+        k, v, amax[0], amax[1], order, kv_range, cu_seqlens, *strides, Hkv, N,
+        D=D, BD=BD, ROWS=_ROWS, TILES=per_program, SAMPLE=_SAMPLE, HAS_RANGES=kv_range is not None, VARLEN=packed,
     )  # fmt: skip
-    _amax_kernel[(triton.cdiv(N, _ROWS * per_program), B * Hkv)](
-        k, v, amax[0], amax[1], cu_seqlens, *strides, Hkv, N, D=D, BD=BD, ROWS=_ROWS, TILES=per_program, VARLEN=packed
-    )
-    _split_kernel[(triton.cdiv(N, _ROWS), B * Hkv)](
+    _split_kernel[(2 * triton.cdiv(N, _ROWS), B * Hkv)](
         k, v, amax[0], amax[1], order, cu_seqlens,
         k_hi, k_lo, k_scale, v_hi, v_lo, v_scale,
         *strides, Hkv, N, total, D=D, BD=BD, ROWS=_ROWS, VARLEN=packed,
