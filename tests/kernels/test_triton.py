@@ -59,7 +59,7 @@ def test_planes_hold_their_tensors(N: int) -> None:
     k, v = torch.randn(1, 2, N, 6, device=DEVICE) * channels, torch.randn(1, 2, N, 6, device=DEVICE)
     k[0, 0, 3, 1] = NAN
     planes = split_kv(k, v)
-    in_order = k.gather(3, planes.order[..., :-1].long().unsqueeze(2).expand_as(k))
+    in_order = k.gather(3, planes.order.long().unsqueeze(2).expand_as(k))
     for x, hi, lo, scale in (
         (in_order, planes.k_hi, planes.k_lo, planes.k_scale), (v, planes.v_hi, planes.v_lo, planes.v_scale),
     ):  # fmt: skip
@@ -72,7 +72,7 @@ def test_planes_hold_their_tensors(N: int) -> None:
 
 
 def test_large_channels_of_keys_come_last_in_their_planes() -> None:
-    """By what the first keys say that exist, of each sequence."""
+    """With their neighbours in fours, by what the first keys say that exist, of each sequence."""
     from elsa_kernels.triton.split import split_kv
 
     torch.manual_seed(0)
@@ -81,15 +81,17 @@ def test_large_channels_of_keys_come_last_in_their_planes() -> None:
     k[0, :, 40:, 5] *= 1e6  # behind the keys that tell
     k[1, :, :50, 6], k[1, :, 50:, 7], k[1, :, 51, 8] = 1e6, 100.0, torch.inf
     exist = torch.tensor([[0, 100], [50, 100]], dtype=torch.int32, device=DEVICE)
-    first = [*(c for c in range(40) if c not in (3, 20)), 3, 20]
-    second = [*(c for c in range(40) if c != 7), 7]
-    assert split_kv(k, k, exist).order.tolist() == [[[*first, 1]], [[*second, 1]]]
+    first = [*range(4, 20), *range(24, 40), *range(4), *range(20, 24)]
+    second = [*range(4), *range(8, 40), *range(4, 8)]
+    assert split_kv(k, k, exist).order.tolist() == [[first], [second]]
     packed = torch.cat([k[:1], k[1:, :, 50:]], 2)
     starts = torch.tensor([0, 100, 150], dtype=torch.int32, device=DEVICE)
-    assert split_kv(packed, packed, None, starts, 100).order.tolist() == [[[*first, 1]], [[*second, 1]]]
+    assert split_kv(packed, packed, None, starts, 100).order.tolist() == [[first], [second]]
     few = split_kv(k[:1, :, :1], k[:1, :, :1])
-    assert few.order.tolist() == [[[*first, 1]]]
-    assert torch.equal(few.k_hi[0, 0, 0, -1] / few.k_scale[0, 0, -1], k[0, 0, 0, 20].half())
+    assert few.order.tolist() == [[first]]
+    assert torch.equal(few.k_hi[0, 0, 0] / few.k_scale[0, 0], k[0, 0, 0, first].half())
+    odd = split_kv(k[..., :38], k[..., :38])  # no fours
+    assert odd.order.tolist() == [[[*range(38)]]] * 2
 
 
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])

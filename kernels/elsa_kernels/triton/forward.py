@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from elsa_kernels.triton.split import MAX_EXPONENT, TARGET, channels_in_order, exponent, power_of_two, split_pair
+from elsa_kernels.triton.split import MAX_EXPONENT, TARGET, exponent, load_order, power_of_two, split_pair
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -319,17 +319,12 @@ def attend_rows(
         # The scale's sign, or its being 0, goes into Q: the largest product is then the largest logit, and −∞ stays −∞.
         sign = tl.where(scale < 0, -1.0, tl.where(scale == 0, 0.0, 1.0))
         unit = tl.abs(unit)
-    i_head = i_b64 * Hkv + i_hk64
-    o_scale = i_head * D
+    o_scale = (i_b64 * Hkv + i_hk64) * D
     SPLIT: tl.constexpr = MODE == "split" or MODE == "inline"
     HALF: tl.constexpr = BD // 2 if MODE == "split" and BD >= 128 else BD
     channels = tl.arange(0, HALF)
-    exists = valid[:, None] & (channels[None, :] < D)
-    if MODE == "split":
-        KO += i_head * (D + 1)
-        q = channels_in_order(Q, o_q, channels, exists, KO, D)
-    else:
-        q = tl.load(Q + o_q[:, None] + channels[None, :], mask=exists, other=0.0)
+    o_c = load_order(KO + o_scale, channels, D) if MODE == "split" else channels
+    q = tl.load(Q + o_q[:, None] + o_c[None, :], mask=valid[:, None] & (channels[None, :] < D), other=0.0)
     if not SCALED:
         q = (q * sign).to(q.dtype)
     if MODE == "inline":
@@ -341,7 +336,8 @@ def attend_rows(
         largest = row_exponents(q, e_k)
         if HALF != BD:
             beyond = channels + HALF
-            qb = channels_in_order(Q, o_q, beyond, valid[:, None] & (beyond[None, :] < D), KO, D)
+            o_c = load_order(KO + o_scale, beyond, D)
+            qb = tl.load(Q + o_q[:, None] + o_c[None, :], mask=valid[:, None] & (beyond[None, :] < D), other=0.0)
             if not SCALED:
                 qb *= sign
             e_kb = key_exponents(KS, o_scale, beyond, D, HALF)

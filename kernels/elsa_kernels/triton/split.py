@@ -32,7 +32,7 @@ class Planes:
     """K and V as FP16 pairs. Planes [B, Hkv, Nk, D] float16, contiguous; scales [B, Hkv, D] float32, powers of two.
 
     k·k_scale = k_hi + k_lo, and likewise v (scales broadcast over the keys). Channel c of k_hi, k_lo and k_scale is
-    channel order[…, c] of k; order [B, Hkv, D + 1] int32 ends with whether any has moved.
+    channel order[…, c] of k; order [B, Hkv, D] int32.
     """
 
     order: torch.Tensor
@@ -96,30 +96,41 @@ def _write_order(
     K, ORDER, RANGES, b, base, skn, end, D: tl.constexpr, BD: tl.constexpr, SAMPLE: tl.constexpr,
     HAS_RANGES: tl.constexpr,
 ):  # fmt: skip
-    """The order of K's channels in its planes: those far larger than most go last, all else as it lies. Behind it,
-    whether any has moved.
+    """The order of K's channels in its planes: those far larger than most go last, with their neighbours in fours.
 
     A product's accumulator truncates whatever it holds at the last bit of the largest product of a step, so what comes
     after large ones costs digits. The first keys of the sequence tell, and they alone, so that bits depend neither on
     the batch nor on later keys. Large is what it is in cuda/attention_ieee.cu.
     """
     cols = tl.arange(0, BD)
-    first = 0
-    if HAS_RANGES:
-        first = tl.maximum(tl.load(RANGES + 2 * b), 0)
-        end = tl.minimum(tl.load(RANGES + 2 * b + 1), end)
-    rows = first + tl.arange(0, SAMPLE)
-    inside = (rows[:, None] < end) & (cols[None, :] < D)
-    x = tl.load(K + base + rows.to(tl.int64)[:, None] * skn + cols[None, :], mask=inside, other=0.0)
-    bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    own = tl.max(tl.where(bits < 0x7F800000, bits, 0), 0) >> 23
-    lower = tl.sum(((own[:, None] + _OUTLIER <= own[None, :]) & (cols[:, None] < D)).to(tl.int32), 0)
-    large = ((2 * lower >= D) & (cols < D)).to(tl.int32)
-    before = tl.cumsum(large, 0) - large
-    count = tl.sum(large, 0)
-    place = tl.where(large != 0, D - count + before, cols - before)
-    tl.store(ORDER + place, cols, mask=cols < D)
-    tl.store(ORDER + D, (tl.sum(((place != cols) & (cols < D)).to(tl.int32), 0) > 0).to(tl.int32))
+    if D % 4 != 0:
+        tl.store(ORDER + cols, cols, mask=cols < D)
+    else:
+        first = 0
+        if HAS_RANGES:
+            first = tl.maximum(tl.load(RANGES + 2 * b), 0)
+            end = tl.minimum(tl.load(RANGES + 2 * b + 1), end)
+        rows = first + tl.arange(0, SAMPLE)
+        inside = (rows[:, None] < end) & (cols[None, :] < D)
+        x = tl.load(K + base + rows.to(tl.int64)[:, None] * skn + cols[None, :], mask=inside, other=0.0)
+        bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        own = tl.max(tl.where(bits < 0x7F800000, bits, 0), 0) >> 23
+        lower = tl.sum(((own[:, None] + _OUTLIER <= own[None, :]) & (cols[:, None] < D)).to(tl.int32), 0)
+        large = ((2 * lower >= D) & (cols < D)).to(tl.int32)
+        fours = tl.arange(0, BD // 4)
+        large = tl.max(tl.reshape(large, [BD // 4, 4]), 1)
+        before = tl.cumsum(large, 0) - large
+        place = tl.where(large != 0, D // 4 - tl.sum(large, 0) + before, fours - before)
+        one = tl.arange(0, 4)[None, :]
+        there = (fours < D // 4)[:, None]
+        tl.store(ORDER + place[:, None] * 4 + one, fours[:, None] * 4 + one, mask=there)
+
+
+@triton.jit
+def load_order(ORDER, cols, D: tl.constexpr):
+    """The channels that K's planes have at `cols`: in fours, which are loaded at once."""
+    channels = tl.load(ORDER + cols, mask=cols < D, other=0)
+    return tl.max_contiguous(tl.multiple_of(channels, 4), 4)
 
 
 @triton.jit
@@ -143,7 +154,7 @@ def _amax_kernel(
     o_k += h * skh
     # A maximum does not depend on the order of its atomics.
     if tl.program_id(0) == tl.num_programs(0) - 1:
-        _write_order(K, ORDER + i_bh * (D + 1), RANGES, b, o_k, skn, N, D, BD, SAMPLE, HAS_RANGES)
+        _write_order(K, ORDER + i_bh * D, RANGES, b, o_k, skn, N, D, BD, SAMPLE, HAS_RANGES)
     elif tl.program_id(0) % 2 == 0:
         largest = _column_amax(K, o_k, skn, row0, N, D, BD, ROWS, TILES)
         tl.atomic_max(KMAX + i_bh * D + cols, largest, mask=cols < D)
@@ -160,19 +171,15 @@ def _channel_scale(MAX, i_bh, channels, D: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
-def channels_in_order(X, o_x, cols, inside, ORDER, D: tl.constexpr):
-    """Rows of X at o_x, of them the channels that K's planes have at `cols`."""
-    # Wide loads, which are on their way by the time it is known whether they are the right ones.
-    x = tl.load(X + o_x[:, None] + cols[None, :], mask=inside, other=0.0)
-    if tl.load(ORDER + D) != 0:
-        channels = tl.load(ORDER + cols, mask=cols < D, other=0)
-        x = tl.load(X + o_x[:, None] + channels[None, :], mask=inside, other=0.0)
-    return x
-
-
-@triton.jit
-def _write_planes(x, HI, LO, scale, o_plane, inside):
+def _write_planes(
+    X, HI, LO, channels, scale, base, stride_n, plane, row0, N, D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr
+):
+    cols = tl.arange(0, BD)
+    rows = row0 + tl.arange(0, ROWS)
+    inside = (rows[:, None] < N) & (cols[None, :] < D)
+    x = tl.load(X + base + rows.to(tl.int64)[:, None] * stride_n + channels[None, :], mask=inside, other=0.0)
     hi, lo = split_pair(x * scale[None, :])
+    o_plane = (plane + rows.to(tl.int64))[:, None] * D + cols[None, :]
     tl.store(HI + o_plane, hi, mask=inside)
     tl.store(LO + o_plane, lo, mask=inside)
 
@@ -191,24 +198,17 @@ def _split_kernel(
     o_k, o_v, plane = b * skb, b * svb, i_bh * N
     if VARLEN:
         o_k, o_v, plane = begin * skn, begin * svn, h * total + begin
-    rows = row0 + tl.arange(0, ROWS)
-    inside = (rows[:, None] < N) & (cols[None, :] < D)
-    rows = rows.to(tl.int64)
-    o_plane = (plane + rows)[:, None] * D + cols[None, :]
-    o_scale = i_bh * D + cols
     if tl.program_id(0) % 2 == 0:
-        ORDER += i_bh * (D + 1)
-        k = channels_in_order(K, o_k + h * skh + rows * skn, cols, inside, ORDER, D)
-        scale = _channel_scale(KMAX, i_bh, tl.load(ORDER + cols, mask=cols < D, other=0), D, BD)
-        _write_planes(k, K_HI, K_LO, scale, o_plane, inside)
+        channels = load_order(ORDER + i_bh * D, cols, D)
+        scale = _channel_scale(KMAX, i_bh, channels, D, BD)
+        _write_planes(K, K_HI, K_LO, channels, scale, o_k + h * skh, skn, plane, row0, N, D, BD, ROWS)
         if row0 == 0:
-            tl.store(K_SCALE + o_scale, scale, mask=cols < D)
+            tl.store(K_SCALE + i_bh * D + cols, scale, mask=cols < D)
     else:
-        v = tl.load(V + o_v + h * svh + rows[:, None] * svn + cols[None, :], mask=inside, other=0.0)
         scale = _channel_scale(VMAX, i_bh, cols, D, BD)
-        _write_planes(v, V_HI, V_LO, scale, o_plane, inside)
+        _write_planes(V, V_HI, V_LO, cols, scale, o_v + h * svh, svn, plane, row0, N, D, BD, ROWS)
         if row0 == 0:
-            tl.store(V_SCALE + o_scale, scale, mask=cols < D)
+            tl.store(V_SCALE + i_bh * D + cols, scale, mask=cols < D)
 
 
 def split_kv(
@@ -233,7 +233,7 @@ def split_kv(
         torch.empty((rows, Hkv, total, D), dtype=torch.float16, device=k.device) for _ in range(4)
     )
     k_scale, v_scale = (torch.empty((B, Hkv, D), dtype=torch.float32, device=k.device) for _ in range(2))
-    order = torch.empty((B, Hkv, D + 1), dtype=torch.int32, device=k.device)
+    order = torch.empty((B, Hkv, D), dtype=torch.int32, device=k.device)
     planes = Planes(order, k_hi, k_lo, k_scale, v_hi, v_lo, v_scale)
     amax = torch.zeros((2, B, Hkv, D), dtype=torch.int32, device=k.device)
     strides = (*k.stride()[:3], *v.stride()[:3])
