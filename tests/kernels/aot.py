@@ -114,16 +114,16 @@ def resources(compiled) -> dict[str, int]:
 
 
 def cubin_resources(cubin: bytes) -> dict[str, int]:
-    """Registers and stack bytes of a CUDA binary with one kernel."""
+    """Registers, stack bytes and static shared memory of a CUDA binary with one kernel."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", text.stdout)
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", text.stdout)
     if found is None:
         raise ValueError(f"cuobjdump printed no resource usage: {text.stdout!r}")
-    return {"registers": int(found[1]), "stack": int(found[2])}
+    return {"registers": int(found[1]), "stack": int(found[2]), "shared": int(found[3])}
 
 
 def machine_code(compiled) -> str:
