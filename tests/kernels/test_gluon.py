@@ -671,7 +671,7 @@ def test_equal_bits_in_whatever_order_programs_run(dtype):
     "options", [{}, {"causal": True}, {"causal": True, "window": 70, "return_state": True}], ids=str
 )
 def test_three_warp_groups_give_the_bits_of_two(options):
-    """Rows that are not finite included, which the careful pass finds by the tile's marks."""
+    """But for tiles with rows that are not finite: the careful pass does a whole one anew, by its marks."""
     from elsa_kernels import checks
     from elsa_kernels.gluon import launch
     from elsa_kernels.gluon.planes import split_tiles
@@ -684,11 +684,15 @@ def test_three_warp_groups_give_the_bits_of_two(options):
     p = checks.build_problem(operands, scale=None, q_start=None, softcap=None, precision=None, **settings)
     planes = split_tiles(k, v, 128, 64)
     two, three = (launch.split_forward(p, operands, planes, t) for t in (launch.SPLIT_TILES[64], launch.THREE_GROUPS))
-    for a, b in zip((two.m, two.S, two.W), (three.m, three.S, three.W)) if p.return_state else [(two, three)]:
-        assert torch.equal(a.nan_to_num(1e30), b.nan_to_num(1e30))
-        assert torch.equal(a.isnan(), b.isnan())
+    parts = zip((two.m, two.S, two.W), (three.m, three.S, three.W)) if p.return_state else [(two, three)]
+    for a, b in parts:
+        assert torch.equal(a.isfinite(), b.isfinite())
+        for head in (0, 1, 4, 5, 6, 7):  # 2 and 3 share the key head with the NaN
+            assert torch.equal(a[:, head], b[:, head])
     whole = two.W if p.return_state else two
-    assert 0 < whole.isnan().any(-1).sum() < whole[..., 0].numel()
+    broken = (~whole.isfinite()).any(-1)
+    assert 0 < broken.sum() < broken.numel()
+    assert broken[0, 3, 400]
 
 
 @needs_hopper

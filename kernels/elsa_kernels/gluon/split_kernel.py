@@ -4,7 +4,7 @@ One TMA producer warp group streams the (hi, lo) planes of K and V; each consume
 - S = lo·hi + hi·lo + hi·hi, smallest first, the large products in chains over 64 channels that are added in FP32: the
   tensor core truncates what it adds, so the error of S grows with the length of a chain.
 - P·V starts from zero in every KV tile and is merged in FP32, for the same reason.
-- Scales are powers of two, so they are exact: K per tile and Q per row, undone in the exponent's multiply; P by 2^4, in
+- Scales are powers of two, so they are exact: K per tile and Q per row, undone in the exponent's multiply; P by 2^8, in
   the exponent's subtraction; V per tile. The accumulator is kept in units of the coarsest scale of V so far: a tile
   with a finer one (smaller values) folds the difference into P's, a coarser one into the factor of the old sums.
 - Sums over SPAN keys are merged into those of the spans before, which wait in the output: the error of a tree of
@@ -41,10 +41,10 @@ from elsa_kernels.gluon.common import (
     write_rows,
 )
 
-# P ≤ 1 is split as P·2^4: hi and lo then hold it to 2^-29 of the row's largest, and exponents between −4 and 4, where
-# most weight lies, round no worse than those between −8 and 0.
-P_EXPONENT = gl.constexpr(4)
-P_UNIT = gl.constexpr(2.0**-4)
+# P ≤ 1 is split as P·2^8: hi and lo then hold it to 2^-33 of the row's largest. Less would lose small weights of much
+# larger values (2^4 did), and more the last bits of the exponential's argument.
+P_EXPONENT = gl.constexpr(8)
+P_UNIT = gl.constexpr(2.0**-8)
 FINEST = gl.constexpr(126)  # largest exponent of a scale (see planes.py)
 # How much of a finer scale P takes up, lest it lose last bits; the rest is taken from the tile's product.
 MAX_FINER = gl.constexpr(2)
@@ -127,7 +127,7 @@ def _products(q_0, q_1, ql, k_hi, k_lo, D: gl.constexpr, BN: gl.constexpr):
 @gluon.jit
 def _step(t, m, l, acc, unit, k_e, v_e, exponents, q_0, q_1, ql, keys, values, work, factor, lo, hi, positions,
           features, D: gl.constexpr, BN: gl.constexpr, MASK: gl.constexpr):  # fmt: skip
-    """Merge the KV tile t into (m, l, acc). m is in units of log2; acc carries P's 2^4 and 2^unit.
+    """Merge the KV tile t into (m, l, acc). m is in units of log2; acc carries P's 2^8 and 2^unit.
 
     k_e, v_e: exponents of the tile's scales; those of the next tile are returned, loaded long before their use.
     """
