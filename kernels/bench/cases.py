@@ -45,7 +45,7 @@ class Case:
 
 LENGTHS = (1024, 4096, 16384)
 FP32 = [Case("float32", causal, 1, 40, N, 128) for N in LENGTHS for causal in (True, False)]
-FP32_D64 = [Case("float32", False, 1, 16, N, 64) for N in (8192, 16384)]
+FP32_D64 = [Case("float32", False, 1, 16, N, 64) for N in (8192, 16384)] + [Case("float32", False, 1, 40, 16384, 64)]
 # A chunk of 8K queries against 32K keys, as chunked prefill of a long prompt has it.
 CHUNKED = [Case("float32", True, 1, 40, 8192, 128, Nk=32768), Case("float16", True, 1, 40, 8192, 128, Nk=32768)]
 HALF = [Case(dtype, causal, 1, 40, 16384, 128) for dtype in ("float16", "bfloat16") for causal in (True, False)] + [

@@ -2,10 +2,13 @@
 
 usage: python -m kernels.bench.linear --out kernels/bench/results/linear-h200.json
 
-Rows with `ms` are timed. Up to 32 rows of x, where reading the weight is the work, weights rotate past the L2 cache and
-every implementation runs as replays of a CUDA graph of 16 calls or so, as a decoding step has layers, which leaves the
-host and the graph's start out; beyond, call by call. `tbps` counts the weight's FP32 bytes. Rows without are the proof:
-every input family at K up to 32768.
+Rows with `ms` are timed. Up to 32 rows of x, where reading the weight is the work, weights rotate past the L2 cache
+and every implementation runs as replays of a CUDA graph of 16 calls or so, as a decoding step has layers, which
+leaves the host and the graph's start out; beyond, call by call. `tbps` counts the weight's FP32 bytes; `read_tbps` is
+what a sum over 2 GiB read just before and after that shape. Rows without `ms` are the proof: every input family at K
+up to 32768. The error of one row of x is luck, within a factor of two; so x and the weight are drawn anew until
+`ROWS_SEEN` rows have been compared: `relerr` is the root mean square of the draws' errors, `over_torch` the share of
+the draws in which torch's FP32 was nearer to FP64.
 """
 
 from __future__ import annotations
@@ -29,17 +32,20 @@ TALL = ((8192, 13824, 5120), (32768, 15360, 5120), (32768, 5120, 13824), (8192, 
 FEW = tuple(
     (m, n, k) for n, k in ((15360, 5120), (5120, 5120), (13824, 5120), (5120, 13824)) for m in (1, 2, 4, 8, 16, 32)
 )
-PROOF = tuple((m, 1024, k) for m in (1, 4, 16, 1024) for k in (1024, 5120, 13824, 32768))
+PROOF = tuple((m, 1024, k) for m in (1, 4, 16, 32, 1024) for k in (1024, 5120, 13824, 32768))
 FAMILIES = ("normal", "positive", "outliers", "tiny", "huge")
+ROWS_SEEN = 256  # in a cell of the proof, at least
+ROWS_A_DRAW = 64  # compared, at most
 BUDGET_MS = 60.0  # of samples
+ROUNDS = 3  # in which implementations take turns, where a weight is read
 GRAPH_CALLS = 16  # at least
 
 Operands = tuple[torch.Tensor, torch.Tensor, elsa.SplitMatrix]  # x, weight, the weight split
 
 
-def operands(M: int, N: int, K: int, family: str) -> Operands:
-    x = torch.randn(M, K, device="cuda")
-    w = torch.randn(N, K, device="cuda")
+def operands(M: int, N: int, K: int, family: str, device: str = "cuda") -> Operands:
+    x = torch.randn(M, K, device=device)
+    w = torch.randn(N, K, device=device)
     if family == "positive":
         x, w = x.abs_(), w.abs_()
     elif family == "outliers":
@@ -93,11 +99,11 @@ def names(M: int) -> list[str]:
     return [name for name in CALLS if name not in left_out]
 
 
-def relative_error(out: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> float:
-    """‖out − ref‖ / ‖ref‖ over up to 64 rows, the reference in FP64."""
-    rows = torch.randperm(x.shape[0], device=x.device)[:64]
+def relative_errors(outs: Sequence[torch.Tensor], x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """‖out − ref‖ / ‖ref‖ of each, over the same up to ROWS_A_DRAW rows, the reference in FP64."""
+    rows = torch.randperm(x.shape[0], device=x.device)[:ROWS_A_DRAW]
     reference = x[rows].double() @ w.double().t()
-    return ((out[rows].double() - reference).norm() / reference.norm()).item()
+    return torch.stack([(out[rows].double() - reference).norm() for out in outs]) / reference.norm()
 
 
 def row(name: str, shape: Sequence[int], family: str, error: float) -> dict:
@@ -110,23 +116,40 @@ def row(name: str, shape: Sequence[int], family: str, error: float) -> dict:
 def timed_rows(shape: tuple[int, int, int]) -> Iterator[dict]:
     M, N, K = shape
     few = M <= elsa.SKINNY
+    rounds = ROUNDS if few else 1
     sets = [operands(*shape, "normal") for _ in range(measure.sets_to_rotate(4 * N * K) if few else 1)]
+    timed, errors = {}, {}
     for name in names(M):
         calls = [lambda inputs=inputs, call=CALLS[name]: call(*inputs) for inputs in sets]
-        error = relative_error(calls[0](), *sets[0][:2])
+        errors[name] = relative_errors([calls[0]()], *sets[0][:2]).item()
         if few:
             calls *= -(-GRAPH_CALLS // len(calls))
-        timed = measure.Timed(calls, graph=few, budget_ms=BUDGET_MS)
-        timed.round()
-        ms = timed.median_ms()
+        timed[name] = measure.Timed(calls, graph=few, budget_ms=BUDGET_MS / rounds)
+    read = [measure.read_tbps()] if few else []
+    for _ in range(rounds):
+        for one in timed.values():
+            one.round()
+    if few:
+        read.append(measure.read_tbps())
+    for name, one in timed.items():
+        ms = one.median_ms()
         speed = {"ms": ms, "tflops": 2.0 * M * N * K / ms / 1e9, "tbps": 4.0 * N * K / ms / 1e9, "graph": few}
-        yield row(name, shape, "normal", error) | speed
+        speed |= {"read_tbps": sum(read) / 2} if few else {}
+        yield row(name, shape, "normal", errors[name]) | speed
 
 
-def proof_rows(shape: tuple[int, int, int], family: str) -> Iterator[dict]:
-    inputs = operands(*shape, family)
-    for name in names(shape[0]):
-        yield row(name, shape, family, relative_error(CALLS[name](*inputs), *inputs[:2]))
+def proof_rows(shape: tuple[int, int, int], family: str, device: str = "cuda") -> Iterator[dict]:
+    """A cell of the proof: every implementation on the same draws."""
+    M = shape[0]
+    draws = -(-ROWS_SEEN // min(M, ROWS_A_DRAW))
+    errors = torch.empty(draws, len(names(M)), dtype=torch.float64, device=device)
+    for i in range(draws):
+        inputs = operands(*shape, family, device)
+        errors[i] = relative_errors([CALLS[name](*inputs) for name in names(M)], *inputs[:2])
+    pooled = errors.square().mean(0).sqrt().tolist()
+    over = (errors > errors[:, [names(M).index("torch.fp32")]]).double().mean(0).tolist()
+    for name, error, share in zip(names(M), pooled, over, strict=True):
+        yield row(name, shape, family, error) | {"draws": draws, "over_torch": share}
 
 
 def main() -> int:

@@ -65,6 +65,12 @@ class Timed:
         return statistics.median(self.samples)
 
 
+def read_tbps(size: int = 2 << 30) -> float:
+    """TB/s at which a sum reads `size` bytes: what this card's memory gives, now."""
+    values = torch.ones(size // 4, device="cuda")
+    return size / statistics.median(once([values.sum], 12)[2:]) / 1e9
+
+
 def gemm_ceiling(dtype: torch.dtype, size: int = 8192) -> float:
     """TFLOP/s of a square matrix product: what the tensor cores of this card sustain."""
     a, b = (torch.randn(size, size, device="cuda").to(dtype) for _ in range(2))

@@ -14,7 +14,10 @@ from typing import Any
 
 from kernels.bench import results_file
 
-MEASURED = ("ms", "tflops", "tbps", "relerr", "graph", "percent_of_ceiling", "commit", "date")
+MEASURED = (
+    "ms", "tflops", "tbps", "read_tbps", "relerr", "draws", "over_torch", "graph", "percent_of_ceiling",
+    "commit", "date",
+)  # fmt: skip
 
 
 def merged(newer: dict[str, Any], older: dict[str, Any]) -> list[results_file.Row]:

@@ -78,18 +78,44 @@ def linear_table(rows: list[Row]) -> str:
     few = _linear_lines([row for row in rows if row["M"] in FEW], lambda row: f"{row['tbps']:.2f}")
     return (
         f"TFLOP/s (relative error against float64), rows × outputs × inputs:\n\n{many}\n"
-        f"Few rows: TB/s of the weight read:\n\n{few}"
+        "Few rows: TB/s of the weight read, and the best of ours over what a sum over 2 GiB reads at that moment:\n\n"
+        f"{few}"
     )
 
 
 def _linear_lines(rows: list[Row], speed: Callable[[Row], str]) -> str:
     impls = list(dict.fromkeys(row["impl"] for row in rows))
+    shared = any("read_tbps" in row for row in rows)
     lines = []
     for shape in dict.fromkeys((row["M"], row["N"], row["K"]) for row in rows):
         found = {row["impl"]: row for row in rows if (row["M"], row["N"], row["K"]) == shape}
         cells = [f"{speed(found[i])} ({found[i]['relerr']:.0e})" if i in found else "–" for i in impls]
+        if shared:
+            best = max(row["tbps"] / row["read_tbps"] for row in found.values() if row["ours"])
+            cells.append(f"{best:.0%}")
         lines.append([" × ".join(map(str, shape)), *cells])
-    return markdown(["shape", *impls], lines)
+    return markdown(["shape", *impls, *(["of the bandwidth"] if shared else [])], lines)
+
+
+def linear_proof_table(rows: list[Row]) -> str:
+    """One line a number of rows and a form of ours: its error over torch FP32's, the largest of all families."""
+    rows = [row for row in rows if "draws" in row]
+    torchs = {_cell(row): row["relerr"] for row in rows if row["impl"] == "torch.fp32"}
+    inner = sorted({row["K"] for row in rows})
+    lines = []
+    for m, impl in dict.fromkeys((row["M"], row["impl"]) for row in rows if row["ours"]):
+        found = [row for row in rows if (row["M"], row["impl"]) == (m, impl)]
+        cells = []
+        for k in inner:
+            worst = max((r for r in found if r["K"] == k), key=lambda r: r["relerr"] / torchs[_cell(r)])
+            ratio = worst["relerr"] / torchs[_cell(worst)]
+            cells.append(f"{ratio:.2f} ({worst['family']}, {worst['over_torch']:.0%})")
+        lines.append([f"{m}", impl, f"{found[0]['draws']}", *cells])
+    return markdown(["rows", "form", "draws", *(f"K = {k}" for k in inner)], lines)
+
+
+def _cell(row: Row) -> tuple[int, int, str]:
+    return row["M"], row["K"], row["family"]
 
 
 def decode_table(rows: list[Row]) -> str:
@@ -124,7 +150,7 @@ def _rows(name: str) -> list[Row]:
 
 
 SKINNY = 32  # rows of x up to which a linear layer's time is that of reading its weight
-FEW = (1, 16)  # of them, those that the table shows: the ends of what the CUDA form takes
+FEW = (1, 8, 16, 32)  # of them, those that the table shows: where tiles of the CUDA form end
 LONG = 4096  # query rows of what the headline tables show
 TABLES: dict[str, Callable[[], str]] = {
     "attention": lambda: headline_tables(_rows("attention-h200.json")),
@@ -132,6 +158,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "attention-half": lambda: speed_table(_rows("attention-h200.json"), ("float16", "bfloat16")),
     "decode": lambda: decode_table(_rows("decode-h200.json")),
     "linear": lambda: linear_table(_rows("linear-h200.json")),
+    "linear-proof": lambda: linear_proof_table(_rows("linear-h200.json")),
     "accuracy": lambda: accuracy_table(_rows("accuracy-h200.json")),
 }
 

@@ -17,5 +17,12 @@ def architecture(index: int) -> str:
 
 
 @functools.cache
+def shared_limit(device: int) -> int:
+    """Bytes of shared memory a block may ask for."""
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+
+
+@functools.cache
 def multiprocessors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count

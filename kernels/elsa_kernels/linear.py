@@ -108,7 +108,7 @@ def linear(
 ) -> torch.Tensor:
     """x [..., K] float32 times weight [N, K] (float32, or split once), plus bias [N]: [..., N] float32.
 
-    impl: "cuda" (up to 16 rows, compute capability 8.0 and newer), "gluon" (more rows, 9.0), "triton" (8.0 and newer),
+    impl: "cuda" (up to 32 rows, compute capability 8.0 and newer), "gluon" (more rows, 9.0), "triton" (8.0 and newer),
     "torch" (everywhere); None chooses the first that takes the problem.
     An Inf or NaN in x gives what FP32 arithmetic gives, in its own row only.
     """
@@ -219,10 +219,10 @@ def _refusal(name: str, x: torch.Tensor, K: int) -> str | None:
 def _refusal_of_few(x: torch.Tensor, K: int) -> str | None:
     if x.device.type != "cuda":
         return f"x is on the {x.device.type.upper()}"
-    if not 0 < x.numel() <= linear_few.MAX_ROWS * K:
-        return f"{x.numel() // max(K, 1)} rows: this form takes 1 to {linear_few.MAX_ROWS}"
-
-    return linear_few.refusal(x.device.index, K)
+    rows = x.numel() // max(K, 1)
+    if not 0 < rows <= linear_few.MAX_ROWS:
+        return f"{rows} rows: this form takes 1 to {linear_few.MAX_ROWS}"
+    return linear_few.refusal(x.device.index, rows, K)
 
 
 def _run(x: torch.Tensor, w: SplitMatrix, bias: torch.Tensor | None, out: torch.Tensor, impl: str) -> None:
@@ -247,7 +247,7 @@ class SkinnyTile:
     """Tile of the form for few rows. SPAN of K goes to one program: fixed, so that no result depends on the batch."""
 
     BN: int = 32
-    BK: int = 64  # summed in the tensor core, which truncates: 128 misses torch's FP32 on positive data
+    BK: int = 64  # 16 a warp
     SPAN: int = 1280
     warps: int = 4
     stages: int = 4

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 import elsa_kernels.triton.forward as forward
+import elsa_kernels.triton.split as split
 import triton
 from elsa_kernels.triton import tiles
 from triton.backends.compiler import GPUTarget
@@ -66,7 +67,7 @@ def forward_variant(target: str, mode: str, D: int, features: dict, dtype: str =
         "OUT": "*fp32" if features["STATE"] or mode == "split" else element,
     }  # fmt: skip
     if mode == "split":
-        pointers |= {"K1": element, "V1": element, "KS": "*fp32", "VS": "*fp32"}
+        pointers |= {"K1": element, "V1": element, "KS": "*fp32", "KO": "*i32", "VS": "*fp32"}
     pointers |= _feature_pointers(features)
     constants = features | {"D": D, "BD": BD, "BM": tile.BM, "BN": tile.BN, "MODE": mode}
     return compile_kernel(forward.forward_kernel, pointers, constants, target, tile.options())
@@ -78,6 +79,20 @@ def careful_variant(target: str, D: int, features: dict, dtype: str, tile: tiles
     pointers |= _feature_pointers(features)
     constants = features | {"D": D, "BD": BD, "BM": 128, "PART": tile.BM, "BN": tile.BN, "MARKS": 4, "BMARKS": 4}
     return compile_kernel(forward.careful_kernel, pointers, constants, target, tile.options())
+
+
+def planes_variants(target: str, D: int, ranges: bool = False, packed: bool = False) -> list:
+    """The two kernels that split K and V, for a tile of 64 rows."""
+    BD = triton.next_power_of_2(D)
+    pointers = dict.fromkeys(("K", "V", "K_SCALE", "V_SCALE"), "*fp32")
+    pointers |= dict.fromkeys(("KMAX", "VMAX", "ORDER"), "*i32")
+    pointers |= dict.fromkeys(("K_HI", "K_LO", "V_HI", "V_LO"), "*fp16")
+    pointers |= ({"RANGES": "*i32"} if ranges else {}) | ({"CUK": "*i32"} if packed else {})
+    constants = {"D": D, "BD": BD, "ROWS": 64, "TILES": 8, "SAMPLE": 32, "HAS_RANGES": ranges, "VARLEN": packed}
+    return [
+        compile_kernel(kernel, pointers, constants, target, {"num_warps": 4}, integers=[*INTEGERS, "N"])
+        for kernel in (split._amax_kernel, split._split_kernel)
+    ]
 
 
 def _feature_pointers(features: dict) -> dict[str, str]:
@@ -99,16 +114,16 @@ def resources(compiled) -> dict[str, int]:
 
 
 def cubin_resources(cubin: bytes) -> dict[str, int]:
-    """Registers and stack bytes of a CUDA binary with one kernel."""
+    """Registers, stack bytes and static shared memory of a CUDA binary with one kernel."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", text.stdout)
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", text.stdout)
     if found is None:
         raise ValueError(f"cuobjdump printed no resource usage: {text.stdout!r}")
-    return {"registers": int(found[1]), "stack": int(found[2])}
+    return {"registers": int(found[1]), "stack": int(found[2]), "shared": int(found[3])}
 
 
 def machine_code(compiled) -> str:

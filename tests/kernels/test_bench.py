@@ -11,7 +11,7 @@ import torch
 from elsa_kernels.reference import attention_reference
 from elsa_kernels.registry import UnsupportedProblem
 
-from kernels.bench import accuracy, inputs, measure, merge, peers, results_file, run, table
+from kernels.bench import accuracy, inputs, linear, measure, merge, peers, results_file, run, table
 from kernels.bench.cases import FAMILIES, SUITES, Case
 
 
@@ -224,3 +224,71 @@ def test_plots_show_the_committed_results(tmp_path):
     for name in ("attention-float32-h200.svg", "attention-float16-h200.svg", "accuracy-h200.svg"):
         assert (tmp_path / name).stat().st_size > 10_000
         assert "elsa.gluon" in (tmp_path / name).read_text()
+
+
+PEERS_OF_LINEAR = {
+    "torch.fp32": linear.CALLS["torch.fp32"],
+    "elsa.near": lambda x, w, split: (x.double() @ w.double().t()).float(),
+    "elsa.off": lambda x, w, split: (x.double() @ w.double().t() * (1 + 1e-5)).float(),
+}
+
+
+@pytest.fixture
+def proof(monkeypatch):
+    """Rows of the proof of linear layers on the CPU, and how often operands were drawn."""
+    drawn = []
+    monkeypatch.setattr(linear, "names", lambda M: list(PEERS_OF_LINEAR))
+    monkeypatch.setattr(linear, "CALLS", PEERS_OF_LINEAR)
+    draw = linear.operands
+    monkeypatch.setattr(linear, "operands", lambda *case: drawn.append(draw(*case)) or drawn[-1])
+
+    def rows(M: int, family: str = "normal") -> list[dict]:
+        drawn.clear()
+        found = list(linear.proof_rows((M, 24, 1024), family, "cpu"))
+        distinct = {(x[0, 0].item(), w[0, 0].item()) for x, w, _ in drawn}
+        assert len(distinct) == len(drawn) == found[0]["draws"]  # fresh rows and a fresh weight each time
+        return found
+
+    return rows
+
+
+@pytest.mark.parametrize(("M", "draws"), [(1, 256), (100, 4)])
+def test_proof_of_linear_layers_pools_its_draws(proof, M, draws):
+    torchs, near, off = proof(M)
+    assert torchs["draws"] == draws
+    assert torchs["over_torch"] == 0.0
+    assert near["relerr"] < torchs["relerr"] < 1e-6
+    assert near["over_torch"] < 0.2
+    assert off["relerr"] == pytest.approx(1e-5, rel=0.05)
+    assert off["over_torch"] == 1.0
+
+
+def test_proof_table_shows_the_worst_family(proof):
+    rows = proof(100) + proof(100, "outliers")
+    for row in rows:
+        if row["impl"] == "elsa.off" and row["family"] == "outliers":
+            torchs = next(r for r in rows if r["impl"] == "torch.fp32" and r["family"] == "outliers")
+            row["relerr"] = 1000 * torchs["relerr"]
+    text = table.linear_proof_table(rows)
+    assert "| 100 | elsa.off | 4 | 1000.00 (outliers, 100%) |" in text
+    assert text.count("elsa.") == 2
+
+
+def test_merge_takes_a_cell_of_the_proof_anew(proof):
+    new = {"commit": "n", "date": "2", "rows": proof(100)}
+    old = {"commit": "o", "date": "1", "rows": [{**row, "relerr": 1.0} for row in new["rows"]]}
+    for row in old["rows"]:
+        del row["draws"], row["over_torch"]
+    assert merge.merged(new, old) == new["rows"]
+
+
+def test_linear_table_shows_the_share_of_the_bandwidth():
+    row = {"op": "linear", "family": "normal", "M": 16, "N": 8, "K": 8, "relerr": 1e-7, "tflops": 1.0}
+    rows = [
+        row | {"impl": "torch.fp32", "ours": False, "tbps": 1.5, "read_tbps": 4.2},
+        row | {"impl": "elsa.cuda", "ours": True, "tbps": 3.78, "read_tbps": 4.2},
+        row | {"impl": "elsa.gluon", "ours": True, "M": 8192, "tbps": 0.01},
+    ]
+    text = table.linear_table(rows)
+    assert "| 16 × 8 × 8 | 1.50 (1e-07) | 3.78 (1e-07) | 90% |" in text
+    assert "| 8192 × 8 × 8 | 1 (1e-07) |" in text

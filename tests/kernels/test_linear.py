@@ -186,7 +186,9 @@ def test_error_on_the_gpu(shape, family, impl):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("impl", "rows"), [("cuda", 12), ("triton", 20), ("triton", 300), ("gluon", 300)])
+@pytest.mark.parametrize(
+    ("impl", "rows"), [("cuda", 12), ("cuda", 30), ("triton", 20), ("triton", 300), ("gluon", 300)]
+)
 def test_results_below_fp32_are_zero_on_the_gpu(impl, rows):
     x, w = operands(rows, 256, 512, "normal", device="cuda")
     reason = elsa._refusal(impl, x, 512)
@@ -215,21 +217,23 @@ def test_a_refusal_of_the_form_meant_for_a_problem_is_said_once(monkeypatch):
 
 
 @pytest.mark.gpu
-def test_few_rows_are_one_form_whatever_their_number():
-    x, w = operands(16, 1000, 5120, "normal", device="cuda")
+@pytest.mark.parametrize("N", [1000, 6000])
+def test_few_rows_are_one_form_whatever_their_number(N):
+    x, w = operands(32, N, 5120, "normal", device="cuda")
     if elsa._refusal("cuda", x, 5120):
         pytest.skip(elsa._refusal("cuda", x, 5120))
-    split, bias = elsa.split_weight(w), torch.randn(1000, device="cuda")
+    split, bias = elsa.split_weight(w), torch.randn(N, device="cuda")
     whole = elsa.linear(x, split, bias, impl="cuda")
-    for rows in (slice(0, 1), slice(3, 8), slice(5, 14), slice(2, 16)):
+    for rows in (slice(0, 1), slice(3, 8), slice(5, 14), slice(2, 18), slice(1, 30)):
         assert torch.equal(elsa.linear(x[rows], split, bias), whole[rows])
     strided = torch.randn(16, 5122, device="cuda")[:, 1:5121]
     assert torch.equal(elsa.linear(strided, split, bias), elsa.linear(strided.contiguous(), split, bias))
 
 
 @pytest.mark.gpu
-def test_a_chain_of_few_rows_waits_for_its_inputs():
-    x = torch.randn(16, 5120, device="cuda")
+@pytest.mark.parametrize("rows", [8, 16, 32])
+def test_a_chain_of_few_rows_waits_for_its_inputs(rows):
+    x = torch.randn(rows, 5120, device="cuda")
     if elsa._refusal("cuda", x, 5120):
         pytest.skip(elsa._refusal("cuda", x, 5120))
     # Long layers between short ones: a kernel that started early would read what is not written yet.

@@ -1,18 +1,120 @@
-"""The CUDA C++ form for few rows: what its machine code holds, without a GPU (only NVRTC)."""
+"""The CUDA C++ form for few rows without a GPU: on a host whose threads are fibers, and what its machine code holds."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import hashlib
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
 
 import pytest
+import torch
+from elsa_kernels import linear as elsa
 from elsa_kernels.cuda import linear_few, nvrtc
+from elsa_kernels.cuda.linear_few import FewTile
 
 from tests.kernels import aot
+from tests.kernels.test_linear import BOUND, operands, row_errors
 
 needs_nvrtc = pytest.mark.skipif(nvrtc.unavailable() is not None, reason=f"{nvrtc.unavailable()}")
+needs_gpp = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")
+
+TILES = [*linear_few.NARROW, *linear_few.WIDE, linear_few.MANY]
+SMALL = {  # of every kind, with fewer rows of W
+    "narrow": FewTile(NT=2, sets=2, blocks_per_sm=1, x_sets=2, ahead=3, later=2),
+    "narrow16": FewTile(NT=2, sets=2, blocks_per_sm=1, eights=2, x_sets=2, x_shared=True, ahead=4, later=2),
+    "wide16": FewTile(NT=3, sets=1, blocks_per_sm=2, eights=2),
+    "many": FewTile(NT=1, sets=1, blocks_per_sm=1, eights=4, x_sets=3, x_shared=True),
+}
 
 
-TILES = [*linear_few.NARROW, *linear_few.WIDE]
+class Host:
+    """Stands in for a device: tests/kernels/cuda_on_host.cpp, compiled once a variant."""
+
+    def __init__(self, room: Path) -> None:
+        self.room = room
+        self.eager, self.seed = False, 0  # when copies to shared memory are made; how warps take turns
+
+    def library(self, tile: FewTile) -> ctypes.CDLL:
+        text = re.sub(r"// machine: begin.*?// machine: end", "", linear_few.source(), flags=re.S)
+        floats = f"alignas(16) static float shared[{tile.shared_bytes // 4}];"
+        text = text.replace("extern __shared__ float shared[];", floats)
+        defines = [f"-D{name}={value}" for name, value in tile.defines().items()]
+        defines += ["-DELSA_LINEAR=1", f"-DELSA_EAGER={int(self.eager)}", "-DELSA_ENTRY=linear_few"]
+        path = self.room / hashlib.sha256(repr((text, defines)).encode()).hexdigest()[:16]
+        if not path.with_suffix(".so").exists():
+            path.with_suffix(".cu").write_text(text)
+            command = ["g++", "-std=gnu++20", "-O1", "-mfma", "-ffp-contract=off", "-w", "-fno-strict-aliasing"]
+            command += ["-shared", "-fPIC", *defines, f'-DKERNEL="{path}.cu"', "-o", f"{path}.so"]
+            subprocess.run([*command, str(Path(__file__).with_name("cuda_on_host.cpp"))], check=True)
+        return ctypes.CDLL(f"{path}.so")
+
+    def linear(self, x: torch.Tensor, w: elsa.SplitMatrix, bias: torch.Tensor | None, tile: FewTile) -> torch.Tensor:
+        out = torch.full((x.shape[0], w.shape[0]), float("nan"))
+
+        def launch(function, blocks, threads, shared_bytes, params, early):
+            order = torch.randperm(blocks, dtype=torch.int32)
+            self.library(tile).launch(ctypes.byref(params), blocks, ctypes.c_void_p(order.data_ptr()), self.seed)
+
+        with (
+            mock.patch.multiple(linear_few, kernel=lambda device, tile: (None, True), multiprocessors=lambda device: 2),
+            mock.patch.object(linear_few.driver, "launch", launch),
+            mock.patch.multiple(
+                torch.cuda, device=lambda device: contextlib.nullcontext(), current_device=lambda: 0
+            ),
+        ):  # fmt: skip
+            linear_few.run(x, w.hi, w.lo, w.exponent, bias, out, tile)
+        return out
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
+    return Host(tmp_path_factory.mktemp("cuda"))
+
+
+@needs_gpp
+@pytest.mark.parametrize("family", ["normal", "positive", "outliers", "wild rows", "zeros"])
+@pytest.mark.parametrize("name", SMALL)
+def test_error_on_the_host(name: str, family: str, host: Host) -> None:
+    x, w = operands(8 * SMALL[name].eights - 3, 37, 1064, family)
+    assert row_errors(host.linear(x, elsa.split_weight(w), None, SMALL[name]), x, w) < BOUND
+
+
+@needs_gpp
+def test_products_are_rounded_on_the_host(host: Host) -> None:
+    x, w = operands(8, 37, 2560, "positive")  # where truncation would be a bias
+    assert row_errors(host.linear(x, elsa.split_weight(w), None, SMALL["narrow"]), x, w) < 4e-8
+
+
+@needs_gpp
+@pytest.mark.parametrize("K", [8, 1064, 2560])
+def test_bits_depend_on_neither_company_nor_tile_nor_pace_on_the_host(K: int, host: Host) -> None:
+    x, w = operands(32, 37, K, "normal")
+    split, bias = elsa.split_weight(w), torch.randn(37)
+    expected = host.linear(x, split, bias, SMALL["many"])
+    for tile in SMALL.values():
+        for eager, seed in ((False, 0), (False, 7), (True, 8)):
+            rows = slice(3, 3 + 8 * tile.eights - seed % 4)
+            with mock.patch.multiple(host, eager=eager, seed=seed):
+                assert torch.equal(host.linear(x[rows], split, bias, tile), expected[rows])
+
+
+@needs_gpp
+def test_non_finite_values_on_the_host(host: Host) -> None:
+    x, w = operands(6, 37, 1064, "normal")
+    x[2, 5], x[3, 7], x[4, 300], x[5, 2], x[5, 3] = (float(v) for v in ("inf", "nan", "-inf", "inf", "-inf"))
+    w[4, 5] = 0
+    expected = x @ w.t()
+    for tile in (SMALL["narrow"], SMALL["narrow16"]):
+        out = host.linear(x, elsa.split_weight(w), None, tile)
+        assert torch.equal(out.isnan(), expected.isnan())
+        assert torch.equal(out[expected.isinf()], expected[expected.isinf()])
+        assert row_errors(out[:2], x[:2], w) < BOUND
 
 
 @needs_nvrtc
@@ -24,6 +126,9 @@ def test_weights_go_into_registers_without_spills(arch, tile):
     used = aot.cubin_resources(nvrtc.compile_cubin(linear_few.source(), arch, tile.defines()))
     assert used["stack"] == 0
     assert used["registers"] * 32 * linear_few.SLICES * tile.blocks_per_sm <= 65536
+    assert used["shared"] <= linear_few.STATIC_SHARED
+    limit = 227 if arch == 90 else 163
+    assert tile.blocks_per_sm * (tile.shared_bytes + linear_few.STATIC_SHARED + 1024) <= (limit + 1) * 1024
 
 
 @needs_nvrtc
@@ -41,14 +146,26 @@ def test_the_narrow_tile_is_for_what_it_takes_at_once():
         assert narrow.eights == wide.eights == of_x + 1
         tiles = [linear_few.tile_of(M, N, 132) for N in (8, 5120, 5280, 5281, 15360)]
         assert tiles == [narrow] * 3 + [wide] * 2
+    assert {linear_few.tile_of(M, N, 132) for M in (17, 32) for N in (8, 15360)} == {linear_few.MANY}
 
 
-@pytest.mark.parametrize("tile", [*TILES, linear_few.FewTile(2, 1, 3)])
+def test_more_rows_than_shared_memory_takes_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 9))
+    monkeypatch.setattr(linear_few, "shared_limit", lambda index: 99 * 1024)
+    monkeypatch.setattr(nvrtc, "unavailable", lambda: None)
+    monkeypatch.setattr(nvrtc, "architectures", lambda: (89,))
+    monkeypatch.setattr(linear_few, "_refuse_device", linear_few._refuse_device.__wrapped__)
+    assert linear_few.refusal(0, 16, 1024) is None
+    assert "more than 16 rows need" in linear_few.refusal(0, 17, 1024)
+    for tile in (*linear_few.NARROW, *linear_few.WIDE):
+        assert tile.blocks_per_sm * (tile.shared_bytes + linear_few.STATIC_SHARED) <= 99 * 1024
+
+
+@pytest.mark.parametrize("tile", [*TILES, FewTile(2, 1, 3)])
 @pytest.mark.parametrize("N", [1, 7, 33, 72, 1000, 5120, 13824, 15360, 250_000])
 def test_rows_are_shared_evenly_and_fit(tile, N):
     blocks = tile.blocks(N, 132)
-    shares = [(i + 1) * N // blocks - i * N // blocks for i in range(blocks)]
-    assert sum(shares) == N
-    assert 1 <= min(shares) <= max(shares) <= min(min(shares) + 1, 8 * tile.NT)
+    share, larger = divmod(N, blocks)
+    assert 1 <= share <= share + bool(larger) <= 8 * tile.NT
     if N >= 5120:
         assert blocks % (132 * tile.blocks_per_sm) == 0

@@ -57,6 +57,20 @@ def test_everything_at_once_compiles_for_hopper() -> None:
     assert compiled.metadata.shared <= SHARED["sm_90"]
 
 
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+def test_splitting_compiles(target: str) -> None:
+    for compiled in aot.planes_variants(target, 128, ranges=True, packed=True):
+        assert compiled.metadata.shared <= SHARED[target]
+
+
+@pytest.mark.parametrize("D", [64, 128])
+def test_splitting_for_hopper_loads_wide_and_spills_nothing(D: int) -> None:
+    """Four channels at a time wherever none has moved; single loads are in the branch for those that have."""
+    for compiled in aot.planes_variants("sm_90", D):
+        assert aot.resources(compiled)["stack"] == 0
+        assert len(re.findall(r"LDG\.E\.128", aot.machine_code(compiled))) >= D // 4
+
+
 @pytest.mark.parametrize("target", ["sm_75", "sm_90", "gfx942"])
 def test_careful_pass_compiles(target: str) -> None:
     from elsa_kernels.triton.launch import CAREFUL_TILE

@@ -21,4 +21,4 @@ def test_every_case_in_the_interpreter() -> None:
     assert int(passed[1]) >= 90, "cases were skipped or lost"
     skipped = re.search(r"(\d+) skipped", printed)
     assert skipped is not None
-    assert int(skipped[1]) == 3  # what only a GPU has: its memory, its graphs, and tiles by its registers
+    assert int(skipped[1]) == 4  # what only a GPU has: memory, graphs, tiles by its registers, sums that truncate

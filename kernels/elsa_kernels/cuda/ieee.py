@@ -10,6 +10,7 @@ import torch
 
 from elsa_kernels.cuda import driver, nvrtc
 from elsa_kernels.cuda.tiles import SHORT_KEYS, Tile, choose
+from elsa_kernels.devices import shared_limit
 from elsa_kernels.registry import Operands, Problem
 from elsa_kernels.state import State
 
@@ -63,13 +64,6 @@ def _pointer(tensor: torch.Tensor | None) -> int | None:
 
 def _float(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return None if tensor is None else tensor.float()
-
-
-@functools.cache
-def shared_limit(device: int) -> int:
-    """Bytes of shared memory a block may ask for."""
-    properties = torch.cuda.get_device_properties(device)
-    return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
 
 
 def run(problem: Problem, operands: Operands) -> torch.Tensor | State:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from elsa_kernels.triton.split import MAX_EXPONENT, TARGET, exponent, power_of_two, split_pair
+from elsa_kernels.triton.split import MAX_EXPONENT, TARGET, exponent, load_order, power_of_two, split_pair
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -283,7 +283,8 @@ def absorb(OUT, o_line, valid, waiting, m_before, l_before, m, l, acc, D: tl.con
 
 @triton.jit
 def attend_rows(
-    row0, i_b, i_hk, i_chunk, first_chunk, Q, K0, K1, KS, V0, V1, VS, OUT, M, S, BIAS, SLOPES, SINKS, RANGES, CUQ, CUK,
+    row0, i_b, i_hk, i_chunk, first_chunk,
+    Q, K0, K1, KS, KO, V0, V1, VS, OUT, M, S, BIAS, SLOPES, SINKS, RANGES, CUQ, CUK,
     sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sbb, sbh, sbn, sbj,
     B, Hkv, Nq, Nk, total, q_start, window, scale, softcap,
     GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr,
@@ -322,7 +323,8 @@ def attend_rows(
     SPLIT: tl.constexpr = MODE == "split" or MODE == "inline"
     HALF: tl.constexpr = BD // 2 if MODE == "split" and BD >= 128 else BD
     channels = tl.arange(0, HALF)
-    q = tl.load(Q + o_q[:, None] + channels[None, :], mask=valid[:, None] & (channels[None, :] < D), other=0.0)
+    o_c = load_order(KO + o_scale, channels, D) if MODE == "split" else channels
+    q = tl.load(Q + o_q[:, None] + o_c[None, :], mask=valid[:, None] & (channels[None, :] < D), other=0.0)
     if not SCALED:
         q = (q * sign).to(q.dtype)
     if MODE == "inline":
@@ -334,7 +336,8 @@ def attend_rows(
         largest = row_exponents(q, e_k)
         if HALF != BD:
             beyond = channels + HALF
-            qb = tl.load(Q + o_q[:, None] + beyond[None, :], mask=valid[:, None] & (beyond[None, :] < D), other=0.0)
+            o_c = load_order(KO + o_scale, beyond, D)
+            qb = tl.load(Q + o_q[:, None] + o_c[None, :], mask=valid[:, None] & (beyond[None, :] < D), other=0.0)
             if not SCALED:
                 qb *= sign
             e_kb = key_exponents(KS, o_scale, beyond, D, HALF)
@@ -482,7 +485,7 @@ def attend_block_carefully(
     for row0 in range(block * BM, tl.minimum(block * BM + BM, Nq * GROUP), PART):
         attend_rows(
             row0, i_b, i_hk, i_chunk, first_chunk,
-            Q, K0, K0, K0, V0, V0, V0, OUT, M, S, BIAS, SLOPES, SINKS, RANGES, CUQ, CUK,
+            Q, K0, K0, K0, K0, V0, V0, V0, OUT, M, S, BIAS, SLOPES, SINKS, RANGES, CUQ, CUK,
             sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sbb, sbh, sbn, sbj,
             B, Hkv, Nq, Nk, total, q_start, window, scale, softcap,
             GROUP, D, BD, PART, BN, CHUNK, "ieee", True, STATE, CAUSAL, WINDOW, SOFTCAP, ALIBI, HAS_BIAS,
@@ -507,7 +510,7 @@ _LENGTHS = ["B", "Hkv", "Nq", "Nk", "total", "q_start", "window", "n_blocks", "f
 
 @triton.jit(do_not_specialize=_LENGTHS)
 def forward_kernel(
-    Q, K0, K1, KS, V0, V1, VS, OUT, M, S, TODO, BIAS, SLOPES, SINKS, RANGES, CUQ, CUK,
+    Q, K0, K1, KS, KO, V0, V1, VS, OUT, M, S, TODO, BIAS, SLOPES, SINKS, RANGES, CUQ, CUK,
     sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sbb, sbh, sbn, sbj,
     B, Hkv, Nq, Nk, total, q_start, window, scale, softcap, n_blocks, first_chunk,
     GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr,
@@ -519,7 +522,7 @@ def forward_kernel(
     pid, block, i_b, i_hk, i_chunk = locate(n_blocks, Hkv, B, CAUSAL)
     broken = attend_rows(
         block * BM, i_b, i_hk, i_chunk, first_chunk,
-        Q, K0, K1, KS, V0, V1, VS, OUT, M, S, BIAS, SLOPES, SINKS, RANGES, CUQ, CUK,
+        Q, K0, K1, KS, KO, V0, V1, VS, OUT, M, S, BIAS, SLOPES, SINKS, RANGES, CUQ, CUK,
         sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sbb, sbh, sbn, sbj,
         B, Hkv, Nq, Nk, total, q_start, window, scale, softcap,
         GROUP, D, BD, BM, BN, CHUNK, MODE, False, STATE, CAUSAL, WINDOW, SOFTCAP, ALIBI, HAS_BIAS, HAS_SINKS,

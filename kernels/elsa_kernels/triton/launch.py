@@ -87,13 +87,13 @@ def run(problem: Problem, operands: Operands) -> torch.Tensor | State:
 def _run(problem: Problem, operands: Operands, arch: str) -> torch.Tensor | State:
     cut = plan(problem, arch)
     q, k, v = operands.q, _addressable(operands.k), _addressable(operands.v)
-    keys: tuple[torch.Tensor | None, ...] = (k, None, None)
+    keys: tuple[torch.Tensor | None, ...] = (k, None, None, None)
     values: tuple[torch.Tensor | None, ...] = (v, None, None)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     strides_of_planes = strides
     if cut.mode == "split":
-        planes = split_kv(k, v, operands.cu_seqlens_k, problem.Nk if problem.packed else None)
-        keys = (planes.k_hi, planes.k_lo, planes.k_scale)
+        planes = split_kv(k, v, operands.kv_range, operands.cu_seqlens_k, problem.Nk if problem.packed else None)
+        keys = (planes.k_hi, planes.k_lo, planes.k_scale, planes.order)
         values = (planes.v_hi, planes.v_lo, planes.v_scale)
         strides_of_planes = (*q.stride()[:3], *planes.k_hi.stride()[:3], *planes.v_hi.stride()[:3])
     state = problem.return_state or cut.chunks > 1

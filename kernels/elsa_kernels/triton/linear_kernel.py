@@ -134,35 +134,56 @@ def repair_kernel(
 
 
 @triton.jit
+def _half_unit(value):
+    """Half a unit in the last place, with the sign: a sum to which it was added is a rounded one once truncated."""
+    return (value.to(tl.int32, bitcast=True) & -8388608).to(tl.float32, bitcast=True) * 5.9604644775390625e-08
+
+
+@triton.jit
+def _add(total, rest, part):
+    """total + part in FP32, and what that sum has lost so far."""
+    both = total + part
+    of_part = both - total
+    return both, rest + ((total - (both - of_part)) + (part - of_part))
+
+
+@triton.jit
 def skinny_kernel(
     x_hi, x_lo, w_hi, w_lo, parts, M, N, K, SPAN,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """parts [K / SPAN, M, N]: X·Wᵀ of a few rows over spans of K, before exponents: one pass over W's planes.
 
-    The spans give every multiprocessor several programs even where N is small; they do not depend on M.
+    The spans give every multiprocessor several programs even where N is small; they do not depend on M. Every 16 of K
+    are one product of the tensor core, which truncates: the largest of the three is taken twice, at first only to learn
+    its size, so that the sum can be rounded. Those sums are added with their remainders.
     """
     rows = tl.arange(0, BM)
     cols = tl.program_id(0) * BN + tl.arange(0, BN)
-    inner = tl.arange(0, BK)
+    inner = tl.arange(0, BK // 16)[:, None] * 16 + tl.arange(0, 16)[None, :]  # [BK / 16, 16]
     begin = tl.program_id(1) * SPAN
-    m_rows = (rows < M)[:, None]
-    m_cols = (cols < N)[None, :]
-    o_x = rows.to(tl.int64)[:, None] * K + inner[None, :]
-    o_w = cols.to(tl.int64)[None, :] * K + inner[:, None]
-    acc = tl.zeros([BM, BN], tl.float32)
+    m_rows = (rows < M)[None, :, None]
+    m_cols = (cols < N)[None, None, :]
+    o_x = rows.to(tl.int64)[None, :, None] * K + inner[:, None, :]
+    o_w = cols.to(tl.int64)[None, None, :] * K + inner[:, :, None]
+    total = tl.zeros([BK // 16, BM, BN], tl.float32)
+    rest = tl.zeros([BK // 16, BM, BN], tl.float32)
     for start in range(begin, tl.minimum(begin + SPAN, K), BK):
         m_inner = start + inner < K
-        b_w0 = tl.load(w_hi + o_w + start, mask=m_cols & m_inner[:, None], other=0.0)  # [BK, BN]
-        b_w1 = tl.load(w_lo + o_w + start, mask=m_cols & m_inner[:, None], other=0.0)
-        b_x0 = tl.load(x_hi + o_x + start, mask=m_rows & m_inner[None, :], other=0.0)  # [BM, BK]
-        b_x1 = tl.load(x_lo + o_x + start, mask=m_rows & m_inner[None, :], other=0.0)
+        m_w = m_cols & m_inner[:, :, None]
+        m_x = m_rows & m_inner[:, None, :]
+        b_w0 = tl.load(w_hi + o_w + start, mask=m_w, other=0.0)  # [BK / 16, 16, BN]
+        b_w1 = tl.load(w_lo + o_w + start, mask=m_w, other=0.0)
+        b_x0 = tl.load(x_hi + o_x + start, mask=m_x, other=0.0)  # [BK / 16, BM, 16]
+        b_x1 = tl.load(x_lo + o_x + start, mask=m_x, other=0.0)
         part = tl.dot(b_x1, b_w0, input_precision="ieee", out_dtype=tl.float32)
         part = tl.dot(b_x0, b_w1, part, input_precision="ieee", out_dtype=tl.float32)
+        part += _half_unit(tl.dot(b_x0, b_w0, input_precision="ieee", out_dtype=tl.float32))
         part = tl.dot(b_x0, b_w0, part, input_precision="ieee", out_dtype=tl.float32)
-        acc += part
+        total, rest = _add(total, rest, part)
+    whole = tl.sum(total.to(tl.float64) + rest, axis=0).to(tl.float32)
     o_part = (tl.program_id(1).to(tl.int64) * M + rows[:, None]) * N + cols[None, :]
-    tl.store(parts + o_part, acc, mask=m_rows & m_cols)
+    tl.store(parts + o_part, whole, mask=(rows < M)[:, None] & (cols < N)[None, :])
 
 
 @triton.jit
@@ -175,13 +196,13 @@ def combine_kernel(
     cols = tl.program_id(1) * BN + tl.arange(0, BN)
     mask = cols < N
     w_e = tl.load(w_exponent + cols, mask=mask, other=0)
-    acc = tl.zeros([BN], tl.float32)
     if tl.load(nonfinite + row) != 0:
         acc = _exact_row(x + row * stride, w_hi, w_lo, w_e, cols, N, K, BN, BK)
     else:
+        total = tl.zeros([BN], tl.float64)
         for span in range(spans):
-            acc += tl.load(parts + (span * M + row) * N + cols, mask=mask, other=0.0)
-        acc = _apply_exponent(acc, w_e + tl.load(x_exponent + row))
+            total += tl.load(parts + (span * M + row) * N + cols, mask=mask, other=0.0)
+        acc = _apply_exponent(total.to(tl.float32), w_e + tl.load(x_exponent + row))
     if BIAS:
         acc += tl.load(bias + cols, mask=mask, other=0.0)
     tl.store(out + row * N + cols, acc, mask=mask)
