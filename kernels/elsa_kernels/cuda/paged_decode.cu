@@ -110,12 +110,29 @@ __device__ __forceinline__ void wait(Barrier& b, int turn) {
   } while (!done);
 }
 
-// Counts one more, after what this thread has seen was written and before what it reads from now on. Returns the old count.
-__device__ __forceinline__ int count(int* counter) {
+// Counts some more, after what this thread has seen was written and before what it reads from now on. Returns the old count.
+__device__ __forceinline__ int count(int* counter, int more) {
   int before;
-  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(more) : "memory");
   return before;
 }
+
+__device__ __forceinline__ void hint(const void* p) {  // brings a line into the L2 cache, and only there
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+}
+
+__device__ __forceinline__ void keep(i64 x) { asm volatile("" ::"l"(x)); }
+
+__device__ __forceinline__ void touch(const void* p) {
+  u32 v;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p));
+}
+
+#if X_STAMP
+#define STAMP(i) if (threadIdx.x == 0) reinterpret_cast<i64*>(p.lse)[blockIdx.x * 16 + i] = clock64();
+#else
+#define STAMP(i)
+#endif
 
 __device__ __forceinline__ float exp_2(float x) {
   float y;
@@ -137,6 +154,7 @@ struct Chunk {
   int size;            // keys of the sequence's chunks, `chunk_of`
   int end;             // of the chunk's keys
   int first_item;      // of the sequence, over all heads
+  u32 slot, step;      // where the states of its node's chunks begin, and how far apart they are
   bool more;           // whether the block has another one
 };
 
@@ -199,6 +217,8 @@ __device__ __forceinline__ Chunk first_chunk(const Params& p, const int* ends, i
   c.size = chunk_of(c.keys);
   c.chunks = max(divide_up(c.keys, c.size), 1);
   c.last = min(c.at + (p.whole_nodes ? FAN : 1), c.chunks) - 1;
+  c.slot = p.whole_nodes ? blockIdx.x * FAN : (c.first_item + c.at / FAN * FAN) * p.Hkv + c.head;
+  c.step = p.whole_nodes ? 1 : p.Hkv;
   return c;
 }
 
@@ -241,8 +261,11 @@ struct Shared {
   Left left[WARPS];
   Scratch scratch[WARPS];
   Barrier ready[AHEAD], asked[AHEAD];  // a chunk and its pages; its queries
+#if X_TOUCH
+  Barrier late;
+#endif
   Barrier full, taken;   // all warps have left a chunk's states; they have been read
-  int room[TEAM], answer;
+  int room[TEAM];
 };
 static_assert(sizeof(Shared) <= ELSA_SHARED, "Form.shared_bytes");
 
@@ -273,11 +296,15 @@ __device__ __forceinline__ void walk(const Params& p, Shared& sh, int u, int war
   const float scale = scale_of(p, c.head);
   clear(rows);
   wait(sh.asked[u % AHEAD], u / AHEAD);
+  STAMP(4)
   if (tiles == 0 && c.more) {
     const Prepared& next = prepared(sh, u + 1);
     load_first(p, tile, next, tiles_of(next.chunk, warp), warp, lane);
   }
   int key = c.at * c.size + TILE * warp;
+#if X_TOUCH
+  if (!c.more && tiles <= 2 * STEP && lane == 0) arrive(sh.late);
+#endif
   for (int i = 0; i < tiles; i += STEP) {
     // The step that is asked for: where it begins, its head, tiles that there are.
     const int* pages = here.pages + warp + WARPS * (i + STEP);
@@ -301,6 +328,25 @@ __device__ __forceinline__ void walk(const Params& p, Shared& sh, int u, int war
 #pragma unroll
     for (int h = 0; h < STEP; h++)
       if (h < more) load_k(p, tile, h, page[h], key + TILE * WARPS * h, head, lane);
+#if X_TAIL
+    if (!c.more && i + 2 * STEP < tiles && i + X_TAIL * STEP >= tiles) {
+      constexpr int LINES = TILE * D * sizeof(cell) / 128, LINE = 128 / sizeof(cell);
+#pragma unroll
+      for (int h = 0; h < STEP; h++) {
+        if (i + 2 * STEP + h >= tiles) continue;
+        const i64 next = here.pages[warp + WARPS * (i + 2 * STEP + h)];
+        const int place = (begin + TILE * WARPS * (STEP + h)) % PAGE;
+        for (int line = lane; line < 2 * LINES; line += 32) {
+          const int key = line % LINES * LINE / D, d = line % LINES * LINE % D;
+          if (line < LINES) hint(p.k + next * p.k_block + (place + key) * p.k_place + c.head * p.k_head + d);
+          else hint(p.v + next * p.v_block + (place + key) * p.v_place + c.head * p.v_head + d);
+        }
+      }
+    }
+#endif
+#if X_TOUCH
+    if (!c.more && i < tiles - 2 * STEP && i + 3 * STEP >= tiles && lane == 0) arrive(sh.late);
+#endif
     weigh(s, rows, i / STEP, lane, sh.scratch[warp], tile);
 #pragma unroll
     for (int h = 0; h < STEP; h++)
@@ -382,8 +428,8 @@ __device__ __noinline__ void careful(const Params& p, const Chunk& c, Shared& sh
     }
 }
 
-// Joins the sinks, once, and writes a row of output and its logsumexp.
-__device__ __forceinline__ void finish(const Params& p, const Chunk& c, int row, int lane, State x) {
+// Joins the sinks, once, and writes four channels of a row of output, with the first ones its logsumexp.
+__device__ __forceinline__ void finish(const Params& p, const Chunk& c, int row, int d, State x) {
   const int head = c.head * GROUP + row % GROUP;
   if (p.sinks) {
     const float sink = p.sinks[head] * 1.4426950408889634f, top = fmaxf(x.m, sink), anchor = anchor_of(top);
@@ -393,47 +439,53 @@ __device__ __forceinline__ void finish(const Params& p, const Chunk& c, int row,
     x.m = top;
   }
   const float l = x.l == 0.f ? 1.f : x.l;
+#if X_RECIP
+  float4 out = scaled(x.w, 1.f / l);
+#else
   float4 out = make_float4(x.w.x / l, x.w.y / l, x.w.z / l, x.w.w / l);
+#endif
   if (ELSA_FP8) out = scaled(out, factor_of(p, c.head));
-  write(p.out + place_of(c, row, p.out_token, p.out_head) + 4 * lane, out);
-  if (p.lse && lane == 0) {
+  write(p.out + place_of(c, row, p.out_token, p.out_head) + d, out);
+  if (!X_STAMP && p.lse && d == 0) {
     p.lse[(i64)(c.q0 + row / GROUP) * p.Hkv * GROUP + head] = (x.m + log2f(x.l)) * 0.6931471805599453f;
   }
 }
 
-__device__ __forceinline__ void put(const Params& p, i64 slot, int row, int lane, const State& x) {
-  const i64 at = slot * ROWS + row;
-  __stcg(reinterpret_cast<float4*>(p.state_w + at * D) + lane, x.w);
-  if (lane == 0) {
+__device__ __forceinline__ void put(const Params& p, u32 slot, int row, int d, const State& x) {
+  const u32 at = slot * ROWS + row;
+  __stcg(reinterpret_cast<float4*>(p.state_w + (i64)at * D + d), x.w);
+  if (d == 0) {
     __stcg(p.state_m + at, x.m);
     __stcg(p.state_l + at, x.l);
   }
 }
 
-// A row's states in n slots, `step` apart, as one, under a maximum and a sum that are all states'. 32 at a time: lane j has
-// the weight of the j-th. W is summed over even and over odd places: HALVES is 2 where the caller does both, else it does
-// those from `half` on.
-template <int HALVES>
-__device__ __forceinline__ State merge_states(const Params& p, i64 slot, i64 step, int n, int half, int row, int lane) {
-  constexpr int AT_ONCE = 8 * HALVES, APART = 2 / HALVES;
+// A row's states in n slots, `step` apart, as one, under a maximum and a sum that are all states', in one half of the
+// channels: a lane has 64·half + 4·(lane % 16) … + 3. 32 states at a time: lane j has the weight of the j-th. Lanes below
+// 16 sum W over even places, the others over odd ones, and all have the sum of both.
+__device__ __forceinline__ State merge_states(const Params& p, u32 slot, u32 step, int n, int row, int half, int lane) {
+  constexpr int AT_ONCE = 8;
   State x = {minus_infinity(), 0.f, make_float4(0.f, 0.f, 0.f, 0.f)};
-  float4 odd = x.w;
   for (int base = 0; base < n; base += 32) {
     const int here = min(n - base, 32);
-    const i64 at = (slot + base * step) * ROWS + row, stride = step * ROWS;
+    const u32 at = (slot + base * step) * ROWS + row;
     float m = minus_infinity(), l = 0.f;
     if (lane < here) {
-      m = __ldcg(p.state_m + at + lane * stride);
-      l = __ldcg(p.state_l + at + lane * stride);
+      m = __ldcg(p.state_m + at + lane * step * ROWS);
+      l = __ldcg(p.state_l + at + lane * step * ROWS);
     }
-    const float4* from = reinterpret_cast<const float4*>(p.state_w + at * D) + lane;
+    const u32 apart = step * ROWS * D * sizeof(float);  // one place and the next
+    const char* from = reinterpret_cast<const char*>(p.state_w + (i64)at * D + 64 * half + lane % 16 * 4) + lane / 16 * apart;
     float weight = 0.f;
-    for (int j = half; j < here; j += APART * AT_ONCE) {
+    for (int j = 0; j < here; j += 2 * AT_ONCE, from += 2 * AT_ONCE * apart) {
       float4 w[AT_ONCE];
 #pragma unroll
-      for (int i = 0; i < AT_ONCE; i++)
-        w[i] = j + APART * i < here ? __ldcg(from + (j + APART * i) * stride * (D / 4)) : make_float4(0.f, 0.f, 0.f, 0.f);
-      if (j == half) {  // while those are on their way
+      for (int i = 0; i < AT_ONCE; i++) {
+        const int place = j + 2 * i + lane / 16;
+        w[i] = make_float4(0.f, 0.f, 0.f, 0.f);
+        if (place < here) w[i] = __ldcg(reinterpret_cast<const float4*>(from + (i64)(2 * i) * apart));
+      }
+      if (j == 0) {  // while those are on their way
         float top = fmaxf(m, x.m);
 #pragma unroll
         for (int o = 16; o; o /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, o));
@@ -445,13 +497,14 @@ __device__ __forceinline__ State merge_states(const Params& p, i64 slot, i64 ste
         x.m = top;
         x.l = fmaf(x.l, decay, l);
         x.w = scaled(x.w, decay);
-        odd = scaled(odd, decay);
       }
 #pragma unroll
-      for (int i = 0; i < AT_ONCE; i++) add(i % HALVES ? odd : x.w, __shfl_sync(~0u, weight, j + APART * i), w[i]);
+      for (int i = 0; i < AT_ONCE; i++) add(x.w, __shfl_sync(~0u, weight, j + 2 * i + lane / 16), w[i]);
     }
   }
-  if (HALVES == 2) add(x.w, 1.f, odd);
+  const float4 other = make_float4(__shfl_xor_sync(~0u, x.w.x, 16), __shfl_xor_sync(~0u, x.w.y, 16),
+                                   __shfl_xor_sync(~0u, x.w.z, 16), __shfl_xor_sync(~0u, x.w.w, 16));
+  add(x.w, 1.f, other);
   return x;
 }
 
@@ -462,120 +515,97 @@ __device__ __forceinline__ void meet() {
   else __syncthreads();
 }
 
-// The states of n slots as one, row by row, together two warps a row: `take(row, state)` gets it.
-template <int MEMBERS, class Take>
-__device__ __forceinline__ void merge(const Params& p, i64 slot, i64 step, int n, int rows, int member, int lane,
-                                      Shared& sh, Take take) {
-  if (MEMBERS == 1) {
-    for (int row = 0; row < rows; row++) take(row, merge_states<2>(p, slot, step, n, 0, row, lane));
-    return;
-  }
-  for (int first = 0; first < rows; first += MEMBERS / 2) {
-    const int row = first + member / 2, half = member % 2;
-    const bool mine = row < rows && member < MEMBERS / 2 * 2;
-    State x;
-    if (mine) x = merge_states<1>(p, slot, step, n, half, row, lane);
-    float4* other = reinterpret_cast<float4*>(&sh.left[member / 2 % WARPS].w[0][4 * lane]);
-    if (mine && half) *other = x.w;
-    __syncthreads();
-    if (mine && !half) {
-      add(x.w, 1.f, *other);
-      take(row, x);
-    }
-    __syncthreads();
-  }
-}
-
 // Counts what the members have written; true where it comes last of `all`, and they see what the others have written.
 template <int MEMBERS>
-__device__ __forceinline__ bool arrives_last(int* counter, int all, int lane, Shared& sh) {
-  meet<MEMBERS>();
-  if (MEMBERS == 1 ? lane == 0 : threadIdx.x == 0) {
-    sh.answer = count(counter) == all - 1;
-    if (sh.answer) *counter = 0;
+__device__ __forceinline__ bool arrives_last(int* counter, int all, int member, int lane, int rows) {
+  bool last = false;
+#if X_SPLIT
+  if (rows) {
+    __syncwarp();
+    const int mine = MEMBERS == 1 ? rows : member < rows ? (rows - 1 - member) / MEMBERS + 1 : 0;
+    if (mine && lane == 0) {
+      last = count(counter, mine) + mine == all * rows;
+      if (last) *counter = 0;
+    }
+  } else
+#endif
+  {
+    meet<MEMBERS>();
+    if (member == 0 && lane == 0) {
+      last = count(counter, 1) == all - 1;
+      if (last) *counter = 0;
+    }
   }
-  meet<MEMBERS>();
-  return sh.answer;
+  if (MEMBERS > 1) return __syncthreads_or(last);
+  last = __any_sync(~0u, last);
+  __syncwarp();
+  return last;
 }
-
-// The slots of a node's chunks begin here and are `slot_step` apart.
-__device__ __forceinline__ i64 first_slot(const Params& p, const Chunk& c) {
-  return p.whole_nodes ? (i64)blockIdx.x * FAN : ((i64)c.first_item + c.at / FAN * FAN) * p.Hkv + c.head;
-}
-__device__ __forceinline__ i64 slot_step(const Params& p) { return p.whole_nodes ? 1 : p.Hkv; }
 
 // The warps' states of a chunk are in shared memory: takes their sum to its place, and merges the node that is complete by
 // it, and the nodes.
 template <int MEMBERS>
-__device__ __forceinline__ void deliver(const Params& p, const Chunk& c, int member, int lane, Shared& sh) {
-  bool broken = false;
-#pragma unroll
-  for (int w = 0; w < WARPS; w++) broken |= sh.left[w].broken;
-  if (broken) {
-    if (member == 0) careful(p, c, sh, lane);
+__device__ __forceinline__ void deliver(const Params& p, const Chunk& chunk, int member, int lane, Shared& sh) {
+  if (__any_sync(~0u, lane < WARPS && sh.left[lane].broken)) {
+    if (member == 0) careful(p, chunk, sh, lane);
     meet<MEMBERS>();
   }
-  i64 slot = first_slot(p, c), step = slot_step(p);
+  const Chunk c = chunk;  // in registers
+  const u32 place = c.slot + c.at % FAN * c.step;
 #pragma unroll 1
   for (int row = member; row < c.rows; row += MEMBERS) {
     const State x = gather(sh, row, lane);
-    if (c.chunks == 1) finish(p, c, row, lane, x);
-    else put(p, slot + c.at % FAN * step, row, lane, x);
+    if (c.chunks == 1) finish(p, c, row, 4 * lane, x);
+    else put(p, place, row, 4 * lane, x);
   }
   if (MEMBERS == 1) {
     __syncwarp();
     if (lane == 0) arrive(sh.taken);
   }
+  STAMP(7)
   if (c.chunks == 1 || (p.whole_nodes && c.at != c.last)) return;
   // Nodes of a sequence follow one another; sequences that begin within the same FAN items are told apart by s.
-  const i64 nodes0 = p.nodes0 + (p.whole_nodes ? c.first_item : c.first_item / FAN + c.s) * (i64)p.Hkv + c.head;
+  const u32 nodes0 = p.nodes0 + (p.whole_nodes ? c.first_item : c.first_item / FAN + c.s) * p.Hkv + c.head;
   const int nodes = divide_up(c.chunks, FAN);
+  u32 slot = c.slot, step = c.step;
   int n = min(FAN, c.chunks - c.at / FAN * FAN), *counter = p.node_counters + slot;
 #pragma unroll 1
   for (bool whole = nodes == 1, counted = !p.whole_nodes;; whole = counted = true) {
     if (!counted) meet<MEMBERS>();
-    else if (!arrives_last<MEMBERS>(counter, n, lane, sh)) return;
-    merge<MEMBERS>(p, slot, step, n, c.rows, member, lane, sh, [&](int row, const State& x) {
-      if (whole) finish(p, c, row, lane, x);
-      else put(p, nodes0 + (i64)(c.at / FAN) * p.Hkv, row, lane, x);
-    });
+    else if (!arrives_last<MEMBERS>(counter, n, member, lane, slot == c.slot ? c.rows : 0)) {
+      STAMP(8)
+      return;
+    }
+    STAMP(9)
+#pragma unroll 1
+    for (int part = member; part < 2 * c.rows; part += MEMBERS) {
+      const int row = part / 2, half = part % 2, d = 64 * half + 4 * lane;
+      const State x = merge_states(p, slot, step, n, row, half, lane);
+      if (lane < 16 && whole) finish(p, c, row, d, x);
+      if (lane < 16 && !whole) put(p, nodes0 + c.at / FAN * p.Hkv, row, d, x);
+    }
     if (whole) return;
     slot = nodes0, step = p.Hkv, n = nodes, counter = p.counters + c.s * p.Hkv + c.head;
   }
 }
 
-// A thread's part of the pages of the first chunk, of the only sequence, asked for while it is not known of which size
-// it is.
+// The page of tile `tile` of a chunk, in each of the sizes that it may have: asked for while that is not yet known.
 struct Guess {
-  static constexpr int EACH = (LONGEST / TILE + THREADS - 1) / THREADS;
-  int quarter[EACH], half[EACH], whole[EACH], longest[EACH];
+  int quarter, half, whole, longest;
 };
 
-__device__ __forceinline__ void guess(const Params& p, int size, int (&page)[Guess::EACH]) {
-  const int at = blockIdx.x / p.Hkv * (p.whole_nodes ? FAN : 1);
-#pragma unroll
-  for (int j = 0; j < Guess::EACH; j++) {
-    const int i = threadIdx.x + j * THREADS, place = (at * size + TILE * i) / PAGE;
-    page[j] = TILE * i < size && place < p.table_width ? p.table[place] : 0;
-  }
+__device__ __forceinline__ int guess(const Params& p, int at, int tile, int size) {
+  const int place = (at * size + TILE * tile) / PAGE;
+  return TILE * tile < size && place < p.table_width ? p.table[place] : 0;
 }
 
-__device__ __forceinline__ Guess guess(const Params& p) {
-  Guess g;
-  guess(p, CHUNK / 4, g.quarter);
-  guess(p, CHUNK / 2, g.half);
-  guess(p, CHUNK, g.whole);
-  guess(p, LONGEST, g.longest);
-  return g;
+__device__ __forceinline__ Guess guess(const Params& p, int at, int tile) {
+  return {guess(p, at, tile, CHUNK / 4), guess(p, at, tile, CHUNK / 2), guess(p, at, tile, CHUNK),
+          guess(p, at, tile, LONGEST)};
 }
 
-__device__ __forceinline__ void settle(const Guess& g, int size, int* pages) {
-#pragma unroll
-  for (int j = 0; j < Guess::EACH; j++) {
-    const int i = threadIdx.x + j * THREADS;
-    if (TILE * i < size)
-      pages[i] = size == LONGEST ? g.longest[j] : size == CHUNK ? g.whole[j] : size == CHUNK / 2 ? g.half[j] : g.quarter[j];
-  }
+__device__ __forceinline__ int page_of(const Guess& g, int size) {
+  return size == LONGEST ? g.longest : size == CHUNK ? g.whole : size == CHUNK / 2 ? g.half : g.quarter;
 }
 
 // One warp prepares the block's chunk u, which comes after `c` where u is not 0, but for its queries. Returns it.
@@ -599,6 +629,51 @@ __device__ __forceinline__ Chunk prepare(const Params& p, const int* ends, int i
   return c;
 }
 
+// The queries, if they are the first ones.
+__device__ __forceinline__ void hint_q(const Params& p, int head, int warp, int lane) {
+  constexpr int LINE = 128 / sizeof(element), LINES = D / LINE;
+  const int row = lane / LINES;
+  if (warp == TEAM - 1 && row < ROWS && row / GROUP < p.T)
+    hint(p.q + row / GROUP * p.q_token + (head * GROUP + row % GROUP) * p.q_head + lane % LINES * LINE);
+}
+
+// Asks for the only sequence's first tiles, and leaves the pages of the block's first chunk for all warps. What it needs
+// goes from memory to registers by the shortest way.
+__device__ __forceinline__ void begin(const Params& p, Tile& tile, int unit, int head, int warp, int lane, Shared& sh) {
+  constexpr int EACH = (LONGEST / TILE + THREADS - 1) / THREADS;
+  const int at = unit * (p.whole_nodes ? FAN : 1), keys = p.used[0];
+  const Guess mine = guess(p, at, warp + WARPS * (lane % STEP));
+  const int q0 = p.cu[0], rows = (p.cu[1] - q0) * GROUP;
+  Guess all[EACH];
+#pragma unroll
+  for (int j = 0; j < EACH; j++) all[j] = guess(p, at, threadIdx.x + j * THREADS);
+#if X_Q
+  hint_q(p, head, warp, lane);
+#endif
+  keep(p.k_block);
+  keep(p.v_head);
+  const int size = chunk_of(keys), page = page_of(mine, size), first = at * size;
+  int pages[STEP];
+#pragma unroll
+  for (int h = 0; h < STEP; h++) pages[h] = STEP == 1 ? page : __shfl_sync(~0u, page, h);
+  const int end = rows > 0 && rows <= ROWS && q0 < p.T && warp < WARPS ? min(keys, first + size) : 0;
+#pragma unroll
+  for (int h = 0; h < STEP; h++) {
+    const int key = first + TILE * (warp + WARPS * h);
+    if (key < end) load_k(p, tile, h, pages[h], key, head, lane);
+  }
+#pragma unroll
+  for (int h = 0; h < STEP; h++) {
+    const int key = first + TILE * (warp + WARPS * h);
+    if (key < end) load_v(p, tile, h, pages[h], key, head, lane);
+  }
+#pragma unroll
+  for (int j = 0; j < EACH; j++) {
+    const int i = threadIdx.x + j * THREADS;
+    if (TILE * i < size) sh.prepared[0].pages[i] = page_of(all[j], size);
+  }
+}
+
 __device__ __forceinline__ void prepare_q(const Params& p, const Chunk& c, int u, int lane, Shared& sh) {
   load_q(p, c, sh.prepared[u % AHEAD].q, lane);
   arrive_with_copies(sh.asked[u % AHEAD]);
@@ -608,7 +683,6 @@ __device__ __forceinline__ void prepare_q(const Params& p, const Chunk& c, int u
 // The conductor's part; c: the block's first chunk. Returns which is its last one, which is not yet delivered.
 __device__ __forceinline__ int conduct(const Params& p, const int* ends, int items, Chunk c, int lane, Shared& sh) {
   int next = 1;
-  prepare_q(p, c, 0, lane, sh);
   for (int u = 0;; u++) {
 #pragma unroll 1
     for (; next < u + AHEAD && c.more; next++) {
@@ -624,11 +698,11 @@ __device__ __forceinline__ int conduct(const Params& p, const int* ends, int ite
 }
 
 // The other warps' part, which returns the same. Without a conductor, c is the last warp's.
-__device__ __forceinline__ int stream_chunks(const Params& p, const int* ends, int items, Chunk c, int warp, int lane, Shared& sh) {
-  Tile tile;
+__device__ __forceinline__ int stream_chunks(const Params& p, const int* ends, int items, Chunk c, Tile& tile, int warp, int lane,
+                                             Shared& sh) {
   const Prepared& first = prepared(sh, 0);
-  load_first(p, tile, first, tiles_of(first.chunk, warp), warp, lane);
-  if (!CONDUCTOR && warp == WARPS - 1) prepare_q(p, c, 0, lane, sh);
+  if (!X_START || p.B > 1) load_first(p, tile, first, tiles_of(first.chunk, warp), warp, lane);
+  STAMP(3)
   for (int u = 0;; u++) {
     const bool more = sh.prepared[u % AHEAD].chunk.more;
     if (!CONDUCTOR && warp == WARPS - 1 && more) {
@@ -637,6 +711,7 @@ __device__ __forceinline__ int stream_chunks(const Params& p, const int* ends, i
     }
     Rows rows;
     walk(p, sh, u, warp, lane, tile, rows);
+    STAMP(5)
     if (CONDUCTOR && u) wait(sh.taken, u - 1);
     const bool broken = __any_sync(~0u, leave(rows, sh.left[warp], lane));
     if (lane == 0) sh.left[warp].broken = broken;
@@ -666,18 +741,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, ELSA_MIN_BLOCKS) paged_dec
   Shared& sh = *reinterpret_cast<Shared*>(dynamic);
   int* ends = reinterpret_cast<int*>(&sh + 1);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  wait_for_kernel_ahead();
-  Guess pages;
-  int items = p.Hkv;
-  if (p.B == 1) {
-    pages = guess(p);
-    items *= items_of(p, 0);
-  } else {
-    items *= sum_items(p, ends, sh.room);
-  }
-  if ((int)blockIdx.x >= items) return;
-  Chunk c;
-  if (p.B == 1) settle(pages, chunk_of(p.used[0]), sh.prepared[0].pages);
+  STAMP(0)
+  const int unit = blockIdx.x / p.Hkv, head = blockIdx.x - unit * p.Hkv;
   if (warp == TEAM - 1) {
     if (lane == 0) {
       for (int i = 0; i < AHEAD; i++) {
@@ -686,13 +751,70 @@ extern "C" __global__ void __launch_bounds__(THREADS, ELSA_MIN_BLOCKS) paged_dec
       }
       open(sh.full, WARPS);
       open(sh.taken, 1);
+#if X_TOUCH
+      open(sh.late, WARPS);
+#endif
     }
     __syncwarp();
+#if X_HINT
+    if (p.B == 1) {
+      const int at = unit * (p.whole_nodes ? FAN : 1);
+      if (lane < 4) {
+        const int size = lane == 3 ? LONGEST : CHUNK >> 2 - lane, place = at * size / PAGE;
+        if (place < p.table_width) hint(p.table + place);
+      } else if (lane < 6) {
+        hint(lane == 4 ? p.used : p.cu);
+      }
+      hint_q(p, head, warp, lane);
+    }
+#endif
+  }
+  wait_for_kernel_ahead();
+  STAMP(1)
+  Tile tile;
+  int items = p.Hkv;
+  if (p.B == 1) {
+#if X_START
+    begin(p, tile, unit, head, warp, lane, sh);
+#else
+    constexpr int EACH = (LONGEST / TILE + THREADS - 1) / THREADS;
+    Guess all[EACH];
+    for (int j = 0; j < EACH; j++) all[j] = guess(p, unit * (p.whole_nodes ? FAN : 1), threadIdx.x + j * THREADS);
+    const int size = chunk_of(p.used[0]);
+    for (int j = 0; j < EACH; j++)
+      if (TILE * (threadIdx.x + j * THREADS) < size) sh.prepared[0].pages[threadIdx.x + j * THREADS] = page_of(all[j], size);
+#endif
+    items *= items_of(p, 0);
+  } else {
+    items *= sum_items(p, ends, sh.room);
+  }
+  if ((int)blockIdx.x >= items) return;
+  STAMP(2)
+  Chunk c;
+  if (warp == TEAM - 1) {
     c = prepare(p, ends, items, c, 0, lane, sh);
+    prepare_q(p, c, 0, lane, sh);
   }
   __syncthreads();
-  const int u = CONDUCTOR && warp == WARPS ? conduct(p, ends, items, c, lane, sh)
-                                           : stream_chunks(p, ends, items, c, warp, lane, sh);
+  int u;
+  if (CONDUCTOR && warp == WARPS) {
+    u = conduct(p, ends, items, c, lane, sh);
+#if X_TOUCH
+    const Chunk& last = sh.prepared[u % AHEAD].chunk;
+    if (last.chunks > 1) {
+      wait(sh.late, 0);
+      const u32 at = (last.slot + last.at % FAN * last.step) * ROWS;
+      if (lane < last.rows) touch(p.state_w + (i64)(at + lane) * D);
+      if (lane == 31) touch(p.node_counters + last.slot);
+      if (lane == 30) touch(p.state_m + at);
+      if (lane == 29) touch(p.state_l + at);
+    }
+#endif
+  } else {
+    u = stream_chunks(p, ends, items, c, tile, warp, lane, sh);
+  }
   __syncthreads();
+  STAMP(6)
   deliver<TEAM>(p, sh.prepared[u % AHEAD].chunk, warp, lane, sh);
+  STAMP(10)
 }

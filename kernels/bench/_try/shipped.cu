@@ -1,0 +1,717 @@
+// Attention of up to ROWS packed rows (queries × heads of a group) over a paged KV with D = 128, in one launch. sm_80 and
+// newer, compiled by NVRTC, with the tiles of paged_tiles_half.cu or paged_tiles_fp32.cu.
+//
+// K and V go from global memory straight into the registers of the products. A warp has the next tiles in flight whenever
+// it computes, the next chunk's too, and meets nobody: one more warp, the conductor, prepares what the others read next
+// (`Prepared`) and takes what they leave of a chunk to its place. A fence waits for all loads on their way, so the
+// conductor makes all of them, which has none. Only with a block's last chunk do all warps help.
+//
+// A sequence's keys are cut into chunks, counted from key 0, of a size that follows from their number (`chunk_of`); of a
+// chunk's tiles warp w takes every WARPS-th, STEP at a time.
+// The warps' states merge to the chunk's, up to FAN chunks' to a node's, nodes' to the sequence's, always in the order of
+// positions. Who merges is whom an integer counter names last, or, in calls that would need much memory for chunks
+// (`whole_nodes`), the block that has computed all chunks of the node; the sums are the same ones. Bits depend on the
+// sequence alone.
+//
+// Needs: ELSA_FP32 and ELSA_BF16 (both 0 for FP16), ELSA_FP8 (of the caches, 16-bit queries), ELSA_ROWS, ELSA_GROUP,
+// ELSA_PAGE (a multiple of 16), ELSA_WARPS, ELSA_CONDUCTOR, ELSA_CHUNK, ELSA_LONGEST, ELSA_STEP, ELSA_SHARED,
+// ELSA_MIN_BLOCKS.
+
+constexpr int WARPS = ELSA_WARPS, CHUNK = ELSA_CHUNK, GROUP = ELSA_GROUP, PAGE = ELSA_PAGE;
+constexpr bool CONDUCTOR = ELSA_CONDUCTOR;
+constexpr int TEAM = WARPS + CONDUCTOR, THREADS = 32 * TEAM;  // the conductor is the last one
+constexpr int D = 128, ROWS = ELSA_ROWS, FAN = 32, TILE = ELSA_FP32 ? 8 : 16;
+constexpr int STEP = ELSA_STEP;  // tiles that a warp multiplies at a time
+constexpr int PITCH = D + 4;  // of a row in shared memory
+constexpr int LONGEST = ELSA_LONGEST;  // of all chunks
+constexpr int AHEAD = CONDUCTOR ? 4 : 2;  // chunks that are prepared at a time
+static_assert(CHUNK / 4 % TILE == 0 && LONGEST % TILE == 0, "whole tiles");
+static_assert(PAGE % TILE == 0, "a tile lies on one page");
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef long long i64;
+#if ELSA_FP32
+typedef float element;
+#else
+typedef u16 element;
+#endif
+#if ELSA_FP8
+typedef unsigned char cell;  // of the cache
+#else
+typedef element cell;
+#endif
+constexpr int PARTS = TILE * D * sizeof(cell) / 512;  // 16 bytes a lane of a tile's keys, and of its values
+
+struct Params {
+  const element* q;
+  const cell *k, *v;
+  element* out;
+  float* lse;          // may be null, [T, H]
+  const float* sinks;  // may be null, [H]
+  const float *k_scale, *v_scale;  // of an FP8 cache; may be null, [1] or [Hkv]
+  const int *cu, *used, *table;
+  // States [slots, ROWS], [slots, ROWS], [slots, ROWS, D]: of chunks (an item's, or FAN a block), from nodes0 on of nodes.
+  float *state_m, *state_l, *state_w;
+  int *node_counters, *counters;  // [slots]; [B, Hkv]. Zeros, left as zeros
+  i64 q_token, q_head, k_block, k_place, k_head, v_block, v_place, v_head, table_row, out_token, out_head;  // strides
+  int B, T, Hkv, table_width, causal, whole_nodes, nodes0, k_scales, v_scales;
+  float scale;  // times log2(e)
+};
+
+// machine: begin
+__device__ __forceinline__ uint4 stream(const void* p) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p));
+  return v;
+}
+
+__device__ __forceinline__ u32 shared(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+__device__ __forceinline__ void copy(int* to, const int* from) {  // into shared memory, until `arrive_with_copies`
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared(to)), "l"(from) : "memory");
+}
+
+__device__ __forceinline__ void copy(uint4* to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared(to)), "l"(from) : "memory");
+}
+
+// Turns of a barrier end when as many have arrived as it was opened for. They are waited for by their parity.
+struct Barrier {
+  alignas(8) u32 state[2];
+};
+
+__device__ __forceinline__ void open(Barrier& b, int arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared(&b)), "r"(arrivals) : "memory");
+}
+
+__device__ __forceinline__ void arrive(Barrier& b) {
+  asm volatile("{.reg .b64 state; mbarrier.arrive.shared.b64 state, [%0];}" ::"r"(shared(&b)) : "memory");
+}
+
+__device__ __forceinline__ void arrive_with_copies(Barrier& b) {  // when this thread's copies are there
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared(&b)) : "memory");
+}
+
+__device__ __forceinline__ void wait(Barrier& b, int turn) {
+  u32 done;
+  do {
+    asm volatile(
+#if __CUDA_ARCH__ >= 900  // sleeps a while
+        "{.reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+#else
+        "{.reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+#endif
+        : "=r"(done)
+        : "r"(shared(&b)), "r"(turn & 1)
+        : "memory");
+  } while (!done);
+}
+
+// Counts one more, after what this thread has seen was written and before what it reads from now on. Returns the old count.
+__device__ __forceinline__ int count(int* counter) {
+  int before;
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  return before;
+}
+
+#if X_STAMP
+#define STAMP(i) if (threadIdx.x == 0) reinterpret_cast<i64*>(p.lse)[blockIdx.x * 16 + i] = clock64();
+#else
+#define STAMP(i)
+#endif
+
+__device__ __forceinline__ float exp_2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+// machine: end
+
+__device__ __forceinline__ float minus_infinity() { return __int_as_float(0xff800000); }
+__device__ __forceinline__ float anchor_of(float m) { return m == minus_infinity() ? 0.f : m; }
+
+// A chunk of keys for one key head.
+struct Chunk {
+  int s, head, at;     // sequence, key head, chunk
+  int item, last;      // the item of work it belongs to; the last chunk of that item
+  int chunks;          // of the sequence
+  int q0, rows;        // the sequence's first query, packed rows
+  int keys, start;     // of the sequence; position of its first query
+  int size;            // keys of the sequence's chunks, `chunk_of`
+  int end;             // of the chunk's keys
+  int first_item;      // of the sequence, over all heads
+  bool more;           // whether the block has another one
+};
+
+__device__ __forceinline__ int divide_up(int a, int b) { return (a + b - 1) / b; }
+
+// Keys of the chunks of a sequence of so many keys: short ones are cut for one sequence to occupy many multiprocessors,
+// long ones for fewer ends of chunks. As `Form.chunk_of`.
+__device__ __forceinline__ int chunk_of(int keys) {
+  if (keys > CHUNK && keys < 8 * CHUNK) return keys < 4 * CHUNK ? CHUNK / 4 : CHUNK / 2;
+  return keys >= 64 * CHUNK ? LONGEST : CHUNK;
+}
+
+// Items of sequence s: chunks, or nodes of FAN chunks; 0 where the sequence is not of this launch.
+__device__ __forceinline__ int items_of(const Params& p, int s) {
+  const int q0 = p.cu[s], keys = p.used[s], rows = (p.cu[s + 1] - q0) * GROUP;
+  const int items = max(divide_up(keys, chunk_of(keys) * (p.whole_nodes ? FAN : 1)), 1);
+  return rows > 0 && rows <= ROWS && q0 < p.T ? items : 0;
+}
+
+// Inclusive sums of the sequences' items. Returns the number of all, of one head.
+__device__ int sum_items(const Params& p, int* ends, int* room) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  int before = 0;
+  for (int base = 0; base < p.B; base += THREADS) {
+    const int s = base + threadIdx.x;
+    int sum = s < p.B ? items_of(p, s) : 0;
+    for (int d = 1; d < 32; d *= 2) {
+      const int other = __shfl_up_sync(~0u, sum, d);
+      if (lane >= d) sum += other;
+    }
+    if (lane == 31) room[warp] = sum;
+    __syncthreads();
+    for (int w = 0; w < warp; w++) sum += room[w];
+    if (s < p.B) ends[s] = before + sum;
+    for (int w = 0; w < TEAM; w++) before += room[w];
+    __syncthreads();
+  }
+  return before;
+}
+
+__device__ __forceinline__ Chunk first_chunk(const Params& p, const int* ends, int item) {
+  Chunk c;
+  const int unit = item / p.Hkv;
+  c.item = item;
+  c.head = item - unit * p.Hkv;
+  int low = 0, high = p.B - 1;  // the first sequence that ends after the unit
+  while (low < high) {
+    const int middle = (low + high) / 2;
+    if (ends[middle] > unit) high = middle;
+    else low = middle + 1;
+  }
+  c.s = low;
+  c.first_item = low ? ends[low - 1] : 0;
+  c.at = (unit - c.first_item) * (p.whole_nodes ? FAN : 1);
+  c.q0 = p.cu[low];
+  const int queries = p.cu[low + 1] - c.q0;
+  c.keys = p.used[low];
+  c.start = c.keys - queries;
+  c.rows = min(queries, p.T - c.q0) * GROUP;
+  c.size = chunk_of(c.keys);
+  c.chunks = max(divide_up(c.keys, c.size), 1);
+  c.last = min(c.at + (p.whole_nodes ? FAN : 1), c.chunks) - 1;
+  return c;
+}
+
+__device__ __forceinline__ i64 place_of(const Chunk& c, int row, i64 token_stride, i64 head_stride) {
+  return (c.q0 + row / GROUP) * token_stride + (c.head * GROUP + row % GROUP) * head_stride;
+}
+
+// What a warp leaves of a chunk. `broken`: something in it is not finite.
+struct Left {
+  alignas(16) float w[ROWS][PITCH];
+  float m[ROWS], l[ROWS];
+  bool broken;
+};
+
+// How many tiles of a chunk warp `warp` has.
+__device__ __forceinline__ int tiles_of(const Chunk& c, int warp) {
+  const int keys = c.end - c.at * c.size - TILE * warp;
+  return keys > 0 ? divide_up(keys, TILE * WARPS) : 0;
+}
+
+// What a head's logits (times log2(e)) and values are to be multiplied by.
+__device__ __forceinline__ float scale_of(const Params& p, int head) {
+  return ELSA_FP8 && p.k_scale ? p.scale * p.k_scale[p.k_scales ? head : 0] : p.scale;
+}
+__device__ __forceinline__ float factor_of(const Params& p, int head) {
+  return ELSA_FP8 && p.v_scale ? p.v_scale[p.v_scales ? head : 0] : 1.f;
+}
+
+#include TILES  // put in its place by the launcher
+
+// What warps need of a chunk: its queries, and the pages of its tiles.
+struct Prepared {
+  Chunk chunk;
+  Query q;
+  int pages[LONGEST / TILE];
+};
+
+struct Shared {
+  Prepared prepared[AHEAD];  // of chunk u at u % AHEAD
+  Left left[WARPS];
+  Scratch scratch[WARPS];
+  Barrier ready[AHEAD], asked[AHEAD];  // a chunk and its pages; its queries
+  Barrier full, taken;   // all warps have left a chunk's states; they have been read
+  int room[TEAM], answer;
+};
+static_assert(sizeof(Shared) <= ELSA_SHARED, "Form.shared_bytes");
+
+// Waits until the pages of the block's chunk u are there.
+__device__ __forceinline__ const Prepared& prepared(Shared& sh, int u) {
+  wait(sh.ready[u % AHEAD], u / AHEAD);
+  return sh.prepared[u % AHEAD];
+}
+
+// Asks for the tiles of the warp's first step in a chunk, of which it has `tiles`.
+__device__ __forceinline__ void load_first(const Params& p, Tile& tile, const Prepared& from, int tiles, int warp, int lane) {
+  const Chunk& c = from.chunk;
+#pragma unroll
+  for (int h = 0; h < STEP; h++)
+    if (h < tiles) load_k(p, tile, h, from.pages[warp + WARPS * h], c.at * c.size + TILE * (warp + WARPS * h), c.head, lane);
+#pragma unroll
+  for (int h = 0; h < STEP; h++)
+    if (h < tiles) load_v(p, tile, h, from.pages[warp + WARPS * h], c.at * c.size + TILE * (warp + WARPS * h), c.head, lane);
+}
+
+// A warp's tiles of the block's chunk u, the first of which are in `tile` or on their way; at the end the next chunk's
+// first ones are.
+__device__ __forceinline__ void walk(const Params& p, Shared& sh, int u, int warp, int lane, Tile& tile, Rows& rows) {
+  const Prepared& here = sh.prepared[u % AHEAD];
+  const Chunk& c = here.chunk;
+  const int plain = p.causal ? min(c.end, c.start + 1) : c.end;  // all rows see the keys before it
+  const int tiles = tiles_of(c, warp);
+  const float scale = scale_of(p, c.head);
+  clear(rows);
+  wait(sh.asked[u % AHEAD], u / AHEAD);
+  STAMP(4)
+  if (tiles == 0 && c.more) {
+    const Prepared& next = prepared(sh, u + 1);
+    load_first(p, tile, next, tiles_of(next.chunk, warp), warp, lane);
+  }
+  int key = c.at * c.size + TILE * warp;
+  for (int i = 0; i < tiles; i += STEP) {
+    // The step that is asked for: where it begins, its head, tiles that there are.
+    const int* pages = here.pages + warp + WARPS * (i + STEP);
+    int begin = key + STEP * TILE * WARPS, head = c.head, more = tiles - i - STEP;
+    if (more <= 0 && c.more) {
+      const Prepared& next = prepared(sh, u + 1);
+      pages = next.pages + warp;
+      begin = next.chunk.at * next.chunk.size + TILE * warp;
+      head = next.chunk.head;
+      more = tiles_of(next.chunk, warp);
+    }
+    int page[STEP];
+#pragma unroll
+    for (int h = 0; h < STEP; h++) page[h] = h < more ? pages[WARPS * h] : 0;
+    Logits s;
+    products(tile, here.q, lane, scale, s);
+#pragma unroll
+    for (int h = 0; h < STEP; h++)
+      if (key + TILE * WARPS * h + TILE > plain) hide(p, c, h, key + TILE * WARPS * h, lane, s, tile);
+    key = begin;
+#pragma unroll
+    for (int h = 0; h < STEP; h++)
+      if (h < more) load_k(p, tile, h, page[h], key + TILE * WARPS * h, head, lane);
+    weigh(s, rows, i / STEP, lane, sh.scratch[warp], tile);
+#pragma unroll
+    for (int h = 0; h < STEP; h++)
+      if (h < more) load_v(p, tile, h, page[h], key + TILE * WARPS * h, head, lane);
+  }
+}
+
+// A row's state as a warp holds it: a lane has channels 4·lane … + 3.
+struct State {
+  float m, l;
+  float4 w;
+};
+
+__device__ __forceinline__ float4 scaled(const float4& a, float f) {
+  return make_float4(a.x * f, a.y * f, a.z * f, a.w * f);
+}
+
+__device__ __forceinline__ void add(float4& to, float f, const float4& a) {
+  to = make_float4(fmaf(f, a.x, to.x), fmaf(f, a.y, to.y), fmaf(f, a.z, to.z), fmaf(f, a.w, to.w));
+}
+
+// The warps' states of a row as one.
+__device__ __forceinline__ State gather(const Shared& sh, int row, int lane) {
+  State x = {minus_infinity(), 0.f, make_float4(0.f, 0.f, 0.f, 0.f)};
+#pragma unroll
+  for (int w = 0; w < WARPS; w++) x.m = fmaxf(x.m, sh.left[w].m[row]);
+  const float anchor = anchor_of(x.m);
+#pragma unroll
+  for (int w = 0; w < WARPS; w++) {
+    const float weight = exp_2(sh.left[w].m[row] - anchor);
+    x.l = fmaf(weight, sh.left[w].l[row], x.l);
+    add(x.w, weight, *reinterpret_cast<const float4*>(&sh.left[w].w[row][4 * lane]));
+  }
+  return x;
+}
+
+// The chunk again, key by key: in a tile's product a hidden key's weight 0 meets its ∞ and NaN, here it is left out, as is
+// a key with logit −∞. One warp leaves the state of every row as that of warp 0, the other warps' empty.
+__device__ __noinline__ void careful(const Params& p, const Chunk& c, Shared& sh, int lane) {
+  const float scale = scale_of(p, c.head);
+  float q[ROWS][D / 32], w[ROWS][D / 32] = {}, m[ROWS], l[ROWS];
+#pragma unroll
+  for (int row = 0; row < ROWS; row++) {
+    m[row] = minus_infinity();
+    l[row] = 0.f;
+#pragma unroll
+    for (int i = 0; i < D / 32; i++)
+      q[row][i] = row < c.rows ? unpack(p.q[place_of(c, row, p.q_token, p.q_head) + lane + 32 * i]) : 0.f;
+  }
+  for (int key = c.at * c.size; key < c.end; key++) {
+    const i64 page = p.table[c.s * p.table_row + key / PAGE];
+    const cell* at_k = p.k + page * p.k_block + key % PAGE * p.k_place + c.head * p.k_head + lane;
+    const cell* at_v = p.v + page * p.v_block + key % PAGE * p.v_place + c.head * p.v_head + lane;
+    float k[D / 32], v[D / 32];
+#pragma unroll
+    for (int i = 0; i < D / 32; i++) k[i] = unpack(at_k[32 * i]), v[i] = unpack(at_v[32 * i]);
+#pragma unroll
+    for (int row = 0; row < ROWS; row++) {
+      if (row >= c.rows || (p.causal && key > c.start + row / GROUP)) continue;
+      float s = 0.f;
+#pragma unroll
+      for (int i = 0; i < D / 32; i++) s = fmaf(q[row][i], k[i], s);
+      for (int d = 16; d; d /= 2) s += __shfl_xor_sync(~0u, s, d);
+      s *= scale;
+      if (s == minus_infinity()) continue;
+      const float top = fmaxf(m[row], s), decay = exp_2(m[row] - top), e = exp_2(s - top);
+      m[row] = top;
+      l[row] = fmaf(l[row], decay, e);
+#pragma unroll
+      for (int i = 0; i < D / 32; i++) w[row][i] = fmaf(w[row][i], decay, e * v[i]);
+    }
+  }
+#pragma unroll
+  for (int row = 0; row < ROWS; row++)
+    for (int of = 0; of < WARPS; of++) {
+      if (lane == 0) sh.left[of].m[row] = of ? minus_infinity() : m[row], sh.left[of].l[row] = of ? 0.f : l[row];
+#pragma unroll
+      for (int i = 0; i < D / 32; i++) sh.left[of].w[row][lane + 32 * i] = of ? 0.f : w[row][i];
+    }
+}
+
+// Joins the sinks, once, and writes a row of output and its logsumexp.
+__device__ __forceinline__ void finish(const Params& p, const Chunk& c, int row, int lane, State x) {
+  const int head = c.head * GROUP + row % GROUP;
+  if (p.sinks) {
+    const float sink = p.sinks[head] * 1.4426950408889634f, top = fmaxf(x.m, sink), anchor = anchor_of(top);
+    const float decay = exp_2(x.m - anchor);
+    x.l = fmaf(x.l, decay, exp_2(sink - anchor));
+    x.w = scaled(x.w, decay);
+    x.m = top;
+  }
+  const float l = x.l == 0.f ? 1.f : x.l;
+  float4 out = make_float4(x.w.x / l, x.w.y / l, x.w.z / l, x.w.w / l);
+  if (ELSA_FP8) out = scaled(out, factor_of(p, c.head));
+  write(p.out + place_of(c, row, p.out_token, p.out_head) + 4 * lane, out);
+  if (!X_STAMP && p.lse && lane == 0) {
+    p.lse[(i64)(c.q0 + row / GROUP) * p.Hkv * GROUP + head] = (x.m + log2f(x.l)) * 0.6931471805599453f;
+  }
+}
+
+__device__ __forceinline__ void put(const Params& p, i64 slot, int row, int lane, const State& x) {
+  const i64 at = slot * ROWS + row;
+  __stcg(reinterpret_cast<float4*>(p.state_w + at * D) + lane, x.w);
+  if (lane == 0) {
+    __stcg(p.state_m + at, x.m);
+    __stcg(p.state_l + at, x.l);
+  }
+}
+
+// A row's states in n slots, `step` apart, as one, under a maximum and a sum that are all states'. 32 at a time: lane j has
+// the weight of the j-th. W is summed over even and over odd places: HALVES is 2 where the caller does both, else it does
+// those from `half` on.
+template <int HALVES>
+__device__ __forceinline__ State merge_states(const Params& p, i64 slot, i64 step, int n, int half, int row, int lane) {
+  constexpr int AT_ONCE = 8 * HALVES, APART = 2 / HALVES;
+  State x = {minus_infinity(), 0.f, make_float4(0.f, 0.f, 0.f, 0.f)};
+  float4 odd = x.w;
+  for (int base = 0; base < n; base += 32) {
+    const int here = min(n - base, 32);
+    const i64 at = (slot + base * step) * ROWS + row, stride = step * ROWS;
+    float m = minus_infinity(), l = 0.f;
+    if (lane < here) {
+      m = __ldcg(p.state_m + at + lane * stride);
+      l = __ldcg(p.state_l + at + lane * stride);
+    }
+    const float4* from = reinterpret_cast<const float4*>(p.state_w + at * D) + lane;
+    float weight = 0.f;
+    for (int j = half; j < here; j += APART * AT_ONCE) {
+      float4 w[AT_ONCE];
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; i++)
+        w[i] = j + APART * i < here ? __ldcg(from + (j + APART * i) * stride * (D / 4)) : make_float4(0.f, 0.f, 0.f, 0.f);
+      if (j == half) {  // while those are on their way
+        float top = fmaxf(m, x.m);
+#pragma unroll
+        for (int o = 16; o; o /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, o));
+        const float anchor = anchor_of(top), decay = exp_2(x.m - anchor);
+        weight = exp_2(m - anchor);
+        l *= weight;
+#pragma unroll
+        for (int o = 16; o; o /= 2) l += __shfl_xor_sync(~0u, l, o);
+        x.m = top;
+        x.l = fmaf(x.l, decay, l);
+        x.w = scaled(x.w, decay);
+        odd = scaled(odd, decay);
+      }
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; i++) add(i % HALVES ? odd : x.w, __shfl_sync(~0u, weight, j + APART * i), w[i]);
+    }
+  }
+  if (HALVES == 2) add(x.w, 1.f, odd);
+  return x;
+}
+
+// What one warp alone (MEMBERS is 1) or all warps of the block do together.
+template <int MEMBERS>
+__device__ __forceinline__ void meet() {
+  if (MEMBERS == 1) __syncwarp();
+  else __syncthreads();
+}
+
+// The states of n slots as one, row by row, together two warps a row: `take(row, state)` gets it.
+template <int MEMBERS, class Take>
+__device__ __forceinline__ void merge(const Params& p, i64 slot, i64 step, int n, int rows, int member, int lane,
+                                      Shared& sh, Take take) {
+  if (MEMBERS == 1) {
+    for (int row = 0; row < rows; row++) take(row, merge_states<2>(p, slot, step, n, 0, row, lane));
+    return;
+  }
+  for (int first = 0; first < rows; first += MEMBERS / 2) {
+    const int row = first + member / 2, half = member % 2;
+    const bool mine = row < rows && member < MEMBERS / 2 * 2;
+    State x;
+    if (mine) x = merge_states<1>(p, slot, step, n, half, row, lane);
+    float4* other = reinterpret_cast<float4*>(&sh.left[member / 2 % WARPS].w[0][4 * lane]);
+    if (mine && half) *other = x.w;
+    __syncthreads();
+    if (mine && !half) {
+      add(x.w, 1.f, *other);
+      take(row, x);
+    }
+    __syncthreads();
+  }
+}
+
+// Counts what the members have written; true where it comes last of `all`, and they see what the others have written.
+template <int MEMBERS>
+__device__ __forceinline__ bool arrives_last(int* counter, int all, int lane, Shared& sh) {
+  meet<MEMBERS>();
+  if (MEMBERS == 1 ? lane == 0 : threadIdx.x == 0) {
+    sh.answer = count(counter) == all - 1;
+    if (sh.answer) *counter = 0;
+  }
+  meet<MEMBERS>();
+  return sh.answer;
+}
+
+// The slots of a node's chunks begin here and are `slot_step` apart.
+__device__ __forceinline__ i64 first_slot(const Params& p, const Chunk& c) {
+  return p.whole_nodes ? (i64)blockIdx.x * FAN : ((i64)c.first_item + c.at / FAN * FAN) * p.Hkv + c.head;
+}
+__device__ __forceinline__ i64 slot_step(const Params& p) { return p.whole_nodes ? 1 : p.Hkv; }
+
+// The warps' states of a chunk are in shared memory: takes their sum to its place, and merges the node that is complete by
+// it, and the nodes.
+template <int MEMBERS>
+__device__ __forceinline__ void deliver(const Params& p, const Chunk& c, int member, int lane, Shared& sh) {
+  bool broken = false;
+#pragma unroll
+  for (int w = 0; w < WARPS; w++) broken |= sh.left[w].broken;
+  if (broken) {
+    if (member == 0) careful(p, c, sh, lane);
+    meet<MEMBERS>();
+  }
+  i64 slot = first_slot(p, c), step = slot_step(p);
+#pragma unroll 1
+  for (int row = member; row < c.rows; row += MEMBERS) {
+    const State x = gather(sh, row, lane);
+    if (c.chunks == 1) finish(p, c, row, lane, x);
+    else put(p, slot + c.at % FAN * step, row, lane, x);
+  }
+  if (MEMBERS == 1) {
+    __syncwarp();
+    if (lane == 0) arrive(sh.taken);
+  }
+  STAMP(7)
+  if (c.chunks == 1 || (p.whole_nodes && c.at != c.last)) return;
+  // Nodes of a sequence follow one another; sequences that begin within the same FAN items are told apart by s.
+  const i64 nodes0 = p.nodes0 + (p.whole_nodes ? c.first_item : c.first_item / FAN + c.s) * (i64)p.Hkv + c.head;
+  const int nodes = divide_up(c.chunks, FAN);
+  int n = min(FAN, c.chunks - c.at / FAN * FAN), *counter = p.node_counters + slot;
+#pragma unroll 1
+  for (bool whole = nodes == 1, counted = !p.whole_nodes;; whole = counted = true) {
+    if (!counted) meet<MEMBERS>();
+    else if (!arrives_last<MEMBERS>(counter, n, lane, sh)) {
+      STAMP(8)
+      return;
+    }
+    STAMP(9)
+    merge<MEMBERS>(p, slot, step, n, c.rows, member, lane, sh, [&](int row, const State& x) {
+      if (whole) finish(p, c, row, lane, x);
+      else put(p, nodes0 + (i64)(c.at / FAN) * p.Hkv, row, lane, x);
+    });
+    if (whole) return;
+    slot = nodes0, step = p.Hkv, n = nodes, counter = p.counters + c.s * p.Hkv + c.head;
+  }
+}
+
+// A thread's part of the pages of the first chunk, of the only sequence, asked for while it is not known of which size
+// it is.
+struct Guess {
+  static constexpr int EACH = (LONGEST / TILE + THREADS - 1) / THREADS;
+  int quarter[EACH], half[EACH], whole[EACH], longest[EACH];
+};
+
+__device__ __forceinline__ void guess(const Params& p, int size, int (&page)[Guess::EACH]) {
+  const int at = blockIdx.x / p.Hkv * (p.whole_nodes ? FAN : 1);
+#pragma unroll
+  for (int j = 0; j < Guess::EACH; j++) {
+    const int i = threadIdx.x + j * THREADS, place = (at * size + TILE * i) / PAGE;
+    page[j] = TILE * i < size && place < p.table_width ? p.table[place] : 0;
+  }
+}
+
+__device__ __forceinline__ Guess guess(const Params& p) {
+  Guess g;
+  guess(p, CHUNK / 4, g.quarter);
+  guess(p, CHUNK / 2, g.half);
+  guess(p, CHUNK, g.whole);
+  guess(p, LONGEST, g.longest);
+  return g;
+}
+
+__device__ __forceinline__ void settle(const Guess& g, int size, int* pages) {
+#pragma unroll
+  for (int j = 0; j < Guess::EACH; j++) {
+    const int i = threadIdx.x + j * THREADS;
+    if (TILE * i < size)
+      pages[i] = size == LONGEST ? g.longest[j] : size == CHUNK ? g.whole[j] : size == CHUNK / 2 ? g.half[j] : g.quarter[j];
+  }
+}
+
+// One warp prepares the block's chunk u, which comes after `c` where u is not 0, but for its queries. Returns it.
+__device__ __forceinline__ Chunk prepare(const Params& p, const int* ends, int items, Chunk c, int u, int lane, Shared& sh) {
+  if (u && c.at < c.last) c.at++;
+  else c = first_chunk(p, ends, u ? c.item + (int)gridDim.x : blockIdx.x);
+  c.more = c.at < c.last || c.item + (int)gridDim.x < items;
+  c.end = min(c.keys, (c.at + 1) * c.size);
+  Prepared& to = sh.prepared[u % AHEAD];
+  if (lane == 0) to.chunk = c;
+  if (u || p.B > 1) {  // else all threads do
+    const int tiles = divide_up(c.end - c.at * c.size, TILE);
+    for (int i = lane; i < tiles; i += 32) {
+      const int place = (c.at * c.size + TILE * i) / PAGE;
+      if (place < p.table_width) copy(to.pages + i, p.table + c.s * p.table_row + place);
+      else to.pages[i] = 0;
+    }
+  }
+  arrive_with_copies(sh.ready[u % AHEAD]);
+  arrive(sh.ready[u % AHEAD]);
+  return c;
+}
+
+__device__ __forceinline__ void prepare_q(const Params& p, const Chunk& c, int u, int lane, Shared& sh) {
+  load_q(p, c, sh.prepared[u % AHEAD].q, lane);
+  arrive_with_copies(sh.asked[u % AHEAD]);
+  arrive(sh.asked[u % AHEAD]);
+}
+
+// The conductor's part; c: the block's first chunk. Returns which is its last one, which is not yet delivered.
+__device__ __forceinline__ int conduct(const Params& p, const int* ends, int items, Chunk c, int lane, Shared& sh) {
+  int next = 1;
+  prepare_q(p, c, 0, lane, sh);
+  for (int u = 0;; u++) {
+#pragma unroll 1
+    for (; next < u + AHEAD && c.more; next++) {
+      c = prepare(p, ends, items, c, next, lane, sh);
+      prepare_q(p, c, next, lane, sh);
+    }
+    const Chunk& now = prepared(sh, u).chunk;
+    if (!now.more) return u;
+    wait(sh.full, u);
+    deliver<1>(p, now, 0, lane, sh);
+    __syncwarp();
+  }
+}
+
+// The other warps' part, which returns the same. Without a conductor, c is the last warp's.
+__device__ __forceinline__ int stream_chunks(const Params& p, const int* ends, int items, Chunk c, int warp, int lane, Shared& sh) {
+  Tile tile;
+  const Prepared& first = prepared(sh, 0);
+  load_first(p, tile, first, tiles_of(first.chunk, warp), warp, lane);
+  if (!CONDUCTOR && warp == WARPS - 1) prepare_q(p, c, 0, lane, sh);
+  STAMP(3)
+  for (int u = 0;; u++) {
+    const bool more = sh.prepared[u % AHEAD].chunk.more;
+    if (!CONDUCTOR && warp == WARPS - 1 && more) {
+      c = prepare(p, ends, items, c, u + 1, lane, sh);
+      prepare_q(p, c, u + 1, lane, sh);
+    }
+    Rows rows;
+    walk(p, sh, u, warp, lane, tile, rows);
+    STAMP(5)
+    if (CONDUCTOR && u) wait(sh.taken, u - 1);
+    const bool broken = __any_sync(~0u, leave(rows, sh.left[warp], lane));
+    if (lane == 0) sh.left[warp].broken = broken;
+    if (!more) return u;
+    if (CONDUCTOR) {
+      __syncwarp();
+      if (lane == 0) arrive(sh.full);
+    } else {
+      __syncthreads();
+      deliver<TEAM>(p, sh.prepared[u % AHEAD].chunk, warp, lane, sh);
+      __syncthreads();
+    }
+  }
+}
+
+// Before it returns, the kernel ahead may still run: nothing it writes may be read, nor anything written. Kernels behind
+// this one may start as soon as all of its blocks have.
+__device__ __forceinline__ void wait_for_kernel_ahead() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, ELSA_MIN_BLOCKS) paged_decode(const __grid_constant__ Params p) {
+  extern __shared__ uint4 dynamic[];
+  Shared& sh = *reinterpret_cast<Shared*>(dynamic);
+  int* ends = reinterpret_cast<int*>(&sh + 1);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  STAMP(0)
+  wait_for_kernel_ahead();
+  STAMP(1)
+  Guess pages;
+  int items = p.Hkv;
+  if (p.B == 1) {
+    pages = guess(p);
+    items *= items_of(p, 0);
+  } else {
+    items *= sum_items(p, ends, sh.room);
+  }
+  if ((int)blockIdx.x >= items) return;
+  STAMP(2)
+  Chunk c;
+  if (p.B == 1) settle(pages, chunk_of(p.used[0]), sh.prepared[0].pages);
+  if (warp == TEAM - 1) {
+    if (lane == 0) {
+      for (int i = 0; i < AHEAD; i++) {
+        open(sh.ready[i], 2 * 32);
+        open(sh.asked[i], 2 * 32);
+      }
+      open(sh.full, WARPS);
+      open(sh.taken, 1);
+    }
+    __syncwarp();
+    c = prepare(p, ends, items, c, 0, lane, sh);
+  }
+  __syncthreads();
+  const int u = CONDUCTOR && warp == WARPS ? conduct(p, ends, items, c, lane, sh)
+                                           : stream_chunks(p, ends, items, c, warp, lane, sh);
+  __syncthreads();
+  STAMP(6)
+  deliver<TEAM>(p, sh.prepared[u % AHEAD].chunk, warp, lane, sh);
+  STAMP(10)
+}
