@@ -210,15 +210,11 @@ static void wait(Barrier& b, int turn) {
   }
 }
 
-static int count(int* counter, int more) {
-  const int before = *counter;
-  *counter += more;
-  return before;
-}
+static int count(int* counter) { return (*counter)++; }
 
 static void hint(const void*) {}
-static void touch(const void* p) {}
-static void keep(long long) {}
+static void opaque(int&) {}
+#define STAMP(i)
 
 static float exp_2(float x) { return exp2f(x); }
 

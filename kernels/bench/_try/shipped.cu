@@ -653,6 +653,7 @@ __device__ __forceinline__ int stream_chunks(const Params& p, const int* ends, i
     STAMP(5)
     if (CONDUCTOR && u) wait(sh.taken, u - 1);
     const bool broken = __any_sync(~0u, leave(rows, sh.left[warp], lane));
+    STAMP(11)
     if (lane == 0) sh.left[warp].broken = broken;
     if (!more) return u;
     if (CONDUCTOR) {

@@ -23,15 +23,15 @@ from kernels.bench.run import GATE
 
 VARIANTS = {
     "shipped": "shipped",
-    "E": "",
-    "ER": "X_RECIP=1",
-    "ES": "X_START=1",
-    "ESQ": "X_START=1 X_Q=1",
-    "ESQR": "X_START=1 X_Q=1 X_RECIP=1",
-    "ESHR": "X_START=1 X_Q=1 X_HINT=1 X_RECIP=1",
-    "ESQRC": "X_START=1 X_Q=1 X_RECIP=1 X_SPLIT=1",
-    "ESQRT": "X_START=1 X_Q=1 X_RECIP=1 X_TOUCH=1",
-    "ESQRL": "X_START=1 X_Q=1 X_RECIP=1 X_TAIL=4",
+    "N": "",
+    "NT3": "X_TAIL=3 X_FAR=2",
+    "NT4": "X_TAIL=4 X_FAR=2",
+    "NT4F3": "X_TAIL=4 X_FAR=3",
+    "NT8": "X_TAIL=8 X_FAR=2",
+    "NT99": "X_TAIL=99 X_FAR=2",
+    "NH": "X_REHEARSE=1",
+    "NHT4": "X_TAIL=4 X_FAR=2 X_REHEARSE=1",
+    "NHT8": "X_TAIL=8 X_FAR=2 X_REHEARSE=1",
 }
 CASES = {
     "B1 32K": DecodeCase("float16", 1, 32, 8, 32768),
@@ -44,7 +44,8 @@ CASES = {
     "FP8 B8": DecodeCase("float16", 8, 32, 8, 32768, kv="float8_e4m3fn"),
     "FP32 40/40": DecodeCase("float32", 1, 40, 40, 32768),
 }
-ROUNDS = {"B1 32K": 9, "B1 4K": 5}
+ROUNDS = {"B1 32K": 15, "B1 4K": 5}
+STAMPED = ("shipped", "N", "NHT4")
 START = time.time()
 LIMIT = float(os.environ.get("LIMIT", "75"))
 
@@ -109,8 +110,11 @@ def stamps(case: DecodeCase, sets: list[decode.Inputs], variant: str) -> dict[st
             blocks = [b for b in run if b[7]]
             base = 1  # from where the kernel ahead is done
             row = {}
-            for i, name in ((2, "length"), (3, "K asked"), (4, "q there"), (5, "warp 0 done"), (6, "all left"), (7, "put")):
+            for i, name in ((2, "K asked or length"), (3, "ready"), (4, "q there"), (5, "warp 0 done"), (11, "warp 0 left"), (6, "all left"), (7, "put")):
                 v = sorted(b[i] - b[base] for b in blocks)
+                row[name] = (v[0], v[len(v) // 2], v[-1])
+            for to, since, name in ((11, 5, "leave"), (7, 6, "gather, put")):
+                v = sorted(b[to] - b[since] for b in blocks)
                 row[name] = (v[0], v[len(v) // 2], v[-1])
             v = sorted(b[8] - b[7] for b in blocks if b[8])
             row["count"] = (v[0], v[len(v) // 2], v[-1])
@@ -129,7 +133,7 @@ def stamps(case: DecodeCase, sets: list[decode.Inputs], variant: str) -> dict[st
 def main() -> None:
     out_dir = Path(os.environ["OUT_DIR"])
     jobs = [(v, "0", c) for c in (CASES["B1 32K"], CASES["40/40"], CASES["FP8 B1"], CASES["FP32 40/40"]) for v in VARIANTS]
-    jobs += [(v, "1", CASES["B1 32K"]) for v in ("shipped", "ESQR")]
+    jobs += [(v, "1", CASES["B1 32K"]) for v in STAMPED]
     with multiprocessing.get_context("fork").Pool(15) as pool:
         pool.map(compile_one, jobs, chunksize=1)
     print(f"compiled {len(jobs)} in {time.time() - START:.0f} s", nvrtc.version(), flush=True)
@@ -157,7 +161,7 @@ def main() -> None:
             differs = "" if torch.equal(first, result) else f" {int((first != result).sum())} of {result.numel()} differ"
             notes.append(f"{name} {variant} relerr {error:.2e}{differs}{'' if all(again) else ' NOT REPEATABLE'}")
             timed[variant] = measure.Timed([functools.partial(call, x) for x in sets], graph=True, budget_ms=8.0)
-        for turn in range(ROUNDS.get(name, 3)):
+        for turn in range(ROUNDS.get(name, 5)):
             order = list(timed)
             order = order[turn % len(order) :] + order[: turn % len(order)]
             for variant in order:
@@ -165,12 +169,12 @@ def main() -> None:
         table[name] = {v: t.median_ms() * 1e3 for v, t in timed.items()}
         print(f"{time.time() - START:5.0f} s {name:10}", {v: round(us, 2) for v, us in table[name].items()}, flush=True)
         if name == "B1 32K":
-            for variant in ("shipped", "ESQR"):
+            for variant in STAMPED:
                 found = stamps(case, sets, variant)
                 (out_dir / f"stamps-{variant}.json").write_text(json.dumps(found))
                 print(variant, "cycles after the wait: first, median, last block")
                 for part in found["call 0"]:
-                    print(f"  {part:12}", *(found[c][part] for c in found))
+                    print(f"  {part:18}", *(found[c][part] for c in found))
         del sets, timed
         gc.collect()
         torch.cuda.empty_cache()

@@ -110,10 +110,10 @@ __device__ __forceinline__ void wait(Barrier& b, int turn) {
   } while (!done);
 }
 
-// Counts some more, after what this thread has seen was written and before what it reads from now on. Returns the old count.
-__device__ __forceinline__ int count(int* counter, int more) {
+// Counts one more, after what this thread has seen was written and before what it reads from now on. Returns the old count.
+__device__ __forceinline__ int count(int* counter) {
   int before;
-  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(more) : "memory");
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
   return before;
 }
 
@@ -121,12 +121,7 @@ __device__ __forceinline__ void hint(const void* p) {  // brings a line into the
   asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
 }
 
-__device__ __forceinline__ void keep(i64 x) { asm volatile("" ::"l"(x)); }
-
-__device__ __forceinline__ void touch(const void* p) {
-  u32 v;
-  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p));
-}
+__device__ __forceinline__ void opaque(int& x) { asm volatile("" : "+r"(x)); }
 
 #if X_STAMP
 #define STAMP(i) if (threadIdx.x == 0) reinterpret_cast<i64*>(p.lse)[blockIdx.x * 16 + i] = clock64();
@@ -167,11 +162,23 @@ __device__ __forceinline__ int chunk_of(int keys) {
   return keys >= 64 * CHUNK ? LONGEST : CHUNK;
 }
 
-// Items of sequence s: chunks, or nodes of FAN chunks; 0 where the sequence is not of this launch.
-__device__ __forceinline__ int items_of(const Params& p, int s) {
-  const int q0 = p.cu[s], keys = p.used[s], rows = (p.cu[s + 1] - q0) * GROUP;
-  const int items = max(divide_up(keys, chunk_of(keys) * (p.whole_nodes ? FAN : 1)), 1);
-  return rows > 0 && rows <= ROWS && q0 < p.T ? items : 0;
+struct Sequence {
+  int q0, queries, keys;
+};
+
+__device__ __forceinline__ Sequence sequence(const Params& p, int s) {
+  const int q0 = p.cu[s];
+  return {q0, p.cu[s + 1] - q0, p.used[s]};
+}
+
+// Whether a sequence is of this launch.
+__device__ __forceinline__ bool takes(const Params& p, const Sequence& x) {
+  return x.queries > 0 && x.queries <= ROWS / GROUP && x.q0 < p.T;
+}
+
+// Items of a sequence: chunks, or nodes of FAN chunks.
+__device__ __forceinline__ int items_of(const Params& p, const Sequence& x) {
+  return takes(p, x) ? max(divide_up(x.keys, chunk_of(x.keys) * (p.whole_nodes ? FAN : 1)), 1) : 0;
 }
 
 // Inclusive sums of the sequences' items. Returns the number of all, of one head.
@@ -180,7 +187,7 @@ __device__ int sum_items(const Params& p, int* ends, int* room) {
   int before = 0;
   for (int base = 0; base < p.B; base += THREADS) {
     const int s = base + threadIdx.x;
-    int sum = s < p.B ? items_of(p, s) : 0;
+    int sum = s < p.B ? items_of(p, sequence(p, s)) : 0;
     for (int d = 1; d < 32; d *= 2) {
       const int other = __shfl_up_sync(~0u, sum, d);
       if (lane >= d) sum += other;
@@ -195,31 +202,36 @@ __device__ int sum_items(const Params& p, int* ends, int* room) {
   return before;
 }
 
-__device__ __forceinline__ Chunk first_chunk(const Params& p, const int* ends, int item) {
+// The first chunk of an item, of unit `unit` and this head: x is the sequence, which is the s-th.
+__device__ __forceinline__ Chunk first_chunk(const Params& p, const Sequence& x, int s, int first_item, int item, int unit, int head) {
   Chunk c;
-  const int unit = item / p.Hkv;
   c.item = item;
-  c.head = item - unit * p.Hkv;
+  c.head = head;
+  c.s = s;
+  c.first_item = first_item;
+  c.at = (unit - first_item) * (p.whole_nodes ? FAN : 1);
+  c.q0 = x.q0;
+  c.keys = x.keys;
+  c.start = x.keys - x.queries;
+  c.rows = min(x.queries, p.T - x.q0) * GROUP;
+  c.size = chunk_of(x.keys);
+  c.end = min(x.keys, (c.at + 1) * c.size);
+  c.chunks = max(divide_up(x.keys, c.size), 1);
+  c.last = min(c.at + (p.whole_nodes ? FAN : 1), c.chunks) - 1;
+  c.slot = p.whole_nodes ? blockIdx.x * FAN : (first_item + c.at / FAN * FAN) * p.Hkv + head;
+  c.step = p.whole_nodes ? 1 : p.Hkv;
+  return c;
+}
+
+__device__ __forceinline__ Chunk first_chunk(const Params& p, const int* ends, int item) {
+  const int unit = item / p.Hkv;
   int low = 0, high = p.B - 1;  // the first sequence that ends after the unit
   while (low < high) {
     const int middle = (low + high) / 2;
     if (ends[middle] > unit) high = middle;
     else low = middle + 1;
   }
-  c.s = low;
-  c.first_item = low ? ends[low - 1] : 0;
-  c.at = (unit - c.first_item) * (p.whole_nodes ? FAN : 1);
-  c.q0 = p.cu[low];
-  const int queries = p.cu[low + 1] - c.q0;
-  c.keys = p.used[low];
-  c.start = c.keys - queries;
-  c.rows = min(queries, p.T - c.q0) * GROUP;
-  c.size = chunk_of(c.keys);
-  c.chunks = max(divide_up(c.keys, c.size), 1);
-  c.last = min(c.at + (p.whole_nodes ? FAN : 1), c.chunks) - 1;
-  c.slot = p.whole_nodes ? blockIdx.x * FAN : (c.first_item + c.at / FAN * FAN) * p.Hkv + c.head;
-  c.step = p.whole_nodes ? 1 : p.Hkv;
-  return c;
+  return first_chunk(p, sequence(p, low), low, low ? ends[low - 1] : 0, item, unit, item - unit * p.Hkv);
 }
 
 __device__ __forceinline__ i64 place_of(const Chunk& c, int row, i64 token_stride, i64 head_stride) {
@@ -261,9 +273,6 @@ struct Shared {
   Left left[WARPS];
   Scratch scratch[WARPS];
   Barrier ready[AHEAD], asked[AHEAD];  // a chunk and its pages; its queries
-#if X_TOUCH
-  Barrier late;
-#endif
   Barrier full, taken;   // all warps have left a chunk's states; they have been read
   int room[TEAM];
 };
@@ -302,9 +311,6 @@ __device__ __forceinline__ void walk(const Params& p, Shared& sh, int u, int war
     load_first(p, tile, next, tiles_of(next.chunk, warp), warp, lane);
   }
   int key = c.at * c.size + TILE * warp;
-#if X_TOUCH
-  if (!c.more && tiles <= 2 * STEP && lane == 0) arrive(sh.late);
-#endif
   for (int i = 0; i < tiles; i += STEP) {
     // The step that is asked for: where it begins, its head, tiles that there are.
     const int* pages = here.pages + warp + WARPS * (i + STEP);
@@ -329,13 +335,13 @@ __device__ __forceinline__ void walk(const Params& p, Shared& sh, int u, int war
     for (int h = 0; h < STEP; h++)
       if (h < more) load_k(p, tile, h, page[h], key + TILE * WARPS * h, head, lane);
 #if X_TAIL
-    if (!c.more && i + 2 * STEP < tiles && i + X_TAIL * STEP >= tiles) {
+    if (!c.more && i + X_FAR * STEP < tiles && i + X_TAIL * STEP >= tiles) {
       constexpr int LINES = TILE * D * sizeof(cell) / 128, LINE = 128 / sizeof(cell);
 #pragma unroll
       for (int h = 0; h < STEP; h++) {
-        if (i + 2 * STEP + h >= tiles) continue;
-        const i64 next = here.pages[warp + WARPS * (i + 2 * STEP + h)];
-        const int place = (begin + TILE * WARPS * (STEP + h)) % PAGE;
+        if (i + X_FAR * STEP + h >= tiles) continue;
+        const i64 next = here.pages[warp + WARPS * (i + X_FAR * STEP + h)];
+        const int place = (begin + TILE * WARPS * ((X_FAR - 1) * STEP + h)) % PAGE;
         for (int line = lane; line < 2 * LINES; line += 32) {
           const int key = line % LINES * LINE / D, d = line % LINES * LINE % D;
           if (line < LINES) hint(p.k + next * p.k_block + (place + key) * p.k_place + c.head * p.k_head + d);
@@ -343,9 +349,6 @@ __device__ __forceinline__ void walk(const Params& p, Shared& sh, int u, int war
         }
       }
     }
-#endif
-#if X_TOUCH
-    if (!c.more && i < tiles - 2 * STEP && i + 3 * STEP >= tiles && lane == 0) arrive(sh.late);
 #endif
     weigh(s, rows, i / STEP, lane, sh.scratch[warp], tile);
 #pragma unroll
@@ -429,7 +432,7 @@ __device__ __noinline__ void careful(const Params& p, const Chunk& c, Shared& sh
 }
 
 // Joins the sinks, once, and writes four channels of a row of output, with the first ones its logsumexp.
-__device__ __forceinline__ void finish(const Params& p, const Chunk& c, int row, int d, State x) {
+__device__ __forceinline__ void finish(const Params& p, const Chunk& c, int row, int d, State x, bool writes) {
   const int head = c.head * GROUP + row % GROUP;
   if (p.sinks) {
     const float sink = p.sinks[head] * 1.4426950408889634f, top = fmaxf(x.m, sink), anchor = anchor_of(top);
@@ -438,53 +441,55 @@ __device__ __forceinline__ void finish(const Params& p, const Chunk& c, int row,
     x.w = scaled(x.w, decay);
     x.m = top;
   }
-  const float l = x.l == 0.f ? 1.f : x.l;
-#if X_RECIP
-  float4 out = scaled(x.w, 1.f / l);
-#else
-  float4 out = make_float4(x.w.x / l, x.w.y / l, x.w.z / l, x.w.w / l);
-#endif
+  float4 out = scaled(x.w, 1.f / (x.l == 0.f ? 1.f : x.l));
   if (ELSA_FP8) out = scaled(out, factor_of(p, c.head));
-  write(p.out + place_of(c, row, p.out_token, p.out_head) + d, out);
-  if (!X_STAMP && p.lse && d == 0) {
+  if (writes) write(p.out + place_of(c, row, p.out_token, p.out_head) + d, out);
+  if (!X_STAMP && writes && p.lse && d == 0) {
     p.lse[(i64)(c.q0 + row / GROUP) * p.Hkv * GROUP + head] = (x.m + log2f(x.l)) * 0.6931471805599453f;
   }
 }
 
-__device__ __forceinline__ void put(const Params& p, u32 slot, int row, int d, const State& x) {
+__device__ __forceinline__ void put(const Params& p, u32 slot, int row, int d, const State& x, bool writes) {
   const u32 at = slot * ROWS + row;
-  __stcg(reinterpret_cast<float4*>(p.state_w + (i64)at * D + d), x.w);
-  if (d == 0) {
+  if (writes) __stcg(reinterpret_cast<float4*>(p.state_w + (i64)at * D + d), x.w);
+  if (writes && d == 0) {
     __stcg(p.state_m + at, x.m);
     __stcg(p.state_l + at, x.l);
   }
 }
 
-// A row's states in n slots, `step` apart, as one, under a maximum and a sum that are all states', in one half of the
-// channels: a lane has 64·half + 4·(lane % 16) … + 3. 32 states at a time: lane j has the weight of the j-th. Lanes below
-// 16 sum W over even places, the others over odd ones, and all have the sum of both.
-__device__ __forceinline__ State merge_states(const Params& p, u32 slot, u32 step, int n, int row, int half, int lane) {
+// A row's states in n slots, `step` apart, as one, under a maximum and a sum that are all states'. 32 at a time: lane j has
+// the weight of the j-th. Lanes below 16 sum W over even places, the others over odd ones. HALVES is 2: a lane gets its
+// four channels. It is 1: only half `half` of the channels, and those of lane l are 64·half + 4·(l % 16) … + 3.
+template <int HALVES>
+__device__ __forceinline__ State merge_states(const Params& p, u32 slot, u32 step, int n, int row, int half, int lane,
+                                              bool rehearsal) {
   constexpr int AT_ONCE = 8;
+  const u32 apart = step * ROWS * D * sizeof(float);  // one place and the next
   State x = {minus_infinity(), 0.f, make_float4(0.f, 0.f, 0.f, 0.f)};
+  float4 sum[HALVES];
+#pragma unroll
+  for (int h = 0; h < HALVES; h++) sum[h] = x.w;
   for (int base = 0; base < n; base += 32) {
-    const int here = min(n - base, 32);
+    const int here = min(n - base, 32), seen = rehearsal ? 0 : here;
     const u32 at = (slot + base * step) * ROWS + row;
     float m = minus_infinity(), l = 0.f;
-    if (lane < here) {
+    if (lane < seen) {
       m = __ldcg(p.state_m + at + lane * step * ROWS);
       l = __ldcg(p.state_l + at + lane * step * ROWS);
     }
-    const u32 apart = step * ROWS * D * sizeof(float);  // one place and the next
     const char* from = reinterpret_cast<const char*>(p.state_w + (i64)at * D + 64 * half + lane % 16 * 4) + lane / 16 * apart;
     float weight = 0.f;
     for (int j = 0; j < here; j += 2 * AT_ONCE, from += 2 * AT_ONCE * apart) {
-      float4 w[AT_ONCE];
+      float4 w[AT_ONCE][HALVES];
 #pragma unroll
-      for (int i = 0; i < AT_ONCE; i++) {
-        const int place = j + 2 * i + lane / 16;
-        w[i] = make_float4(0.f, 0.f, 0.f, 0.f);
-        if (place < here) w[i] = __ldcg(reinterpret_cast<const float4*>(from + (i64)(2 * i) * apart));
-      }
+      for (int i = 0; i < AT_ONCE; i++)
+#pragma unroll
+        for (int h = 0; h < HALVES; h++) {
+          w[i][h] = make_float4(0.f, 0.f, 0.f, 0.f);
+          if (j + 2 * i + lane / 16 < seen)
+            w[i][h] = __ldcg(reinterpret_cast<const float4*>(from + (i64)(2 * i) * apart) + 16 * h);
+        }
       if (j == 0) {  // while those are on their way
         float top = fmaxf(m, x.m);
 #pragma unroll
@@ -496,15 +501,21 @@ __device__ __forceinline__ State merge_states(const Params& p, u32 slot, u32 ste
         for (int o = 16; o; o /= 2) l += __shfl_xor_sync(~0u, l, o);
         x.m = top;
         x.l = fmaf(x.l, decay, l);
-        x.w = scaled(x.w, decay);
+#pragma unroll
+        for (int h = 0; h < HALVES; h++) sum[h] = scaled(sum[h], decay);
       }
 #pragma unroll
-      for (int i = 0; i < AT_ONCE; i++) add(x.w, __shfl_sync(~0u, weight, j + 2 * i + lane / 16), w[i]);
+      for (int i = 0; i < AT_ONCE; i++) {
+        const float f = __shfl_sync(~0u, weight, j + 2 * i + lane / 16);
+#pragma unroll
+        for (int h = 0; h < HALVES; h++) add(sum[h], f, w[i][h]);
+      }
     }
   }
-  const float4 other = make_float4(__shfl_xor_sync(~0u, x.w.x, 16), __shfl_xor_sync(~0u, x.w.y, 16),
-                                   __shfl_xor_sync(~0u, x.w.z, 16), __shfl_xor_sync(~0u, x.w.w, 16));
-  add(x.w, 1.f, other);
+  const float4 other = HALVES == 2 && lane < 16 ? sum[HALVES - 1] : sum[0];  // is summed by the lane 16 further
+  x.w = HALVES == 2 && lane >= 16 ? sum[HALVES - 1] : sum[0];
+  add(x.w, 1.f, make_float4(__shfl_xor_sync(~0u, other.x, 16), __shfl_xor_sync(~0u, other.y, 16),
+                            __shfl_xor_sync(~0u, other.z, 16), __shfl_xor_sync(~0u, other.w, 16)));
   return x;
 }
 
@@ -517,25 +528,14 @@ __device__ __forceinline__ void meet() {
 
 // Counts what the members have written; true where it comes last of `all`, and they see what the others have written.
 template <int MEMBERS>
-__device__ __forceinline__ bool arrives_last(int* counter, int all, int member, int lane, int rows) {
+__device__ __forceinline__ bool arrives_last(int* counter, int all, int member, int lane, bool rehearsal) {
   bool last = false;
-#if X_SPLIT
-  if (rows) {
-    __syncwarp();
-    const int mine = MEMBERS == 1 ? rows : member < rows ? (rows - 1 - member) / MEMBERS + 1 : 0;
-    if (mine && lane == 0) {
-      last = count(counter, mine) + mine == all * rows;
-      if (last) *counter = 0;
-    }
-  } else
-#endif
-  {
-    meet<MEMBERS>();
-    if (member == 0 && lane == 0) {
-      last = count(counter, 1) == all - 1;
-      if (last) *counter = 0;
-    }
+  if (!rehearsal) meet<MEMBERS>();
+  if (!rehearsal && member == 0 && lane == 0) {
+    last = count(counter) == all - 1;
+    if (last) *counter = 0;
   }
+  if (rehearsal) return true;
   if (MEMBERS > 1) return __syncthreads_or(last);
   last = __any_sync(~0u, last);
   __syncwarp();
@@ -545,18 +545,20 @@ __device__ __forceinline__ bool arrives_last(int* counter, int all, int member, 
 // The warps' states of a chunk are in shared memory: takes their sum to its place, and merges the node that is complete by
 // it, and the nodes.
 template <int MEMBERS>
-__device__ __forceinline__ void deliver(const Params& p, const Chunk& chunk, int member, int lane, Shared& sh) {
-  if (__any_sync(~0u, lane < WARPS && sh.left[lane].broken)) {
+__device__ __forceinline__ void deliver(const Params& p, const Chunk& chunk, int member, int lane, Shared& sh,
+                                        bool rehearsal) {
+  if (!rehearsal && __any_sync(~0u, lane < WARPS && sh.left[lane].broken)) {
     if (member == 0) careful(p, chunk, sh, lane);
     meet<MEMBERS>();
   }
+  constexpr int EACH = MEMBERS == 1 ? 1 : 2;  // warps that merge a row
   const Chunk c = chunk;  // in registers
   const u32 place = c.slot + c.at % FAN * c.step;
 #pragma unroll 1
   for (int row = member; row < c.rows; row += MEMBERS) {
     const State x = gather(sh, row, lane);
-    if (c.chunks == 1) finish(p, c, row, 4 * lane, x);
-    else put(p, place, row, 4 * lane, x);
+    if (c.chunks == 1) finish(p, c, row, 4 * lane, x, !rehearsal);
+    else put(p, place, row, 4 * lane, x, !rehearsal);
   }
   if (MEMBERS == 1) {
     __syncwarp();
@@ -572,17 +574,18 @@ __device__ __forceinline__ void deliver(const Params& p, const Chunk& chunk, int
 #pragma unroll 1
   for (bool whole = nodes == 1, counted = !p.whole_nodes;; whole = counted = true) {
     if (!counted) meet<MEMBERS>();
-    else if (!arrives_last<MEMBERS>(counter, n, member, lane, slot == c.slot ? c.rows : 0)) {
+    else if (!arrives_last<MEMBERS>(counter, n, member, lane, rehearsal)) {
       STAMP(8)
       return;
     }
     STAMP(9)
 #pragma unroll 1
-    for (int part = member; part < 2 * c.rows; part += MEMBERS) {
-      const int row = part / 2, half = part % 2, d = 64 * half + 4 * lane;
-      const State x = merge_states(p, slot, step, n, row, half, lane);
-      if (lane < 16 && whole) finish(p, c, row, d, x);
-      if (lane < 16 && !whole) put(p, nodes0 + c.at / FAN * p.Hkv, row, d, x);
+    for (int part = member; part < EACH * c.rows; part += MEMBERS) {
+      const int row = part / EACH, half = part % EACH, d = 64 * half + 4 * lane;
+      const State x = merge_states<2 / EACH>(p, slot, step, n, row, half, lane, rehearsal);
+      const bool writes = !rehearsal && (EACH == 1 || lane < 16);
+      if (whole) finish(p, c, row, d, x, writes);
+      else put(p, nodes0 + c.at / FAN * p.Hkv, row, d, x, writes);
     }
     if (whole) return;
     slot = nodes0, step = p.Hkv, n = nodes, counter = p.counters + c.s * p.Hkv + c.head;
@@ -608,12 +611,9 @@ __device__ __forceinline__ int page_of(const Guess& g, int size) {
   return size == LONGEST ? g.longest : size == CHUNK ? g.whole : size == CHUNK / 2 ? g.half : g.quarter;
 }
 
-// One warp prepares the block's chunk u, which comes after `c` where u is not 0, but for its queries. Returns it.
-__device__ __forceinline__ Chunk prepare(const Params& p, const int* ends, int items, Chunk c, int u, int lane, Shared& sh) {
-  if (u && c.at < c.last) c.at++;
-  else c = first_chunk(p, ends, u ? c.item + (int)gridDim.x : blockIdx.x);
+// One warp prepares the block's chunk u, c, but for its queries.
+__device__ __forceinline__ void prepare(const Params& p, int items, Chunk& c, int u, int lane, Shared& sh) {
   c.more = c.at < c.last || c.item + (int)gridDim.x < items;
-  c.end = min(c.keys, (c.at + 1) * c.size);
   Prepared& to = sh.prepared[u % AHEAD];
   if (lane == 0) to.chunk = c;
   if (u || p.B > 1) {  // else all threads do
@@ -626,37 +626,47 @@ __device__ __forceinline__ Chunk prepare(const Params& p, const int* ends, int i
   }
   arrive_with_copies(sh.ready[u % AHEAD]);
   arrive(sh.ready[u % AHEAD]);
+}
+
+__device__ __forceinline__ void prepare_q(const Params& p, const Chunk& c, int u, int lane, Shared& sh) {
+  if (u || p.B > 1) load_q(p, c, sh.prepared[u % AHEAD].q, lane);  // else `begin` does
+  arrive_with_copies(sh.asked[u % AHEAD]);
+  arrive(sh.asked[u % AHEAD]);
+}
+
+// The block's next chunk after c, its u-th.
+__device__ __forceinline__ Chunk prepare_next(const Params& p, const int* ends, int items, Chunk c, int u, int lane, Shared& sh) {
+  if (c.at < c.last) {
+    c.at++;
+    c.end = min(c.keys, (c.at + 1) * c.size);
+  } else {
+    c = first_chunk(p, ends, c.item + (int)gridDim.x);
+  }
+  prepare(p, items, c, u, lane, sh);
+  prepare_q(p, c, u, lane, sh);
   return c;
 }
 
-// The queries, if they are the first ones.
-__device__ __forceinline__ void hint_q(const Params& p, int head, int warp, int lane) {
-  constexpr int LINE = 128 / sizeof(element), LINES = D / LINE;
-  const int row = lane / LINES;
-  if (warp == TEAM - 1 && row < ROWS && row / GROUP < p.T)
-    hint(p.q + row / GROUP * p.q_token + (head * GROUP + row % GROUP) * p.q_head + lane % LINES * LINE);
-}
-
-// Asks for the only sequence's first tiles, and leaves the pages of the block's first chunk for all warps. What it needs
-// goes from memory to registers by the shortest way.
-__device__ __forceinline__ void begin(const Params& p, Tile& tile, int unit, int head, int warp, int lane, Shared& sh) {
+// For the last warp, the block's first chunk of the only sequence; x: that sequence. Asks for its queries and first tiles by the shortest way, and leaves the
+// pages of the others. Loads are answered in order, so nothing that is wanted before those tiles may be loaded after them.
+__device__ __forceinline__ Chunk begin(const Params& p, Sequence& x, Tile& tile, int unit, int head, int warp, int lane, Shared& sh) {
   constexpr int EACH = (LONGEST / TILE + THREADS - 1) / THREADS;
-  const int at = unit * (p.whole_nodes ? FAN : 1), keys = p.used[0];
+  const int at = unit * (p.whole_nodes ? FAN : 1);
+  x = sequence(p, 0);
   const Guess mine = guess(p, at, warp + WARPS * (lane % STEP));
-  const int q0 = p.cu[0], rows = (p.cu[1] - q0) * GROUP;
   Guess all[EACH];
 #pragma unroll
   for (int j = 0; j < EACH; j++) all[j] = guess(p, at, threadIdx.x + j * THREADS);
-#if X_Q
-  hint_q(p, head, warp, lane);
-#endif
-  keep(p.k_block);
-  keep(p.v_head);
-  const int size = chunk_of(keys), page = page_of(mine, size), first = at * size;
+  Chunk c;
+  if (warp == TEAM - 1) {
+    c = first_chunk(p, x, 0, 0, blockIdx.x, unit, head);
+    load_q(p, c, sh.prepared[0].q, lane);
+  }
+  const int size = chunk_of(x.keys), page = page_of(mine, size), first = at * size;
+  const int end = takes(p, x) && warp < WARPS ? min(x.keys, first + size) : 0;
   int pages[STEP];
 #pragma unroll
   for (int h = 0; h < STEP; h++) pages[h] = STEP == 1 ? page : __shfl_sync(~0u, page, h);
-  const int end = rows > 0 && rows <= ROWS && q0 < p.T && warp < WARPS ? min(keys, first + size) : 0;
 #pragma unroll
   for (int h = 0; h < STEP; h++) {
     const int key = first + TILE * (warp + WARPS * h);
@@ -667,17 +677,13 @@ __device__ __forceinline__ void begin(const Params& p, Tile& tile, int unit, int
     const int key = first + TILE * (warp + WARPS * h);
     if (key < end) load_v(p, tile, h, pages[h], key, head, lane);
   }
+  STAMP(2)
 #pragma unroll
   for (int j = 0; j < EACH; j++) {
     const int i = threadIdx.x + j * THREADS;
     if (TILE * i < size) sh.prepared[0].pages[i] = page_of(all[j], size);
   }
-}
-
-__device__ __forceinline__ void prepare_q(const Params& p, const Chunk& c, int u, int lane, Shared& sh) {
-  load_q(p, c, sh.prepared[u % AHEAD].q, lane);
-  arrive_with_copies(sh.asked[u % AHEAD]);
-  arrive(sh.asked[u % AHEAD]);
+  return c;
 }
 
 // The conductor's part; c: the block's first chunk. Returns which is its last one, which is not yet delivered.
@@ -686,13 +692,12 @@ __device__ __forceinline__ int conduct(const Params& p, const int* ends, int ite
   for (int u = 0;; u++) {
 #pragma unroll 1
     for (; next < u + AHEAD && c.more; next++) {
-      c = prepare(p, ends, items, c, next, lane, sh);
-      prepare_q(p, c, next, lane, sh);
+      c = prepare_next(p, ends, items, c, next, lane, sh);
     }
     const Chunk& now = prepared(sh, u).chunk;
     if (!now.more) return u;
     wait(sh.full, u);
-    deliver<1>(p, now, 0, lane, sh);
+    deliver<1>(p, now, 0, lane, sh, false);
     __syncwarp();
   }
 }
@@ -701,19 +706,17 @@ __device__ __forceinline__ int conduct(const Params& p, const int* ends, int ite
 __device__ __forceinline__ int stream_chunks(const Params& p, const int* ends, int items, Chunk c, Tile& tile, int warp, int lane,
                                              Shared& sh) {
   const Prepared& first = prepared(sh, 0);
-  if (!X_START || p.B > 1) load_first(p, tile, first, tiles_of(first.chunk, warp), warp, lane);
+  if (p.B > 1) load_first(p, tile, first, tiles_of(first.chunk, warp), warp, lane);
   STAMP(3)
   for (int u = 0;; u++) {
     const bool more = sh.prepared[u % AHEAD].chunk.more;
-    if (!CONDUCTOR && warp == WARPS - 1 && more) {
-      c = prepare(p, ends, items, c, u + 1, lane, sh);
-      prepare_q(p, c, u + 1, lane, sh);
-    }
+    if (!CONDUCTOR && warp == WARPS - 1 && more) c = prepare_next(p, ends, items, c, u + 1, lane, sh);
     Rows rows;
     walk(p, sh, u, warp, lane, tile, rows);
     STAMP(5)
     if (CONDUCTOR && u) wait(sh.taken, u - 1);
     const bool broken = __any_sync(~0u, leave(rows, sh.left[warp], lane));
+    STAMP(11)
     if (lane == 0) sh.left[warp].broken = broken;
     if (!more) return u;
     if (CONDUCTOR) {
@@ -721,7 +724,7 @@ __device__ __forceinline__ int stream_chunks(const Params& p, const int* ends, i
       if (lane == 0) arrive(sh.full);
     } else {
       __syncthreads();
-      deliver<TEAM>(p, sh.prepared[u % AHEAD].chunk, warp, lane, sh);
+      deliver<TEAM>(p, sh.prepared[u % AHEAD].chunk, warp, lane, sh, false);
       __syncthreads();
     }
   }
@@ -751,70 +754,43 @@ extern "C" __global__ void __launch_bounds__(THREADS, ELSA_MIN_BLOCKS) paged_dec
       }
       open(sh.full, WARPS);
       open(sh.taken, 1);
-#if X_TOUCH
-      open(sh.late, WARPS);
-#endif
     }
     __syncwarp();
-#if X_HINT
-    if (p.B == 1) {
-      const int at = unit * (p.whole_nodes ? FAN : 1);
-      if (lane < 4) {
-        const int size = lane == 3 ? LONGEST : CHUNK >> 2 - lane, place = at * size / PAGE;
-        if (place < p.table_width) hint(p.table + place);
-      } else if (lane < 6) {
-        hint(lane == 4 ? p.used : p.cu);
-      }
-      hint_q(p, head, warp, lane);
-    }
-#endif
   }
   wait_for_kernel_ahead();
   STAMP(1)
   Tile tile;
+  Chunk c;
   int items = p.Hkv;
   if (p.B == 1) {
-#if X_START
-    begin(p, tile, unit, head, warp, lane, sh);
-#else
-    constexpr int EACH = (LONGEST / TILE + THREADS - 1) / THREADS;
-    Guess all[EACH];
-    for (int j = 0; j < EACH; j++) all[j] = guess(p, unit * (p.whole_nodes ? FAN : 1), threadIdx.x + j * THREADS);
-    const int size = chunk_of(p.used[0]);
-    for (int j = 0; j < EACH; j++)
-      if (TILE * (threadIdx.x + j * THREADS) < size) sh.prepared[0].pages[threadIdx.x + j * THREADS] = page_of(all[j], size);
-#endif
-    items *= items_of(p, 0);
+    Sequence only;
+    c = begin(p, only, tile, unit, head, warp, lane, sh);
+    items *= items_of(p, only);
   } else {
     items *= sum_items(p, ends, sh.room);
   }
   if ((int)blockIdx.x >= items) return;
-  STAMP(2)
-  Chunk c;
   if (warp == TEAM - 1) {
-    c = prepare(p, ends, items, c, 0, lane, sh);
+    if (p.B > 1) c = first_chunk(p, ends, blockIdx.x);
+    prepare(p, items, c, 0, lane, sh);
     prepare_q(p, c, 0, lane, sh);
   }
   __syncthreads();
-  int u;
-  if (CONDUCTOR && warp == WARPS) {
-    u = conduct(p, ends, items, c, lane, sh);
-#if X_TOUCH
-    const Chunk& last = sh.prepared[u % AHEAD].chunk;
-    if (last.chunks > 1) {
-      wait(sh.late, 0);
-      const u32 at = (last.slot + last.at % FAN * last.step) * ROWS;
-      if (lane < last.rows) touch(p.state_w + (i64)(at + lane) * D);
-      if (lane == 31) touch(p.node_counters + last.slot);
-      if (lane == 30) touch(p.state_m + at);
-      if (lane == 29) touch(p.state_l + at);
-    }
-#endif
-  } else {
-    u = stream_chunks(p, ends, items, c, tile, warp, lane, sh);
+  const int u = CONDUCTOR && warp == WARPS ? conduct(p, ends, items, c, lane, sh)
+                                           : stream_chunks(p, ends, items, c, tile, warp, lane, sh);
+#if X_REHEARSE
+#pragma unroll 1
+  for (int rehearsal = CONDUCTOR && warp == WARPS;; rehearsal = 0) {
+    opaque(rehearsal);
+    if (!rehearsal) __syncthreads();
+    STAMP(6)
+    deliver<TEAM>(p, sh.prepared[u % AHEAD].chunk, rehearsal ? 0 : warp, lane, sh, rehearsal);
+    if (!rehearsal) break;
   }
+#else
   __syncthreads();
   STAMP(6)
-  deliver<TEAM>(p, sh.prepared[u % AHEAD].chunk, warp, lane, sh);
+  deliver<TEAM>(p, sh.prepared[u % AHEAD].chunk, warp, lane, sh, false);
+#endif
   STAMP(10)
 }

@@ -165,7 +165,7 @@ def source(dtype: torch.dtype) -> str:
         text = resources.files("kernels.bench").joinpath("_try/shipped.cu").read_text()
         stamp = "".join(f"#define {n}\n" for n in ["X_STAMP " + os.environ.get("ELSA_STAMP", "0")])
         return stamp + text.replace("#include TILES", inner)
-    names = ("X_START", "X_HINT", "X_RECIP", "X_SPLIT", "X_TOUCH", "X_TAIL", "X_Q", "X_STAMP")
+    names = ("X_TAIL", "X_FAR", "X_REHEARSE", "X_STAMP")
     given = dict(x.split("=") for x in on) | {"X_STAMP": os.environ.get("ELSA_STAMP", "0")}
     return "".join(f"#define {n} {given.get(n, 0)}\n" for n in names) + text.replace("#include TILES", inner)
 
