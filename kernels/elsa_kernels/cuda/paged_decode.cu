@@ -528,14 +528,13 @@ __device__ __forceinline__ void meet() {
 
 // Counts what the members have written; true where it comes last of `all`, and they see what the others have written.
 template <int MEMBERS>
-__device__ __forceinline__ bool arrives_last(int* counter, int all, int member, int lane, bool rehearsal) {
+__device__ __forceinline__ bool arrives_last(int* counter, int all, int member, int lane) {
   bool last = false;
-  if (!rehearsal) meet<MEMBERS>();
-  if (!rehearsal && member == 0 && lane == 0) {
+  meet<MEMBERS>();
+  if (member == 0 && lane == 0) {
     last = count(counter) == all - 1;
     if (last) *counter = 0;
   }
-  if (rehearsal) return true;
   if (MEMBERS > 1) return __syncthreads_or(last);
   last = __any_sync(~0u, last);
   __syncwarp();
@@ -573,8 +572,9 @@ __device__ __forceinline__ void deliver(const Params& p, const Chunk& chunk, int
   int n = min(FAN, c.chunks - c.at / FAN * FAN), *counter = p.node_counters + slot;
 #pragma unroll 1
   for (bool whole = nodes == 1, counted = !p.whole_nodes;; whole = counted = true) {
-    if (!counted) meet<MEMBERS>();
-    else if (!arrives_last<MEMBERS>(counter, n, member, lane, rehearsal)) {
+    if (rehearsal) {
+    } else if (!counted) meet<MEMBERS>();
+    else if (!arrives_last<MEMBERS>(counter, n, member, lane)) {
       STAMP(8)
       return;
     }
