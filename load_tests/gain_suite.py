@@ -162,7 +162,7 @@ def measure(args: argparse.Namespace, cell: SuiteCell) -> int:
 
 def run_cell(args: argparse.Namespace, cell: SuiteCell, folder: Path, *more: object) -> int:
     """`bench gain` of the cell with `more` flags, into `folder`."""
-    model, _ = written_model(args, cell, folder)
+    model = written_model(args, cell, folder)
     settings = {"dtype": cell.dtype, "load-format": "dummy", "resident-layers": 0, **placement(args, cell)}
     # A token a pass, and a prompt in one: what differs between the sides is then attention and nothing that it decides.
     settings |= {"num-speculative-tokens": 0, "prefill-round-tokens": cell.context}
@@ -179,22 +179,23 @@ def bench_gain(
     return bench(["gain", str(model), *map(str, flags), *quiet])
 
 
-def written_model(args: argparse.Namespace, cell: SuiteCell, folder: Path) -> tuple[Path, dict[str, Any]]:
-    """A model folder of the cell's layers, and its configuration."""
+def written_model(args: argparse.Namespace, cell: SuiteCell, folder: Path) -> Path:
+    """A model folder of the cell's layers."""
     model = folder / "model"
     model.mkdir(parents=True, exist_ok=True)
     config = json.loads(args.model.read_text()) | {"num_hidden_layers": cell.layers}
     (model / "config.json").write_text(json.dumps(config))
-    return model, config
+    return model
 
 
 def measure_vllm(args: argparse.Namespace, cell: SuiteCell) -> int:
     """The exit status. Each server gets the KV of one request, so that two fit a GPU."""
     folder = args.work / f"vllm-{cell.name}"
-    model, config = written_model(args, cell, folder)
-    write_tokenizer(model, config["vocab_size"])
+    model = written_model(args, cell, folder)
+    geometry = Geometry.from_config(load_config(model), DTYPES[cell.dtype])
+    write_tokenizer(model, geometry.vocab)
     tokens = cell.context + args.output_tokens + 1
-    a_token = 2 * cell.layers * config["num_key_value_heads"] * config["head_dim"] * DTYPES[cell.dtype].itemsize
+    a_token = geometry.layers * geometry.kv_token_bytes()
     settings = {
         "dtype": cell.dtype,
         "load-format": "dummy",

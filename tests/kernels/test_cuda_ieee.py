@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
-import hashlib
 import math
 import re
 import shutil
@@ -24,6 +23,7 @@ from elsa_kernels import Operands, Problem, registry
 from elsa_kernels.cuda import ieee, nvrtc, supports, tiles
 from elsa_kernels.reference import attention_reference
 
+from tests.kernels import on_host
 from tests.kernels.cases import CASES, INF, NAN, TOLERANCE, Case, check, judge
 
 IMPL = {"impl": "cuda_ieee", "precision": "ieee"}
@@ -263,26 +263,16 @@ def test_old_devices_take_fp32_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Host:
-    """Stands in for a device: tests/kernels/cuda_on_host.cpp, compiled once a variant."""
+    """Stands in for a device."""
 
     def __init__(self, room: Path) -> None:
         self.room = room
 
     def kernels(self, device: int, tile: tiles.Tile, vector: int, logits: bool) -> dict[str, ctypes.CDLL]:
-        text = re.sub(r"// machine: begin.*?// machine: end", "", ieee.source(), flags=re.S)
-        text = text.replace("extern __shared__ __align__(16) float", "alignas(16) static float")
-        text = text.replace("float shared[];", f"float shared[{tile.shared_bytes // 4}];")
-        defines = [f"-D{name}={value}" for name, value in tile.defines(vector=vector, logits=logits).items()]
-        path = self.room / hashlib.sha256(repr((text, defines)).encode()).hexdigest()[:16]
-        if not path.exists():
-            path.mkdir()
-            (path / "kernel.cu").write_text(text)
-            for name in ieee.names(tile):
-                command = ["g++", "-std=gnu++20", "-O1", "-mfma", "-ffp-contract=off", "-w", "-fno-strict-aliasing"]
-                command += ["-shared", "-fPIC", f"-DELSA_ENTRY={name}", "-DELSA_FP32=1", f'-DKERNEL="{path}/kernel.cu"']
-                command += [*defines, "-o", f"{path}/{name}.so", str(Path(__file__).with_name("cuda_on_host.cpp"))]
-                subprocess.run(command, check=True)
-        return {name: ctypes.CDLL(str(path / f"{name}.so")) for name in ieee.names(tile)}
+        source = ieee.source().replace("extern __shared__ __align__(16) float", "alignas(16) static float")
+        source = source.replace("float shared[];", f"float shared[{tile.shared_bytes // 4}];")
+        defines = tile.defines(vector=vector, logits=logits) | {"ELSA_FP32": 1}
+        return {name: on_host.library(self.room, source, name, defines, *on_host.FUSED) for name in ieee.names(tile)}
 
     def launch(
         self,

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import hashlib
-import re
-import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -18,11 +14,11 @@ from elsa_kernels import linear as elsa
 from elsa_kernels.cuda import linear_few, nvrtc
 from elsa_kernels.cuda.linear_few import FewTile
 
-from tests.kernels import aot
+from tests.kernels import aot, on_host
+from tests.kernels.on_host import needs_gpp
 from tests.kernels.test_linear import BOUND, operands, row_errors
 
 needs_nvrtc = pytest.mark.skipif(nvrtc.unavailable() is not None, reason=f"{nvrtc.unavailable()}")
-needs_gpp = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")
 
 TILES = [*linear_few.NARROW, *linear_few.WIDE, linear_few.MANY]
 SMALL = {  # of every kind, with fewer rows of W
@@ -34,25 +30,17 @@ SMALL = {  # of every kind, with fewer rows of W
 
 
 class Host:
-    """Stands in for a device: tests/kernels/cuda_on_host.cpp, compiled once a variant."""
+    """Stands in for a device."""
 
     def __init__(self, room: Path) -> None:
         self.room = room
         self.eager, self.seed = False, 0  # when copies to shared memory are made; how warps take turns
 
     def library(self, tile: FewTile) -> ctypes.CDLL:
-        text = re.sub(r"// machine: begin.*?// machine: end", "", linear_few.source(), flags=re.S)
         floats = f"alignas(16) static float shared[{tile.shared_bytes // 4}];"
-        text = text.replace("extern __shared__ float shared[];", floats)
-        defines = [f"-D{name}={value}" for name, value in tile.defines().items()]
-        defines += ["-DELSA_LINEAR=1", f"-DELSA_EAGER={int(self.eager)}", "-DELSA_ENTRY=linear_few"]
-        path = self.room / hashlib.sha256(repr((text, defines)).encode()).hexdigest()[:16]
-        if not path.with_suffix(".so").exists():
-            path.with_suffix(".cu").write_text(text)
-            command = ["g++", "-std=gnu++20", "-O1", "-mfma", "-ffp-contract=off", "-w", "-fno-strict-aliasing"]
-            command += ["-shared", "-fPIC", *defines, f'-DKERNEL="{path}.cu"', "-o", f"{path}.so"]
-            subprocess.run([*command, str(Path(__file__).with_name("cuda_on_host.cpp"))], check=True)
-        return ctypes.CDLL(f"{path}.so")
+        source = linear_few.source().replace("extern __shared__ float shared[];", floats)
+        defines = tile.defines() | {"ELSA_LINEAR": 1, "ELSA_EAGER": int(self.eager)}
+        return on_host.library(self.room, source, "linear_few", defines, *on_host.FUSED)
 
     def linear(self, x: torch.Tensor, w: elsa.SplitMatrix, bias: torch.Tensor | None, tile: FewTile) -> torch.Tensor:
         out = torch.full((x.shape[0], w.shape[0]), float("nan"))

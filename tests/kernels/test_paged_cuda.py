@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-import hashlib
-import re
-import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -20,14 +16,14 @@ from elsa_kernels.paged import cuda_decode, decode_counters, gather, launch, reg
 from elsa_kernels.paged.cuda_decode import Form
 from elsa_kernels.paged.problem import FP8, PagedOperands, PagedProblem
 
-from tests.kernels import aot
+from tests.kernels import aot, on_host
+from tests.kernels.on_host import needs_gpp
 from tests.kernels.paged_aot import problem as a_problem
 from tests.kernels.paged_cases import BATCHES, Batch, check, make
 from tests.kernels.test_paged import alone_arguments
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 needs_nvrtc = pytest.mark.skipif(nvrtc.unavailable() is not None, reason=f"{nvrtc.unavailable()}")
-needs_gpp = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")
 FORMS = {
     "16": Form(8, 2048, 1, longest=4096), "8": Form(11, 2112, 1, step=2, longest=4224),
     "32x4": Form(8, 2048, 1, rows=4), "32x8": Form(4, 1024, 2, conductor=False),
@@ -57,7 +53,7 @@ def around_the_sizes(form: Form, group: int = 2, *, fp8: bool = False) -> Batch:
 
 
 class Host:
-    """Runs the kernel through tests/kernels/cuda_on_host.cpp, compiled once a variant."""
+    """Runs the kernel where there is no GPU."""
 
     def __init__(self, room: Path) -> None:
         self.room = room
@@ -65,27 +61,10 @@ class Host:
         self.conductor = True
 
     def library(self, problem: PagedProblem, form: Form) -> ctypes.CDLL:
-        machine = re.compile(r"// machine: begin.*?// machine: end", re.DOTALL)
-        text = machine.sub("", cuda_decode.source(problem.dtype)).replace(
+        source = cuda_decode.source(problem.dtype).replace(
             "extern __shared__ uint4 dynamic[];", "static uint4 dynamic[1 << 14];"
         )
-        defines = [f"-D{name}={value}" for name, value in form.defines(problem).items()]
-        path = self.room / hashlib.sha256(repr((text, defines)).encode()).hexdigest()[:16]
-        if not path.with_suffix(".so").exists():
-            path.with_suffix(".cu").write_text(text)
-            command = [
-                "g++",
-                "-std=gnu++20",
-                "-O1",
-                "-w",
-                "-fno-strict-aliasing",
-                "-shared",
-                "-fPIC",
-                "-DELSA_ENTRY=paged_decode",
-            ]
-            command += [*defines, f'-DKERNEL="{path}.cu"', "-o", f"{path}.so"]
-            subprocess.run([*command, str(Path(__file__).with_name("cuda_on_host.cpp"))], check=True)
-        return ctypes.CDLL(f"{path}.so")
+        return on_host.library(self.room, source, "paged_decode", form.defines(problem))
 
     def run(self, problem: PagedProblem, operands: PagedOperands) -> None:
         form = SMALL[torch.float32 if problem.dtype == torch.float32 else torch.float16]

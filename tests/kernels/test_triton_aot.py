@@ -65,7 +65,7 @@ def test_splitting_compiles(target: str) -> None:
 
 @pytest.mark.parametrize("D", [64, 128])
 def test_splitting_for_hopper_loads_wide_and_spills_nothing(D: int) -> None:
-    """Four channels at a time wherever none has moved; single loads are in the branch for those that have."""
+    """Four channels at a time, moved or not."""
     for compiled in aot.planes_variants("sm_90", D):
         assert aot.resources(compiled)["stack"] == 0
         assert len(re.findall(r"LDG\.E\.128", aot.machine_code(compiled))) >= D // 4
