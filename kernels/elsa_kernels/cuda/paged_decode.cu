@@ -580,23 +580,27 @@ __device__ __forceinline__ void deliver(const Params& p, const Chunk& chunk, int
   }
 }
 
-// The page of tile `tile` of a chunk, in each of the sizes that it may have: asked for while that is not yet known.
-struct Guess {
-  int quarter, half, whole, longest;
-};
-
-__device__ __forceinline__ int guess(const Params& p, int at, int tile, int size) {
-  const int place = (at * size + TILE * tile) / PAGE;
-  return TILE * tile < size && place < p.table_width ? p.table[place] : 0;
-}
-
-__device__ __forceinline__ Guess guess(const Params& p, int at, int tile) {
-  return {guess(p, at, tile, CHUNK / 4), guess(p, at, tile, CHUNK / 2), guess(p, at, tile, CHUNK),
-          guess(p, at, tile, LONGEST)};
-}
-
-__device__ __forceinline__ int page_of(const Guess& g, int size) {
-  return size == LONGEST ? g.longest : size == CHUNK ? g.whole : size == CHUNK / 2 ? g.half : g.quarter;
+// The pages of the block's first chunk, of the only sequence. All sizes' are asked for while it is not known of which one
+// the chunk is; x gets the sequence.
+__device__ __forceinline__ void first_pages(const Params& p, Sequence& x, int* pages) {
+  constexpr int EACH = (LONGEST / TILE + THREADS - 1) / THREADS;
+  const int at = blockIdx.x / p.Hkv * (p.whole_nodes ? FAN : 1), sizes[] = {CHUNK / 4, CHUNK / 2, CHUNK, LONGEST};
+  int page[EACH][4];
+#pragma unroll
+  for (int j = 0; j < EACH; j++)
+#pragma unroll
+    for (int n = 0; n < 4; n++) {
+      const int first = TILE * (threadIdx.x + j * THREADS), place = (at * sizes[n] + first) / PAGE;
+      page[j][n] = first < sizes[n] && place < p.table_width ? p.table[place] : 0;
+    }
+  x = sequence(p, 0);
+  const int size = chunk_of(x.keys);
+#pragma unroll
+  for (int j = 0; j < EACH; j++) {
+    const int i = threadIdx.x + j * THREADS;
+    if (TILE * i < size)
+      pages[i] = size == LONGEST ? page[j][3] : size == CHUNK ? page[j][2] : size == CHUNK / 2 ? page[j][1] : page[j][0];
+  }
 }
 
 // One warp prepares the block's chunk u, c, but for its queries.
@@ -617,7 +621,7 @@ __device__ __forceinline__ void prepare(const Params& p, int items, Chunk& c, in
 }
 
 __device__ __forceinline__ void prepare_q(const Params& p, const Chunk& c, int u, int lane, Shared& sh) {
-  if (u || p.B > 1) load_q(p, c, sh.prepared[u % AHEAD].q, lane);  // else `begin` does
+  load_q(p, c, sh.prepared[u % AHEAD].q, lane);
   arrive_with_copies(sh.asked[u % AHEAD]);
   arrive(sh.asked[u % AHEAD]);
 }
@@ -636,45 +640,6 @@ __device__ __forceinline__ Chunk prepare_next(const Params& p, const int* ends, 
   return c;
 }
 
-// Asks for the queries and the first tiles of the only sequence, x, and leaves the pages of the block's first chunk, which
-// the last warp gets. Loads are answered in order: nothing wanted before those tiles may be loaded after them.
-__device__ __forceinline__ Chunk begin(const Params& p, Sequence& x, Tile& tile, int unit, int head, int warp, int lane,
-                                       Shared& sh) {
-  constexpr int EACH = (LONGEST / TILE + THREADS - 1) / THREADS;
-  const int at = unit * (p.whole_nodes ? FAN : 1);
-  x = sequence(p, 0);
-  const Guess mine = guess(p, at, warp + WARPS * (lane % STEP));
-  Guess all[EACH];
-#pragma unroll
-  for (int j = 0; j < EACH; j++) all[j] = guess(p, at, threadIdx.x + j * THREADS);
-  Chunk c;
-  if (warp == TEAM - 1) {
-    c = first_chunk(p, x, 0, 0, blockIdx.x, unit, head);
-    load_q(p, c, sh.prepared[0].q, lane);
-  }
-  const int size = chunk_of(x.keys), page = page_of(mine, size), first = at * size;
-  const int end = takes(p, x) && warp < WARPS ? min(x.keys, first + size) : 0;
-  int pages[STEP];
-#pragma unroll
-  for (int h = 0; h < STEP; h++) pages[h] = STEP == 1 ? page : __shfl_sync(~0u, page, h);
-#pragma unroll
-  for (int h = 0; h < STEP; h++) {
-    const int key = first + TILE * (warp + WARPS * h);
-    if (key < end) load_k(p, tile, h, pages[h], key, head, lane);
-  }
-#pragma unroll
-  for (int h = 0; h < STEP; h++) {
-    const int key = first + TILE * (warp + WARPS * h);
-    if (key < end) load_v(p, tile, h, pages[h], key, head, lane);
-  }
-#pragma unroll
-  for (int j = 0; j < EACH; j++) {
-    const int i = threadIdx.x + j * THREADS;
-    if (TILE * i < size) sh.prepared[0].pages[i] = page_of(all[j], size);
-  }
-  return c;
-}
-
 // The conductor's part; c: the block's first chunk. Returns which is its last one, which is not yet delivered.
 __device__ __forceinline__ int conduct(const Params& p, const int* ends, int items, Chunk c, int lane, Shared& sh) {
   int next = 1;
@@ -690,10 +655,11 @@ __device__ __forceinline__ int conduct(const Params& p, const int* ends, int ite
 }
 
 // The other warps' part, which returns the same. Without a conductor, c is the last warp's.
-__device__ __forceinline__ int stream_chunks(const Params& p, const int* ends, int items, Chunk c, Tile& tile, int warp,
-                                             int lane, Shared& sh) {
+__device__ __forceinline__ int stream_chunks(const Params& p, const int* ends, int items, Chunk c, int warp, int lane,
+                                             Shared& sh) {
+  Tile tile;
   const Prepared& first = prepared(sh, 0);
-  if (p.B > 1) load_first(p, tile, first, tiles_of(first.chunk, warp), warp, lane);
+  load_first(p, tile, first, tiles_of(first.chunk, warp), warp, lane);
   for (int u = 0;; u++) {
     const bool more = sh.prepared[u % AHEAD].chunk.more;
     if (!CONDUCTOR && warp == WARPS - 1 && more) c = prepare_next(p, ends, items, c, u + 1, lane, sh);
@@ -728,7 +694,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, ELSA_MIN_BLOCKS) paged_dec
   Shared& sh = *reinterpret_cast<Shared*>(dynamic);
   int* ends = reinterpret_cast<int*>(&sh + 1);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int unit = blockIdx.x / p.Hkv, head = blockIdx.x - unit * p.Hkv;
   if (warp == TEAM - 1) {
     if (lane == 0) {
       for (int i = 0; i < AHEAD; i++) {
@@ -741,25 +706,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, ELSA_MIN_BLOCKS) paged_dec
     __syncwarp();
   }
   wait_for_kernel_ahead();
-  Tile tile;
-  Chunk c;
   int items = p.Hkv;
   if (p.B == 1) {
     Sequence only;
-    c = begin(p, only, tile, unit, head, warp, lane, sh);
+    first_pages(p, only, sh.prepared[0].pages);
     items *= items_of(p, only);
   } else {
     items *= sum_items(p, ends, sh.room);
   }
   if ((int)blockIdx.x >= items) return;
+  Chunk c;
   if (warp == TEAM - 1) {
-    if (p.B > 1) c = first_chunk(p, ends, blockIdx.x);
+    c = first_chunk(p, ends, blockIdx.x);
     prepare(p, items, c, 0, lane, sh);
     prepare_q(p, c, 0, lane, sh);
   }
   __syncthreads();
   const int u = CONDUCTOR && warp == WARPS ? conduct(p, ends, items, c, lane, sh)
-                                           : stream_chunks(p, ends, items, c, tile, warp, lane, sh);
+                                           : stream_chunks(p, ends, items, c, warp, lane, sh);
   __syncthreads();
   deliver<TEAM>(p, sh.prepared[u % AHEAD].chunk, warp, lane, sh);
 }
