@@ -34,8 +34,8 @@ HOST_ATTENTION, DISK_ATTENTION = "attention on the host", "attention over KV on 
 class Share:
     """One request's part of a pass: `new` tokens after `past`.
 
-    Where its KV lies is known once it runs: tokens of both `on_device` and `on_disk`, the others in host memory, and of
-    those not on the device the ones `shared` with an earlier share, read once for both. None: as the plan places them.
+    Where its KV lies is known once it runs: tokens of both `on_device` and `on_disk`, the others in host memory. Those
+    `shared` with an earlier share, and `shared_on_device`, are read once for both. None: as the plan places them.
     """
 
     past: int
@@ -43,6 +43,7 @@ class Share:
     on_device: int | None = None
     on_disk: int = 0
     shared: int = 0
+    shared_on_device: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,14 +106,14 @@ def running_shares(parts: Iterable[tuple[RequestKV, int]]) -> list[Share]:
     for kv, new in parts:
         total = kv.length + new
         tokens = {"gpu": 0, "host": 0, "disk": 0}
-        shared = 0
+        shared = {True: 0, False: 0}  # on the device, elsewhere
         for span in kv.spans_of(0, total):
             count = min(span.tokens, total - span.first)
             tokens[span.extent.tier] += count
-            if not span.extent.on_device and id(span.extent) in seen:
-                shared += count
+            if id(span.extent) in seen:
+                shared[span.extent.on_device] += count
             seen.add(id(span.extent))
-        shares.append(Share(kv.length, new, tokens["gpu"], tokens["disk"], shared))
+        shares.append(Share(kv.length, new, tokens["gpu"], tokens["disk"], shared[False], shared[True]))
     return shares
 
 
@@ -138,10 +139,12 @@ def whole_layers(geometry: Geometry, new: int, fused: bool) -> int:
 
 
 def in_graph(plan: Plan, shares: Sequence[Share]) -> bool:
-    """Whether a pass is replayed from a CUDA graph: of one token each, with all KV on the device, as all layers are."""
+    """Whether a pass is replayed from a CUDA graph: of one token each, with all layers and all KV on the device, and no
+    KV shared."""
     room = plan.kv_pool_tokens if all(share.on_device is None for share in shares) else sys.maxsize
     here = all(share.on_device in (None, share.past + share.new) and share.new == 1 for share in shares)
-    return plan.graphs and here and sum(share.past + share.new for share in shares) <= room
+    own = not any(share.shared_on_device for share in shares)
+    return plan.graphs and here and own and sum(share.past + share.new for share in shares) <= room
 
 
 def device_seconds(geometry: Geometry, rates: Rates, shares: Sequence[Share], fused: bool = False) -> float:
@@ -154,8 +157,13 @@ def device_seconds(geometry: Geometry, rates: Rates, shares: Sequence[Share], fu
         flops += 2.0 * (layers * parameters + keys_alone) * share.new
         activations += geometry.activation_bytes() * layers * share.new
         attention += _attention_seconds(geometry, rates, share, share.past + share.new, fused)
-    read = (geometry.weights_bytes + geometry.outside_bytes) / rates.device_memory
+    read = (geometry.weights_bytes + geometry.head_bytes) / rates.device_memory
     return max(flops / rates.flops, read) + attention + activations / rates.activations
+
+
+def small_seconds(layers: int, rates: Rates, chunks: int) -> float:
+    """The device's time for what is neither bytes nor FLOPs: a layer's small kernels, and the cut into chunks."""
+    return layers * (rates.graph_layer_s + (chunks - 1) * rates.chunk_s)
 
 
 def _attention_seconds(geometry: Geometry, rates: Rates, share: Share, keys: int, fused: bool) -> float:
@@ -163,7 +171,7 @@ def _attention_seconds(geometry: Geometry, rates: Rates, share: Share, keys: int
     layers = whole_layers(geometry, share.new, fused)
     seen = share.new * max(0.0, keys - share.new / 2)  # causal
     flops = 4.0 * layers * geometry.heads * geometry.head_dim * seen
-    nbytes = layers * geometry.kv_token_bytes() * keys
+    nbytes = layers * geometry.kv_token_bytes() * max(0, keys - share.shared_on_device)
     return max(flops / rates.attention_flops, nbytes / rates.device_attention)
 
 
@@ -201,7 +209,7 @@ def _work(plan: Plan, shares: Sequence[Share]) -> _Work:
         to_host += new * token
         to_disk += min(share.new, total - on_device - on_host) * token
         device_s -= _attention_seconds(geometry, rates, Share(0, share.new), share.new, fused)
-        if total > on_device and share.past and share.new <= limit:
+        if plan.in_place and total > on_device and share.past and share.new <= limit:
             in_place += max(0, on_host - share.shared) * token
             mapped += (total - on_device - on_host) * token
             in_place_flops += row_flops * share.new * (total - on_device)
@@ -218,9 +226,11 @@ def _work(plan: Plan, shares: Sequence[Share]) -> _Work:
     chunks = max(1, -(-sum(share.new for share in shares) // plan.chunk_tokens))
     issue = geometry.layers * chunks * rates.layer_s + rates.pass_s
     if fused:
-        device_s += geometry.layers * (rates.graph_layer_s + (chunks - 1) * rates.chunk_s)
+        device_s += small_seconds(geometry.layers, rates, chunks)
     if replayed:
         device_s, issue = device_s + rates.graph_pass_s, 0.0
+    elif fused:
+        device_s += rates.pass_s  # before a pass's first layer and behind its last the device waits for the host
     return _Work(
         to_device, to_host, to_disk, fetched, fetch_hidden_s, from_disk, in_place, mapped, in_place_flops, device_s,
         issue, hops,
@@ -258,7 +268,8 @@ def _time(work: _Work, rates: Rates, one_memory: bool) -> Prediction:
         ISSUE: work.issue_s,
         FETCH: work.device_s + fetching if fetching > 0 else 0.0,
         TO_HOST: work.to_host / rates.d2h,
-        TO_DISK: work.device_s + work.to_disk / rates.disk_write if work.to_disk else 0.0,
+        # Python waits for these writes, and issues nothing meanwhile.
+        TO_DISK: max(work.device_s, work.issue_s) + work.to_disk / rates.disk_write if work.to_disk else 0.0,
         DISK: (work.from_disk + work.mapped) / rates.disk,
     }
     found = {name: value for name, value in pipes.items() if value}

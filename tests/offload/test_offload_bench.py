@@ -32,7 +32,7 @@ def test_runs_of_one_load_become_rows(tmp_path: Path) -> None:
     assert serial["tokens_equal"]
     assert serial["hidden_s"] == 0
     assert streamed["predicted_decode_s_per_token"] > 0
-    assert streamed["predicted_prefill_s"] == pytest.approx(streamed["prefill_predicted_s"])
+    assert streamed["predicted_prefill_s"] == pytest.approx(streamed["live_predicted_prefill_s"])
     assert serial["predicted_decode_s_per_token"] is None
     assert streamed["prefill_s"] > 0
     assert streamed["decode_s_per_token"] > 0
