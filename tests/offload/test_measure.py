@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from engine_models import make_config
+from engine_models import make_config, make_engine
 
 from elsa_serve.errors import BudgetError
-from elsa_serve.offload import measure, probes
+from elsa_serve.offload import loading, measure, probes
 from elsa_serve.offload.machine import Rates, assumed_rates
 from elsa_serve.offload.plan import Geometry
 
@@ -119,22 +119,75 @@ def test_any_few_turns_come_to_all_regions() -> None:
 
 
 def test_rates_of_an_engines_own_memory(
-    measured: Rates, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    measured: Rates, rates_of_memory: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Attended are layers of its KV, copied are its weights; what has changed since the machine was measured is said."""
+    """Attended are layers of its KV, copied are its weights; what has changed since then is told."""
     monkeypatch.setattr(measure, "BESIDE_S", 0.02)
     monkeypatch.setattr(measure, "WARM_UP_S", 0.0)
     kv, heads = torch.ones(5 * 65536, dtype=torch.uint8), measure.Heads(2, 2, 32)
     weights = [torch.ones(n, dtype=torch.uint8) for n in (300_000, 200_000)]
     known = replace(measured, cpu_attention=1.0)
-    found = measure.rates_of_memory(known, CPU, torch.float32, heads, kv, 65536, weights)
+    found = rates_of_memory(known, CPU, torch.float32, heads, kv, 65536, weights)
     changed = {name for name, value in asdict(found).items() if value != asdict(known)[name]}
     assert changed == {"h2d", "cpu_attention", "h2d_beside_cpu_attention", "cpu_attention_beside_h2d", "source"}
     assert "other rates now" in caplog.text
     assert "cpu_attention +" in caplog.text
-    alone = measure.rates_of_memory(known, CPU, torch.float32, heads, kv, 65536, [])
+    alone = rates_of_memory(known, CPU, torch.float32, heads, kv, 65536, [])
     assert alone.cpu_attention > 1.0
     assert alone.h2d == known.h2d
+
+
+def test_an_engine_is_measured_by_what_lies_in_host_memory(
+    make: Any, rates_of_memory: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its streamed layers and its layers' KV there; the placement stays, the times follow."""
+    seen: list[Any] = []
+
+    def looking(rates: Rates, device: Any, dtype: Any, heads: Any, kv: Any, nbytes: int, weights: Any, **o: Any) -> Any:
+        seen.extend((kv.numel() // nbytes, [w.numel() for w in weights], o))
+        return replace(rates_of_memory(rates, device, dtype, heads, kv, nbytes, weights, **o), cpu_attention=1e3)
+
+    monkeypatch.setattr(measure, "BESIDE_S", 0.02)
+    monkeypatch.setattr(measure, "WARM_UP_S", 0.0)
+    monkeypatch.setattr(measure, "rates_of_memory", looking)
+    engine = make(gpu_memory="1600KiB", max_batch=1, resident_layers=1)
+    plan, loaded = engine.plan, engine._loaded
+    assert plan.kv_host_tokens > 0
+    now = loading.with_rates_now(plan, loaded.weights, loaded.host_buffer.tensor, 1)
+    layers = plan.geometry.layers
+    assert seen == [layers, [plan.geometry.layer_bytes] * (layers - 1), {"threads": 1}]
+    assert now.pipes["decode"]["attention on the host"] > plan.kv_host_bytes / 1e3
+    for placed in ("kv_host_tokens", "resident_layers", "chunk_tokens", "host_bytes"):
+        assert getattr(now, placed) == getattr(plan, placed)
+
+    def refuse(*_: Any, **__: Any) -> Rates:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(measure, "rates_of_memory", refuse)
+    assert loading.with_rates_now(plan, loaded.weights, loaded.host_buffer.tensor, 1) is plan
+    assert "no memory to measure with (no room)" in caplog.text
+    # Nothing is measured where the host attends nothing.
+    for other in (replace(plan, in_place=False), replace(plan, kv_host_bytes=0, kv_gpu_bytes=1 << 30)):
+        assert loading.with_rates_now(other, loaded.weights, loaded.host_buffer.tensor, 1) is other
+
+
+@pytest.mark.gpu
+def test_an_engine_on_a_gpu_is_measured_when_it_starts(
+    tmp_path: Path, rates_of_memory: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "rates_of_memory", rates_of_memory)
+    make_config(
+        "llama", hidden_size=1024, intermediate_size=2752, num_attention_heads=8, num_key_value_heads=8, head_dim=128,
+        max_position_embeddings=16384,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    options: dict[str, Any] = {"context": 16384, "max_batch": 1, "load_format": "dummy", "device": "cuda"}
+    engine = make_engine(tmp_path, **options, gpu_memory="2000MiB", host_memory="4GiB", resident_layers=0)
+    try:
+        assert engine.plan.kv_host_tokens > 0
+        assert engine.plan.rates.source.endswith("of host memory when the engine started")
+        assert engine.plan.rates.cpu_attention != assumed_rates(torch.float32).cpu_attention
+    finally:
+        engine.shutdown()
 
 
 @pytest.mark.parametrize("linear", ["torch", "elsa"])
