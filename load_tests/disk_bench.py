@@ -46,6 +46,8 @@ WARM_UP_PROMPT = 4096  # tokens: whole chunks, so that the prompt that is timed 
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     first_tokens: list[int] = []
+    if args.output and args.fresh:
+        args.output.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="elsa-disk-bench-") as name:
         folder = Path(name)
         write_s = write_checkpoint(args, folder)
@@ -69,6 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--host-memory", action="append", required=True, help="host budget, +KV on disk; several rows")
     parser.add_argument("--folder", type=Path, help="where the checkpoint is written (default: the temporary folder)")
     parser.add_argument("--output", type=Path, help="results file to append the rows to")
+    parser.add_argument("--fresh", action="store_true", help="without the rows that --output has from earlier runs")
     return parser
 
 

@@ -29,8 +29,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", type=Path, help="results files (default: all of load_tests/results)")
     parser.add_argument("--limit", type=float, default=15.0, help="per cent that a prediction may be off (default: 15)")
+    parser.add_argument("--commit", default="", help="only rows of commits that begin so")
     args = parser.parse_args(argv)
-    found = [line for file in args.files or sorted(RESULTS.glob("*.json")) for line in comparisons(file)]
+    files = args.files or sorted(RESULTS.glob("*.json"))
+    found = [line for file in files for line in comparisons(file, args.commit)]
     print(f"{'configuration':<66} {'phase':>8} {'predicted s':>11} {'measured s':>10} {'off':>7} {'live':>7}")
     for name, phase, predicted, measured, live in found:
         there = f"{off(live, measured):>+6.1f}%" if live else f"{'–':>7}"
@@ -40,9 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if far else 0
 
 
-def comparisons(file: Path) -> Iterator[tuple[str, str, float, float, float | None]]:
+def comparisons(file: Path, commit: str = "") -> Iterator[tuple[str, str, float, float, float | None]]:
     """(configuration, phase, predicted seconds, measured ones, live prediction) of a file's rows that have the two."""
-    for row in results_file.read(file)["rows"]:
+    doc = results_file.read(file)
+    for row in doc["rows"]:
+        if not str(row.get("commit", doc["commit"])).startswith(commit):
+            continue
         for phase, (guess, fact) in PHASES.items():
             if row.get(guess) and row.get(fact):
                 yield configuration(row), phase, row[guess], row[fact], row.get(f"live_{guess}")

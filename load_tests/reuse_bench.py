@@ -54,6 +54,8 @@ DRAFT_TOKENS = 15
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
+    if args.output and args.fresh:
+        args.output.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as folder, shared_weights(args, Path(folder)) as (directory, weights, load_s):
         bandwidth = read_bandwidth(weights)
         steps = Steps([])
@@ -87,6 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--resident-layers", type=int, help="layers on the device (default: planned)")
     parser.add_argument("--case", action="append", choices=sorted(CASES), help="default: all")
     parser.add_argument("--output", type=Path, help="results file to put the rows into")
+    parser.add_argument("--fresh", action="store_true", help="without the rows that --output has from earlier runs")
     return parser
 
 
