@@ -218,8 +218,11 @@ def _plan(options: EngineOptions, device: torch.device, config: Any, dtype: torc
     if chosen.disk_layers:
         rates = replace(rates, disk=checkpoint_rate(options.model_dir) or rates.disk)
     if chosen.kv_disk_bytes:
-        nbytes = min(measure.WRITTEN, chosen.kv_disk_bytes)
-        rates = replace(rates, disk_write=measure.disk_write_rate(_kv_folder(options), device, nbytes))
+        nbytes, run = (
+            min(measure.WRITTEN, chosen.kv_disk_bytes),
+            chosen.chunk_tokens * geometry.head_dim * dtype.itemsize,
+        )
+        rates = replace(rates, disk_write=measure.disk_write_rate(_kv_folder(options), device, nbytes, run))
     return plan(rates) if rates is not chosen.rates else chosen
 
 

@@ -40,7 +40,9 @@ from elsa_serve.offload.host import FileBuffer, HostBuffer
 from elsa_serve.offload.in_place import worker_threads
 from elsa_serve.offload.kv import Extent, Span
 from elsa_serve.offload.machine import Rates, assumed_rates, gpu_facts, host_memory
+from elsa_serve.offload.streams import make_streams
 from elsa_serve.offload.units import format_size
+from elsa_serve.offload.working import runs_of
 
 if TYPE_CHECKING:
     from elsa_serve.offload.plan import Geometry
@@ -53,6 +55,7 @@ BESIDE_S = 0.4  # seconds for which copies and CPU attention run beside each oth
 AGREE = 0.1  # two rounds of host memory's rates are within this part of each other, or there is another round
 MOST_ROUNDS = 5
 ROWS, WEIGHTS = 48, 3  # products of one row in a timed run, and matrices that they take in turn
+SHORT_RUN = 64  # tokens
 LAYERS = 8  # whose products are timed in turn: together more than a cache holds
 QUERIES = 8  # calls of attention of one query in a timed run
 CPU_ROWS = 32  # query tokens that bind the CPU kernel by arithmetic
@@ -207,7 +210,7 @@ def describe(rates: Rates) -> list[str]:
         f"activations {rates.activations / giga:.1f} GB/s",
         f"a layer of a decode pass {rates.layer_s * 1e3:.3f} ms, a pass besides {rates.pass_s * 1e3:.3f} ms; from a "
         f"graph {rates.graph_layer_s * 1e3:.3f} and {rates.graph_pass_s * 1e3:.3f} ms; a prompt's chunk costs a layer "
-        f"{rates.chunk_s * 1e3:.3f} ms",
+        f"{rates.chunk_s * 1e3:.3f} ms, a run of KV copied {rates.run_s * 1e6:.1f} µs",
         f"disk, past the page cache {rates.disk / giga:.2f} GB/s, to new pages of a file {rates.disk_write / giga:.2f} "
         "GB/s",
     ]
@@ -230,6 +233,7 @@ def measure_rates(
     sizes = sizes or sizes_for(device, dtype)
     found: dict[str, Any] = {"source": f"measured on {_machine_key(device).partition(', torch')[0]}"}
     found |= _memory_rates(device, dtype, heads, sizes)
+    found |= {"run_s": _run_seconds(device, heads, dtype)}
     folder = envs.cache_dir()
     found |= {"disk": _disk_rate(sizes.file, folder), "disk_write": disk_write_rate(folder, device, sizes.file)}
     # The last: they leave the device's memory free. The probes' prompts are over before power limits the clock.
@@ -552,6 +556,24 @@ def _as_a_graph(device: torch.device, work: Callable[[], object]) -> Callable[[]
     return again
 
 
+def _run_seconds(device: torch.device, heads: Heads, dtype: torch.dtype) -> float:
+    """What the copy of a run takes the host to issue, of short ones that the copy engines do not wait for."""
+    capacity, streams = 2 * SHORT_RUN, make_streams(device)
+    home = HostBuffer(heads.token_bytes(dtype) * capacity, pin=device.type == "cuda")
+    try:
+        new = torch.zeros(2, heads.keys, SHORT_RUN, heads.dim, dtype=dtype, device=device)
+        place = home.tensor.view(dtype).view(2, heads.keys, capacity, heads.dim)[:, :, :SHORT_RUN]
+        lane = streams.lane("measure")
+
+        def issue() -> None:
+            lane.submit(runs_of(place, new), object="kv", direction="d2h").synchronize()
+
+        return seconds(issue, device.type == "cuda") / (2 * heads.keys)
+    finally:
+        streams.close()
+        home.close()
+
+
 def _disk_rate(nbytes: int, folder: Path) -> float:
     """Reads of a file written for it; the assumed rate where no such file can be."""
     try:
@@ -569,9 +591,9 @@ def _disk_rate(nbytes: int, folder: Path) -> float:
         return Rates().disk
 
 
-def disk_write_rate(folder: Path, device: torch.device, nbytes: int = WRITTEN) -> float:
-    """Copies from the device into a new mapped file, in runs as KV on disk is written; the assumed rate where no such
-    file can be."""
+def disk_write_rate(folder: Path, device: torch.device, nbytes: int = WRITTEN, run: int = RUN) -> float:
+    """Copies from the device into a new mapped file, in runs of so many bytes, as KV on disk is written; the assumed
+    rate where no such file can be."""
     try:
         file = FileBuffer(nbytes, folder)
     except BudgetError as error:
@@ -579,8 +601,8 @@ def disk_write_rate(folder: Path, device: torch.device, nbytes: int = WRITTEN) -
         return Rates().disk_write
     source = torch.ones(nbytes, dtype=torch.uint8, device=device)
     began = time.perf_counter()
-    for run, part in zip(file.tensor.split(RUN), source.split(RUN)):
-        run.copy_(part, non_blocking=True)
+    for place, part in zip(file.tensor.split(run), source.split(run)):
+        place.copy_(part, non_blocking=True)
     return nbytes / (time.perf_counter() - began)
 
 

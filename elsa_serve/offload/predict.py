@@ -184,7 +184,7 @@ def _work(plan: Plan, shares: Sequence[Share]) -> _Work:
     host_room = geometry.kv_tokens(plan.kv_host_bytes) if plan.kv_disk_bytes else sys.maxsize
     to_device, to_host, from_disk = float(streamed), 0.0, float(plan.disk_bytes)
     in_place, mapped, in_place_flops, to_disk = 0.0, 0.0, 0.0, 0.0
-    fetched, fetch_hidden_s = 0.0, 0.0
+    fetched, fetch_hidden_s, copies = 0.0, 0.0, 0
     fused = plan.device_type == "cuda"
     replayed = in_graph(plan, shares)
     if replayed:
@@ -217,6 +217,7 @@ def _work(plan: Plan, shares: Sequence[Share]) -> _Work:
             hops = geometry.layers
         else:
             to_device += old * token
+            copies += (1 if old else 0) + (-(-new // plan.chunk_tokens) if new > FEW else 0)
             fetched += old * token
             fetch_hidden_s += _beside_fetch(plan, share.new) if old else 0.0
             from_disk += max(0, old - on_host) * token
@@ -224,7 +225,8 @@ def _work(plan: Plan, shares: Sequence[Share]) -> _Work:
     if plan.kv_disk_cached:
         from_disk, in_place, mapped = float(plan.disk_bytes), in_place + mapped, 0.0
     chunks = max(1, -(-sum(share.new for share in shares) // plan.chunk_tokens))
-    issue = geometry.layers * chunks * rates.layer_s + rates.pass_s
+    # KV goes and comes head by head, keys and values apart, and every run is a copy for the host to issue.
+    issue = geometry.layers * (chunks * rates.layer_s + copies * 2 * geometry.kv_heads * rates.run_s) + rates.pass_s
     if fused:
         device_s += small_seconds(geometry.layers, rates, chunks)
     if replayed:

@@ -32,7 +32,7 @@ RATES = Rates(
     h2d=50e9, d2h=40e9, device_memory=3e12, device_attention=2e12, host_memory=100e9, flops=500e12,
     attention_flops=400e12,
     cpu_attention=100e9, cpu_attention_beside_h2d=60e9, h2d_beside_cpu_attention=45e9, cpu_attention_flops=1e12,
-    disk=2e9, activations=200e9, layer_s=1e-4, pass_s=1e-3,
+    disk=2e9, activations=200e9, layer_s=1e-4, pass_s=1e-3, run_s=0.0,
     graph_attention=2e12, graph_layer_s=0.0, graph_pass_s=0.0, chunk_s=0.0, source="of this test",
 )  # fmt: skip
 SHAPE: dict[str, Any] = {
@@ -314,10 +314,25 @@ def test_writes_to_a_file_come_on_top_of_what_python_issues() -> None:
     """By hand: in chunks of 64 tokens the issue of a prompt takes longer than the device, and waits for every write."""
     small: dict[str, Any] = {"resident_layers": 0, "host_budget": 30 * GIB, "context": 8192, "chunk_tokens": 64}
     made = plan(kv_disk=40 * GIB, rates=replace(RATES, layer_s=5e-3), gpu_budget=4 * GIB, **small)
-    issue = 40 * 128 * 5e-3 + RATES.pass_s
+    issue = 40 * 128 * 5e-3 + RATES.pass_s  # of runs, which take nothing here
     assert made.kv_disk_tokens > 0
     assert made.ttft_s == pytest.approx(issue + made.kv_disk_tokens * TOKEN / RATES.disk_write)
     assert made.bottleneck["prefill"] == "KV to disk"  # type: ignore[index]
+
+
+def test_every_run_of_a_heads_kv_is_issued() -> None:
+    """By hand: 128 chunks of 64 tokens, of which some stay on the device; a round over 4,096 brings those back."""
+    rates = replace(RATES, layer_s=1e-5, run_s=1e-3)
+    made = plan(gpu_budget=4 * GIB, resident_layers=0, context=8192, chunk_tokens=64, rates=rates)
+    here = made.kv_gpu_tokens
+    assert 64 < here < 4096
+    prompt, after = (
+        pass_time(made, [share]).pipes["issue by the host"] for share in (Share(0, 8192), Share(4096, 1024))
+    )
+    home = -(-(8192 - here) // 64)
+    assert prompt == pytest.approx(40 * (128 * 1e-5 + home * 80 * 1e-3) + RATES.pass_s)
+    assert after == pytest.approx(40 * (16 * 1e-5 + (1 + 16) * 80 * 1e-3) + RATES.pass_s)  # what was there, its own
+    assert pass_time(made, [Share(8191, 1)]).pipes["issue by the host"] == pytest.approx(40 * 1e-5 + RATES.pass_s)
 
 
 def test_kv_on_disk_that_free_memory_holds_is_read_from_there() -> None:
