@@ -3,13 +3,14 @@
 Copies to the device, copies to the host and reads from disk each run beside everything else. The device's own work and
 the host's attention are one chain: a layer's host tokens are attended between its projections, so their times add. What
 the chain and the copies both read from host memory, they read more slowly while the other does, too. A pass takes as
-long as the slowest of these.
+long as the slowest of these, or longer where the ring of slots makes copies and chain wait for each other in turn.
 """
 
 from __future__ import annotations
 
 import math
 import sys
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -26,6 +27,7 @@ ROUNDS = 20  # of the iteration for two pipes that slow each other down; it sett
 
 TO_DEVICE, TO_HOST, DISK = "copies to the device", "copies to the host", "disk"
 TO_DISK, FETCH = "KV to disk", "KV brought to the device"
+SLOTS = "copies that wait for a slot"
 DEVICE, ISSUE = "compute", "issue by the host"
 HOST_ATTENTION, DISK_ATTENTION = "attention on the host", "attention over KV on disk"
 
@@ -84,7 +86,36 @@ def pass_time(plan: Plan, shares: Sequence[Share], pace: float = 1.0) -> Predict
     if pace != 1.0:
         beside = pace * rates.cpu_attention_beside_h2d
         rates = replace(rates, cpu_attention=pace * rates.cpu_attention, cpu_attention_beside_h2d=beside)
-    return _time(_work(plan, shares), rates, one_memory=plan.device_type == "cpu")
+    work = _work(plan, shares)
+    found = _time(work, rates, one_memory=plan.device_type == "cpu")
+    if work.fetched or plan.device_type == "cpu":
+        return found
+    copying, computing = found.pipes.get(TO_DEVICE, 0.0), max(found.pipes.get(HOST_ATTENTION, 0.0), work.device_s)
+    waiting = ring_seconds(plan, copying, computing)
+    if waiting <= 1.001 * found.seconds:
+        return found
+    return replace(found, seconds=waiting, pipes=found.pipes | {SLOTS: waiting})
+
+
+def ring_seconds(plan: Plan, copying: float, computing: float) -> float:
+    """A pass of layers whose weights come through a ring of slots, from the seconds of all its copies and of all its
+    layers. A slot is free again when its layer has been computed, so in front of resident layers, which take time and
+    no copy, the ring is full and the copies wait: between passes that follow each other nothing else is lost."""
+    layers, streamed, resident = plan.geometry.layers, plan.streamed_layers, set(plan.resident_layers)
+    if not streamed or not resident:
+        return max(copying, computing)
+    arrived, ended, ends = 0.0, 0.0, []
+    released = deque([0.0] * plan.slots)  # when each slot is free
+    for _ in range(3):  # by the second pass they are alike
+        for index in range(layers):
+            if index not in resident:
+                arrived = max(arrived, released.popleft()) + copying / streamed
+                ended = max(ended, arrived)
+            ended += computing / layers
+            if index not in resident:
+                released.append(ended)
+        ends.append(ended)
+    return ends[2] - ends[1]
 
 
 class Pace:
