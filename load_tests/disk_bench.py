@@ -46,16 +46,14 @@ WARM_UP_PROMPT = 4096  # tokens: whole chunks, so that the prompt that is timed 
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     first_tokens: list[int] = []
-    if args.output and args.fresh:
-        args.output.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="elsa-disk-bench-") as name:
         folder = Path(name)
         write_s = write_checkpoint(args, folder)
-        for host in args.host_memory:
+        for i, host in enumerate(args.host_memory):
             row = measure(args, host, folder, first_tokens) | {"write_s": write_s}
             print(json.dumps(row), flush=True)
             if args.output:
-                record(args.output, row)
+                record(args.output, row, fresh=args.fresh and i == 0)
     return 0
 
 

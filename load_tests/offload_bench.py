@@ -434,11 +434,11 @@ def host_peak() -> int | None:
 # --- the results file ---------------------------------------------------------------------------------------------
 
 
-def record(file: Path, row: dict[str, Any]) -> None:
-    """Put a row into the file, in place of the one of the same configuration. The file's head is of the latest run;
-    every row names its own commit and date, and what else of a head its own differs in."""
+def record(file: Path, row: dict[str, Any], fresh: bool = False) -> None:
+    """Put a row into the file, in place of the one of the same configuration; `fresh`, of all that it has. The file's
+    head is of the latest run; every row names its own commit and date, and what else of a head its own differs in."""
     doc = results_file.document([])
-    if file.exists():
+    if file.exists() and not fresh:
         before = results_file.read(file)
         configuration = {key: row.get(key) for key in CONFIGURATION}
         others = [old for old in before["rows"] if {key: old.get(key) for key in CONFIGURATION} != configuration]

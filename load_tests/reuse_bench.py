@@ -54,8 +54,6 @@ DRAFT_TOKENS = 15
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    if args.output and args.fresh:
-        args.output.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as folder, shared_weights(args, Path(folder)) as (directory, weights, load_s):
         bandwidth = read_bandwidth(weights)
         steps = Steps([])
@@ -64,11 +62,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps({"load_s": load_s, "engine_s": time.perf_counter() - start}), flush=True)
         try:
             bench = Bench(args, engine, steps, base_row(args, engine, bandwidth))
-            for case in args.case or ("speculation", "shared document"):
-                for row in CASES[case](bench):
-                    print(json.dumps(row), flush=True)
-                    if args.output:
-                        record(args.output, row)
+            cases = args.case or ("speculation", "shared document")
+            for i, row in enumerate(row for case in cases for row in CASES[case](bench)):
+                print(json.dumps(row), flush=True)
+                if args.output:
+                    record(args.output, row, fresh=args.fresh and i == 0)
         finally:
             engine.shutdown()
     return 0
