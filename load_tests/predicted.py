@@ -61,6 +61,7 @@ def configuration(row: dict[str, Any]) -> str:
         f"{row['context']} tokens",
         row["gpu_cap"],
         row["attention"],
+        "elsa linear" if row.get("linear") == "elsa" else None,
         row.get("case"),
         asked,
     )
