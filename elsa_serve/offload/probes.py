@@ -84,8 +84,7 @@ def _activations(probe: _Probe, rates: Rates, prompt: int, on_gpu: bool) -> floa
     fifty times the activations of the probe's, so what is not theirs must not be taken for it."""
     geometry = probe.plan.geometry
     rest = probe.prefill_s - device_seconds(geometry, replace(rates, activations=math.inf), [Share(0, prompt)], on_gpu)
-    if on_gpu:
-        rest -= small_seconds(geometry.layers, rates, 1) + rates.pass_s
+    rest -= rates.pass_s + (small_seconds(geometry.layers, rates, 1) if on_gpu else geometry.layers * rates.layer_s)
     # Never less than a twentieth of the prefill: rates measured a moment apart may leave nothing of it.
     nbytes = geometry.activation_bytes() * whole_layers(geometry, prompt, on_gpu) * prompt
     return nbytes / max(rest, 0.05 * probe.prefill_s)

@@ -207,6 +207,9 @@ def test_a_prompts_fixed_costs_are_not_its_activations() -> None:
     products = 2 * (3 * parameters + keys) * tokens / 1e13
     expected = geometry.activation_bytes() * 3 * tokens / (1.0 - products - 4 * 0.05 - 0.1)
     assert probes._activations(probe, rates, tokens, on_gpu=True) == pytest.approx(expected)
+    # Without a GPU the issue of every layer is part of it; all layers are passed whole, and nothing is fused.
+    expected = geometry.activation_bytes() * 4 * tokens / (1.0 - 2 * 4 * parameters * tokens / 1e13 - 4 * 0.03 - 0.1)
+    assert probes._activations(probe, replace(rates, layer_s=0.03), tokens, on_gpu=False) == pytest.approx(expected)
     slow = replace(rates, flops=1e12)  # nothing is left
     assert probes._activations(probe, slow, tokens, on_gpu=True) == geometry.activation_bytes() * 3 * tokens / 0.05
 

@@ -225,9 +225,10 @@ def test_every_round_of_a_long_prompt_is_its_slowest_pipe() -> None:
 
 
 def test_without_a_gpu_copies_and_compute_take_turns() -> None:
-    made = plan(device_type="cpu", resident_layers=0, context=1024, rates=replace(RATES, layer_s=0.0, pass_s=0.0))
+    made = plan(device_type="cpu", resident_layers=0, context=1024, rates=replace(RATES, layer_s=2e-3, pass_s=5e-3))
     compute = device_seconds(GEOMETRY, RATES, [Share(1023, 1)])
-    assert made.s_per_token == pytest.approx(GEOMETRY.weights_bytes / 50e9 + compute, rel=0.01)
+    issue = 40 * 2e-3 + 5e-3  # nobody else computes meanwhile
+    assert made.s_per_token == pytest.approx(GEOMETRY.weights_bytes / 50e9 + compute + issue, rel=0.01)
 
 
 def test_a_batch_shares_one_pass_over_the_weights() -> None:
