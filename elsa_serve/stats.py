@@ -81,7 +81,8 @@ class DiskReads:
 
 @dataclass(frozen=True, slots=True)
 class StepStats:
-    """One pass over the layers. `predicted_s` is what the planner expects of it; 0: nothing."""
+    """One pass over the layers. `planned_s` is what the planner expects of it, from rates measured before the first
+    pass; `predicted_s` the same at the pace of the host's attention in the passes before this one. 0: nothing."""
 
     phase: Phase
     duration_s: float
@@ -92,6 +93,7 @@ class StepStats:
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     host_attention: HostAttention | None = None
+    planned_s: float = 0.0
     predicted_s: float = 0.0
     disk: DiskReads | None = None
 

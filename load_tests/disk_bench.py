@@ -35,8 +35,8 @@ from load_tests.offload_bench import (
     generate,
     host_peak,
     prompt_of,
-    prompt_seconds,
     record,
+    significant,
     timings,
 )
 
@@ -49,11 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="elsa-disk-bench-") as name:
         folder = Path(name)
         write_s = write_checkpoint(args, folder)
-        for host in args.host_memory:
+        for i, host in enumerate(args.host_memory):
             row = measure(args, host, folder, first_tokens) | {"write_s": write_s}
             print(json.dumps(row), flush=True)
             if args.output:
-                record(args.output, row)
+                record(args.output, row, fresh=args.fresh and i == 0)
     return 0
 
 
@@ -64,11 +64,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="float16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--context", type=int, default=2048, help="prompt tokens (default: 2048)")
-    parser.add_argument("--decode-tokens", type=int, default=4, help="tokens after the first (default: 4)")
+    parser.add_argument("--decode-tokens", type=int, default=6, help="tokens after the first (default: 6)")
     parser.add_argument("--gpu-memory", default="5GiB", help="device budget, enforced (default: 5GiB)")
     parser.add_argument("--host-memory", action="append", required=True, help="host budget, +KV on disk; several rows")
     parser.add_argument("--folder", type=Path, help="where the checkpoint is written (default: the temporary folder)")
     parser.add_argument("--output", type=Path, help="results file to append the rows to")
+    parser.add_argument("--fresh", action="store_true", help="without the rows that --output has from earlier runs")
     return parser
 
 
@@ -145,6 +146,7 @@ def measure(args: argparse.Namespace, host_and_disk: str, folder: Path, first_to
     return row | {
         "resident_layers": len(plan.resident_layers),
         "disk_layers": len(plan.disk_layers),
+        "chunk_tokens": plan.chunk_tokens,
         "kv_tokens": {"gpu": plan.kv_gpu_tokens, "host": plan.kv_host_tokens, "disk": plan.kv_disk_tokens},
         "gpu_cap_bytes": plan.gpu_budget,
         "host_cap_bytes": plan.host_budget,
@@ -152,8 +154,7 @@ def measure(args: argparse.Namespace, host_and_disk: str, folder: Path, first_to
         **disk_reads(steps.passes),
         "kv_disk_bytes": plan.kv_disk_tokens * plan.geometry.layers * plan.geometry.kv_token_bytes(),
         "disk_bytes_per_s": plan.rates.disk,
-        "predicted_prefill_s": prompt_seconds(plan, args.context),
-        "planned_decode_s_per_token": plan.s_per_token,
+        "rates": significant(plan.rates),
         "floor_s": plan.disk_bytes / plan.rates.disk,
         "peak_host_bytes": host_peak(),
         "tokens_equal": tokens == first_tokens,

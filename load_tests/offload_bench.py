@@ -5,10 +5,11 @@
 
 Every --run changes some of the flags for one configuration; without any, the flags are the one configuration. All runs
 of a process share the loaded and page-locked weights. Each run warms up on a shorter prompt first; prefill is one pass
-over the prompt, decode the median over the passes after it, predicted before each by what the ones before it showed of
-the host; what was planned before the run stands beside it. `floor_s` is what this machine allows for the placement:
-the KV in host memory, read once a pass by all cores, the weights over PCIe, or both out of one memory, whichever takes
-the longest.
+over the prompt, decode the median over the passes after it. `predicted_…` is what the planner said from the `rates` of
+the row, all measured before the run's first pass; `live_predicted_…` is what the server's metrics say, where each
+pass is predicted by what the ones before it showed of the host. `floor_s` is what this machine allows for the
+placement: the KV in host memory, read once a pass by all cores, the weights over PCIe, or both out of one memory,
+whichever takes the longest.
 
 The model has LLaMA-13B's geometry with its positions stretched from 4,096 to 131,072 (linear rope scaling by 32).
 """
@@ -23,9 +24,9 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,7 @@ from elsa_serve.offload.engine import OffloadEngine
 from elsa_serve.offload.loading import DTYPES
 from elsa_serve.offload.machine import Rates, host_memory
 from elsa_serve.offload.measure import Heads, rates
-from elsa_serve.offload.plan import HOST_PROCESS, Plan
-from elsa_serve.offload.predict import pass_time
-from elsa_serve.offload.rounds import rounds_of
+from elsa_serve.offload.plan import HOST_PROCESS
 from elsa_serve.offload.split import CHOICES, split_linears
 from elsa_serve.offload.weights import ModelWeights, load_model
 from elsa_serve.protocol import GenerationRequest, SamplingParams, stream
@@ -59,6 +58,7 @@ CONFIGURATION = (
     "system", "model", "layers", "dtype", "attention", "linear", "context", "batch", "serial", "fused", "gpu_cap",
     "asked", "case",
 )  # fmt: skip
+HEAD = ("commit", "date", "command", "machine", "versions")  # of a file: a row's own where it has none of them
 # Recorded where set by hand.
 PLANNED = ("graphs", "host_memory", "resident_layers", "slots", "chunk_tokens", "prefill_round_tokens", "host_threads")
 WARM_UP_TOKENS = 3
@@ -269,9 +269,7 @@ def measure(
             "weights_host_bytes": streamed,
             "gpu_cap_bytes": plan.gpu_budget,
             **timed,
-            # The twin that copies and computes in turn is not what the planner predicts.
-            "predicted_prefill_s": None if run.serial else prompt_seconds(plan, run.context),
-            "planned_decode_s_per_token": None if run.serial else plan.s_per_token,
+            "rates": significant(rates),
             "peak_gpu_bytes": memory.device_used,
             "peak_torch_bytes": memory.peak_reserved,
             "peak_host_bytes": used,
@@ -289,10 +287,9 @@ def measure(
     )
 
 
-def prompt_seconds(plan: Plan, tokens: int) -> float:
-    """What the planner expects of this prompt. Its own first-token time is that of a prompt of full length, and the
-    tokens after ours may cost that one a pass more."""
-    return sum(pass_time(plan, [share]).seconds for share in rounds_of(plan, tokens))
+def significant(rates: Rates) -> dict[str, Any]:
+    """The rates that a row's predictions are from, in four digits."""
+    return {name: float(f"{x:.4g}") if isinstance(x, float) else x for name, x in asdict(rates).items()}
 
 
 def make_engine(run: argparse.Namespace, directory: Path, weights: ModelWeights, steps: Steps) -> OffloadEngine:
@@ -361,10 +358,11 @@ def timings(passes: list[StepStats]) -> dict[str, Any]:
     return {
         "prefill_s": sum(one.duration_s for one in prefills),
         "prefill_rounds": len(prefills),
-        "prefill_predicted_s": sum(one.predicted_s for one in prefills),
-        "decode_s_per_token": statistics.median(one.duration_s for one in decodes) if decodes else None,
-        # Of the passes that were timed, each before it; what earlier ones showed of the host counts.
-        "predicted_decode_s_per_token": statistics.median([one.predicted_s for one in decodes] or [0.0]) or None,
+        "predicted_prefill_s": sum(one.planned_s for one in prefills) or None,
+        "live_predicted_prefill_s": sum(one.predicted_s for one in prefills) or None,
+        "decode_s_per_token": median(one.duration_s for one in decodes),
+        "predicted_decode_s_per_token": median(one.planned_s for one in decodes),
+        "live_predicted_decode_s_per_token": median(one.predicted_s for one in decodes),
         "decode_s_min": min((one.duration_s for one in decodes), default=None),
         "decode_s_max": max((one.duration_s for one in decodes), default=None),
         "stall_s": sum(t.stall_s for t in transfers),
@@ -376,6 +374,12 @@ def timings(passes: list[StepStats]) -> dict[str, Any]:
         "decode_h2d_bytes_per_s": _rate(decode_transfers, "h2d"),
         **host_attention(decodes),
     }
+
+
+def median(seconds: Iterable[float]) -> float | None:
+    """Of what was timed, or predicted: None where nothing was."""
+    found = list(seconds)
+    return statistics.median(found) or None if found else None
 
 
 def host_attention(decodes: list[StepStats]) -> dict[str, Any]:
@@ -430,13 +434,23 @@ def host_peak() -> int | None:
 # --- the results file ---------------------------------------------------------------------------------------------
 
 
-def record(file: Path, row: dict[str, Any]) -> None:
-    """Put a row into the file, in place of the one of the same configuration; a row names its own commit, the file's
-    machine, versions, commit and command are those of the latest run."""
-    known = results_file.read(file)["rows"] if file.exists() else []
-    configuration = {key: row.get(key) for key in CONFIGURATION}
-    kept = [old for old in known if {key: old.get(key) for key in CONFIGURATION} != configuration]
-    results_file.write(file, [*kept, row | {"commit": results_file.commit()}])
+def record(file: Path, row: dict[str, Any], fresh: bool = False) -> None:
+    """Put a row into the file, in place of the one of the same configuration; `fresh`, of all that it has. The file's
+    head is of the latest run; every row names its own commit and date, and what else of a head its own differs in."""
+    doc = results_file.document([])
+    if file.exists() and not fresh:
+        before = results_file.read(file)
+        configuration = {key: row.get(key) for key in CONFIGURATION}
+        others = [old for old in before["rows"] if {key: old.get(key) for key in CONFIGURATION} != configuration]
+        doc["rows"] = [of_its_own(old, before, doc) for old in others]
+    doc["rows"].append(row | {key: doc[key] for key in ("commit", "date")})
+    results_file.write_document(file, doc)
+
+
+def of_its_own(row: dict[str, Any], before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """An older row with what it shared with its file's former head, as far as the new one says something else."""
+    shared = {key: before[key] for key in HEAD if key not in row and before[key] != now[key]}
+    return row | shared
 
 
 def table(rows: list[dict[str, Any]]) -> None:

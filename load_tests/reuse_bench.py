@@ -38,10 +38,12 @@ from load_tests.offload_bench import (
     MODEL,
     Steps,
     floor_seconds,
+    median,
     prompt_of,
     read_bandwidth,
     record,
     shared_weights,
+    significant,
 )
 
 TRACE = Path(__file__).parents[1] / "elsa_serve" / "offload" / "scheduler.py"
@@ -60,11 +62,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps({"load_s": load_s, "engine_s": time.perf_counter() - start}), flush=True)
         try:
             bench = Bench(args, engine, steps, base_row(args, engine, bandwidth))
-            for case in args.case or ("speculation", "shared document"):
-                for row in CASES[case](bench):
-                    print(json.dumps(row), flush=True)
-                    if args.output:
-                        record(args.output, row)
+            cases = args.case or ("speculation", "shared document")
+            for i, row in enumerate(row for case in cases for row in CASES[case](bench)):
+                print(json.dumps(row), flush=True)
+                if args.output:
+                    record(args.output, row, fresh=args.fresh and i == 0)
         finally:
             engine.shutdown()
     return 0
@@ -85,6 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--resident-layers", type=int, help="layers on the device (default: planned)")
     parser.add_argument("--case", action="append", choices=sorted(CASES), help="default: all")
     parser.add_argument("--output", type=Path, help="results file to put the rows into")
+    parser.add_argument("--fresh", action="store_true", help="without the rows that --output has from earlier runs")
     return parser
 
 
@@ -113,7 +116,7 @@ def base_row(args: argparse.Namespace, engine: OffloadEngine, bandwidth: float) 
         "attention": "elsa", "linear": args.linear, "context": args.context, "gpu_cap": args.gpu_memory,
         "gpu_cap_bytes": plan.gpu_budget, "resident_layers": len(plan.resident_layers),
         "kv_host_bytes": on_host, "weights_host_bytes": streamed, "host_read_bytes_per_s": bandwidth,
-        "floor_s": floor_seconds(streamed, on_host, bandwidth, plan.rates),
+        "floor_s": floor_seconds(streamed, on_host, bandwidth, plan.rates), "rates": significant(plan.rates),
     }  # fmt: skip
 
 
@@ -174,7 +177,7 @@ def speculation(bench: Bench) -> Iterator[dict[str, Any]]:
     plain = tokens_per_s(passes)
     yield bench.row | {
         "case": "speculation off", "batch": 1, "decode_s_per_token": seconds,
-        "predicted_decode_s_per_token": predicted(passes), "tokens_per_s": plain,
+        **predicted(passes, "decode_s_per_token"), "tokens_per_s": plain,
         "cached_tokens": ends[0].cached_tokens, "first_prompt_s": bench.first_s,
     }  # fmt: skip
     bench.engine.make_lookup = lambda prompt, most, longest: KnownTokens(prompt, tokens, pattern, longest)
@@ -184,7 +187,7 @@ def speculation(bench: Bench) -> Iterator[dict[str, Any]]:
     yield bench.row | {
         "case": "speculation, copy-heavy trace", "batch": 1, "tokens_per_s": tokens_per_s(passes),
         "speedup": tokens_per_s(passes) / plain, "s_per_pass": statistics.median(one.duration_s for one in passes),
-        "predicted_s_per_pass": predicted(passes), "passes": len(passes), "drafted_tokens": drafted,
+        **predicted(passes, "s_per_pass"), "passes": len(passes), "drafted_tokens": drafted,
         "accepted_tokens": accepted, "tokens_equal": again == tokens,
     }  # fmt: skip
 
@@ -196,7 +199,7 @@ def shared_document(bench: Bench) -> Iterator[dict[str, Any]]:
     seconds = statistics.median(one.duration_s for one in passes)
     yield bench.row | {
         "case": "shared document", "batch": bench.args.requests, "s_per_pass": seconds,
-        "predicted_s_per_pass": predicted(passes), "tokens_per_s": bench.args.requests / seconds,
+        **predicted(passes, "s_per_pass"), "tokens_per_s": bench.args.requests / seconds,
         "floor_tokens_per_s": bench.args.requests / bench.row["floor_s"],
         "tokens_per_s_alone": tokens_per_s(single), "cached_tokens": min(end.cached_tokens for end in ends),
         "tokens_equal": results[0][: len(alone)] == alone[: len(results[0])],
@@ -204,9 +207,12 @@ def shared_document(bench: Bench) -> Iterator[dict[str, Any]]:
     }  # fmt: skip
 
 
-def predicted(passes: list[StepStats]) -> float:
-    """What the planner expected of the median pass."""
-    return statistics.median(one.predicted_s for one in passes)
+def predicted(passes: list[StepStats], name: str) -> dict[str, Any]:
+    """What the planner expected of the median pass: before the first one, and before each by those before it."""
+    return {
+        f"predicted_{name}": median(one.planned_s for one in passes),
+        f"live_predicted_{name}": median(one.predicted_s for one in passes),
+    }
 
 
 CASES: dict[str, Callable[[Bench], Iterator[dict[str, Any]]]] = {

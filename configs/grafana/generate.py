@@ -222,7 +222,8 @@ def offload() -> list[dict[str, Any]]:
                     "{{phase}}",
                 )
             ],
-            "The planner's prediction, from rates measured on this machine: 100 % is as planned.",
+            "The planner's prediction of each pass, before it ran: from rates measured on this machine, and the pace "
+            "of the host's attention in the passes before. 100 % is as predicted.",
         ),
         panel(
             "Beside the passes: CPU attention and disk",

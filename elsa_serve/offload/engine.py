@@ -21,7 +21,7 @@ from elsa_serve.offload import device as devices
 from elsa_serve.offload.loading import EngineOptions, LoadedModel, load
 from elsa_serve.offload.output import OutputText
 from elsa_serve.offload.plan import Plan
-from elsa_serve.offload.predict import Pace, Prediction, pass_time, running_shares
+from elsa_serve.offload.predict import Pace, Prediction, Share, pass_time, running_shares
 from elsa_serve.offload.prefix import PrefixCache
 from elsa_serve.offload.rounds import pass_tokens
 from elsa_serve.offload.sampling import Draw, Sampler
@@ -306,6 +306,7 @@ class OffloadEngine:
             return
         parts = [self._part(share) for share in work]
         shares = running_shares((part.kv, len(part.tokens)) for part in parts)
+        expected = self._expected(shares)
         start = time.monotonic()
         try:
             rows = self._loaded.runner.run(parts)
@@ -318,9 +319,7 @@ class OffloadEngine:
         self._last_step = self._alive = time.monotonic()
         done = [(share, rows[id(part)]) for share, part in zip(work, parts) if id(part) in rows]
         results = [self._draw(share, logits) for share, logits in done if share.rows]
-        # The twin that copies and computes in turn is not what the planner predicts.
-        predicted = None if self._options.serial else pass_time(self.plan, shares, self._pace.value)
-        self._record_step(self._last_step - start, predicted, work, [share for share, _ in done], results)
+        self._record_step(self._last_step - start, expected, work, [share for share, _ in done], results)
         if self._checksums:
             for part, before in zip(parts, shares):
                 checksums.remember(part.kv, before.past)
@@ -330,6 +329,14 @@ class OffloadEngine:
             self._deliver(result)
         with self._lock:
             self._sink.record(self._gauges())
+
+    def _expected(self, shares: list[Share]) -> tuple[Prediction, Prediction] | None:
+        """A pass before it runs: as planned, and at the present pace of the host's attention. None of the twin that
+        copies and computes in turn, which is not what the planner predicts."""
+        if self._options.serial:
+            return None
+        planned = pass_time(self.plan, shares)
+        return planned, planned if self._pace.value == 1.0 else pass_time(self.plan, shares, self._pace.value)
 
     def _undamaged(self, work: list[Work]) -> list[Work]:
         """Without the requests whose KV has changed since it was computed: those end here, with an error."""
@@ -383,7 +390,7 @@ class OffloadEngine:
     def _record_step(
         self,
         seconds: float,
-        predicted: Prediction | None,
+        expected: tuple[Prediction, Prediction] | None,
         work: list[Work],
         done: list[Work],
         results: list[_Result],
@@ -393,6 +400,7 @@ class OffloadEngine:
         self._peak_device_used = self.memory().device_used
         drafts = [result for result in results if result.share.draft]
         attended = self._loaded.tiers.drain()
+        planned, predicted = expected or (None, None)
         if predicted and attended and len(done) == len(work):
             self._pace.seen(predicted.attending, attended.seconds)
         self._sink.record(
@@ -406,6 +414,7 @@ class OffloadEngine:
                 drafted_tokens=sum(len(result.share.draft) for result in drafts),
                 accepted_tokens=sum(max(0, len(result.tokens) - 1) for result in drafts),
                 host_attention=attended,
+                planned_s=planned.seconds if planned else 0.0,
                 predicted_s=predicted.seconds if predicted else 0.0,
                 disk=self._loaded.weights.drain_disk(),
             )

@@ -23,7 +23,7 @@ from elsa_serve.offload.in_place import InPlace
 from elsa_serve.offload.kv import ALIGNMENT, KVPool, KVShape, RequestKV
 from elsa_serve.offload.machine import Rates
 from elsa_serve.offload.output import eos_token_ids
-from elsa_serve.offload.plan import Geometry, Plan, check_rope, make_plan
+from elsa_serve.offload.plan import Geometry, Plan, check_rope, make_plan, with_rates
 from elsa_serve.offload.predict import in_place_limit
 from elsa_serve.offload.ring import WeightStream
 from elsa_serve.offload.split import check_linear, split_linears
@@ -207,14 +207,27 @@ def _plan(options: EngineOptions, device: torch.device, config: Any, dtype: torc
             free_host=machine.host_memory().available if here else 0,
             graphs=_may_be_graphs(options),
             linear=options.linear,
+            in_place=options.attention in attentions.ATTEND_STATE,
         )
 
     chosen = plan(rates)
     check_rope(config.get_text_config(), chosen.context)
-    if chosen.disk_layers and rates is not None and here and options.rates is None:
-        # The rate kept for this machine is that of another folder's disk.
-        return plan(replace(rates, disk=checkpoint_rate(options.model_dir) or rates.disk))
-    return chosen
+    if rates is None or not here or options.rates is not None:
+        return chosen
+    # The rates kept for this machine are those of another folder's disk.
+    if chosen.disk_layers:
+        rates = replace(rates, disk=checkpoint_rate(options.model_dir) or rates.disk)
+    if chosen.kv_disk_bytes:
+        nbytes, run = (
+            min(measure.WRITTEN, chosen.kv_disk_bytes),
+            chosen.chunk_tokens * geometry.head_dim * dtype.itemsize,
+        )
+        rates = replace(rates, disk_write=measure.disk_write_rate(_kv_folder(options), device, nbytes, run))
+    return plan(rates) if rates is not chosen.rates else chosen
+
+
+def _kv_folder(options: EngineOptions) -> Path:
+    return options.kv_disk_dir or Path(tempfile.gettempdir())
 
 
 def _size(size: str | int | None) -> int | None:
@@ -253,17 +266,16 @@ def _assemble(
 ) -> LoadedModel:
     device, geometry = weights.device, plan.geometry
     _check_interface(weights)
+    host_buffer = HostBuffer(_padded(plan.kv_host_bytes), pin=device.type == "cuda")
+    # Without a GPU nothing runs beside the host's attention; the twin of one stream is not predicted.
+    if device.type == "cuda" and options.rates is None and not options.serial:
+        plan = with_rates_now(plan, weights, host_buffer.tensor, options.host_threads)
     streams = make_streams(device, serial=options.serial)
     stream = WeightStream(weights, plan.resident_layers, plan.slots, streams)
     shape = KVShape(geometry.layers, geometry.kv_heads, geometry.head_dim, weights.dtype)
     slack = slack_bytes(geometry.head_dim, weights.dtype)
     gpu_pool = torch.empty(plan.kv_gpu_bytes + slack, dtype=torch.uint8, device=device)[: plan.kv_gpu_bytes]
-    host_buffer = HostBuffer(_padded(plan.kv_host_bytes), pin=device.type == "cuda")
-    disk = (
-        FileBuffer(plan.kv_disk_bytes, options.kv_disk_dir or Path(tempfile.gettempdir()))
-        if plan.kv_disk_bytes
-        else None
-    )
+    disk = FileBuffer(plan.kv_disk_bytes, _kv_folder(options)) if plan.kv_disk_bytes else None
     pool = KVPool(shape, gpu_pool, host_buffer.tensor, host_buffer.mapped(), disk.tensor if disk else None)
     tiers = _tiers(options, plan, shape, streams)
     fused = _fuse(options, weights)
@@ -291,6 +303,29 @@ def _assemble(
         fused=fused,
         allocator_bytes=allocator_bytes,
     )
+
+
+def with_rates_now(plan: Plan, weights: ModelWeights, kv: torch.Tensor, threads: int | None) -> Plan:
+    """The plan with times predicted from what the host memory that holds these weights and this KV gives now, where
+    the device has room for a slot. Nothing else may use that memory meanwhile."""
+    geometry, store = plan.geometry, weights.store
+    layer = geometry.kv_layer_bytes(plan.kv_host_tokens)
+    if not plan.in_place or not layer or layer > kv.numel():
+        return plan
+    elsewhere = {*plan.resident_layers, *plan.disk_layers}
+    streamed = [store.layers[index] for index in range(geometry.layers) if index not in elsewhere]
+    heads = measure.Heads(geometry.heads, geometry.kv_heads, geometry.head_dim)
+    try:
+        rates = measure.rates_of_memory(
+            plan.rates, weights.device, weights.dtype, heads, kv, layer, streamed, threads=threads
+        )
+    except (MemoryError, torch.cuda.OutOfMemoryError) as error:
+        logger.warning("no memory to measure with (%s): times are predicted from the rates of this machine", error)
+        return plan
+    finally:
+        if weights.device.type == "cuda":
+            torch.cuda.empty_cache()  # no block of another size stays behind in a budget that is planned to the byte
+    return with_rates(plan, rates)
 
 
 def _fuse(options: EngineOptions, weights: ModelWeights) -> Fused | None:

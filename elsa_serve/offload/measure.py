@@ -17,10 +17,10 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import elsa_kernels
 import torch
@@ -40,17 +40,27 @@ from elsa_serve.offload.host import FileBuffer, HostBuffer
 from elsa_serve.offload.in_place import worker_threads
 from elsa_serve.offload.kv import Extent, Span
 from elsa_serve.offload.machine import Rates, assumed_rates, gpu_facts, host_memory
+from elsa_serve.offload.streams import make_streams
 from elsa_serve.offload.units import format_size
+from elsa_serve.offload.working import runs_of
 
-FORM = 8  # of the measurement: what an earlier form kept is measured again
+if TYPE_CHECKING:
+    from elsa_serve.offload.plan import Geometry
+
+FORM = 9  # of the measurement: what an earlier form kept is measured again
 REPEATS = 5
 PAUSE_S = 2e-3  # between two layers' attention on the host
 WARM_UP_S = 0.3
-BESIDE_S = 0.4  # seconds for which copies and CPU attention run beside each other
+BESIDE_S = 0.4  # seconds for which copies and CPU attention run beside each other; half of them each runs alone
+AGREE = 0.1  # two rounds of host memory's rates are within this part of each other, or there is another round
+MOST_ROUNDS = 5
 ROWS, WEIGHTS = 48, 3  # products of one row in a timed run, and matrices that they take in turn
+SHORT_RUN = 64  # tokens
+LAYERS = 8  # whose products are timed in turn: together more than a cache holds
 QUERIES = 8  # calls of attention of one query in a timed run
 CPU_ROWS = 32  # query tokens that bind the CPU kernel by arithmetic
 SUSTAINED_S = 0.8  # for which a GPU computes before its clock is what its power allows, half of it timed
+WRITTEN, RUN = 256 << 20, 1 << 20  # bytes written to measure a disk, and of a head's tokens that go to it in one run
 LARGE_DEVICE = 8 << 30  # bytes free from which the full sizes are measured
 
 logger = logging.getLogger(__name__)
@@ -200,7 +210,7 @@ def describe(rates: Rates) -> list[str]:
         f"activations {rates.activations / giga:.1f} GB/s",
         f"a layer of a decode pass {rates.layer_s * 1e3:.3f} ms, a pass besides {rates.pass_s * 1e3:.3f} ms; from a "
         f"graph {rates.graph_layer_s * 1e3:.3f} and {rates.graph_pass_s * 1e3:.3f} ms; a prompt's chunk costs a layer "
-        f"{rates.chunk_s * 1e3:.3f} ms",
+        f"{rates.chunk_s * 1e3:.3f} ms, a run of KV copied {rates.run_s * 1e6:.1f} µs",
         f"disk, past the page cache {rates.disk / giga:.2f} GB/s, to new pages of a file {rates.disk_write / giga:.2f} "
         "GB/s",
     ]
@@ -223,11 +233,14 @@ def measure_rates(
     sizes = sizes or sizes_for(device, dtype)
     found: dict[str, Any] = {"source": f"measured on {_machine_key(device).partition(', torch')[0]}"}
     found |= _memory_rates(device, dtype, heads, sizes)
-    found |= {"disk": _disk_rate(sizes.file), "disk_write": _disk_write_rate(sizes.file, device)}
+    found |= {"run_s": _run_seconds(device, heads, dtype)}
+    folder = envs.cache_dir()
+    found |= {"disk": _disk_rate(sizes.file, folder), "disk_write": disk_write_rate(folder, device, sizes.file)}
     # The last: they leave the device's memory free. The probes' prompts are over before power limits the clock.
     brief, lasting = _device_rates(device, dtype, attention, linear, heads, sizes)
     measured = replace(assumed_rates(dtype), **found | brief)
-    share: dict[str, Any] = probes.engine_rates(device, dtype, attention, linear, sizes, measured)
+    layer = functools.partial(_layer_seconds, device, dtype, linear)
+    share: dict[str, Any] = probes.engine_rates(device, dtype, attention, linear, sizes, measured, layer)
     return replace(measured, **lasting | share)
 
 
@@ -240,40 +253,164 @@ def _memory_rates(device: torch.device, dtype: torch.dtype, heads: Heads, sizes:
     home = HostBuffer(sizes.host, pin=on_gpu)
     try:
         home.tensor.view(dtype).fill_(0.01)  # pages that nobody has written are one page of zeros, read from the cache
-        copied = itertools.cycle(home.tensor[: sizes.host // sizes.copy * sizes.copy].split(sizes.copy))
+        copied = home.tensor[: sizes.host // sizes.copy * sizes.copy].split(sizes.copy)
         place = torch.zeros(sizes.copy, dtype=torch.uint8, device=device)
         attention = _CpuAttention(device, home.tensor, sizes.kv, dtype, heads)
-        one, many = attention.call(1), attention.call(CPU_ROWS)
-        warm_up(one)
-        h2d = sizes.copy / seconds(lambda: place.copy_(next(copied), non_blocking=True), on_gpu)
-        copies, beside = _both(device, place, copied, one, h2d)
-        return {
-            "h2d": h2d,
+        found = _shared_rates(place, copied, attention)
+        many, turns = attention.call(CPU_ROWS), itertools.cycle(copied)
+        return found | {
             "host_memory": home.nbytes / seconds(lambda: _read(home.tensor), False),
-            "cpu_attention": attention.nbytes / paused(one),
             "cpu_attention_flops": attention.flops(CPU_ROWS) / seconds(many, False, repeats=2),
-            "h2d_beside_cpu_attention": copies,
-            "cpu_attention_beside_h2d": attention.nbytes / beside,
-            "d2h": sizes.copy / seconds(lambda: next(copied).copy_(place, non_blocking=True), on_gpu),
+            "d2h": sizes.copy / seconds(lambda: next(turns).copy_(place, non_blocking=True), on_gpu),
         }
     finally:
         home.close()
 
 
+def rates_of_memory(
+    rates: Rates,
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: Heads,
+    kv: torch.Tensor,
+    nbytes: int,
+    weights: Sequence[torch.Tensor],
+    threads: int | None = None,
+) -> Rates:
+    """The rates, with those of attention and of copies as the memory that an engine uses gives them now: `nbytes` of
+    the storage `kv` are a layer's in host memory, `weights` are the layers that are copied.
+
+    Other places of a host's memory, and other minutes on a shared one, have other rates. Announces where they are.
+    """
+    attention = _CpuAttention(device, kv, nbytes, dtype, heads, threads)
+    place = torch.empty(min((w.numel() for w in weights), default=0), dtype=torch.uint8, device=device)
+    copied = [w[: place.numel()] for w in weights]
+    found = _shared_rates(place, copied, attention)
+    kept = asdict(rates)
+    changes = [f"{name} {value / kept[name] - 1:+.0%}" for name, value in found.items() if _apart(value, kept[name])]
+    if changes:
+        logger.warning(
+            "this engine's host memory has other rates now than were measured on this machine (%s): times are "
+            "predicted from what it gives now; `elsa-serve doctor --measure` has the next start place by the same",
+            ", ".join(changes),
+        )
+    return replace(rates, **found, source=f"{rates.source}, of host memory when the engine started")
+
+
+def _shared_rates(place: torch.Tensor, copied: Sequence[torch.Tensor], attention: _CpuAttention) -> dict[str, float]:
+    """Attention on the host and copies to `place`, each alone and beside the other: the mean of the first two rounds
+    in succession that agree. Where none do, which is announced, the median. Without copies, the attention alone."""
+    one, turns = attention.call(1), itertools.cycle(copied)
+    warm_up(one)
+    rounds: list[dict[str, float]] = []
+    while len(rounds) < MOST_ROUNDS:
+        rounds.append(_round(place, turns if copied else None, one, attention.nbytes))
+        if len(rounds) > 1 and not any(_apart(value, rounds[-2][name]) for name, value in rounds[-1].items()):
+            return {name: (value + rounds[-2][name]) / 2 for name, value in rounds[-1].items()}
+    least, most = (pick(one["cpu_attention"] for one in rounds) / 1e9 for pick in (min, max))
+    logger.warning(
+        "host memory's rates differ by more than %.0f %% from one second to the next (CPU attention %.1f to %.1f "
+        "GB/s): others use this host, and what it attends is predicted no better than that",
+        100 * AGREE,
+        least,
+        most,
+    )
+    return {name: statistics.median(one[name] for one in rounds) for name in rounds[0]}
+
+
+def _apart(a: float, b: float) -> bool:
+    return abs(a - b) > AGREE * max(a, b)
+
+
+def _round(
+    place: torch.Tensor, copied: Iterator[torch.Tensor] | None, attend: Callable[[], object], nbytes: int
+) -> dict[str, float]:
+    """Bytes per second: what took part in a whole window, over its time, as a pass's layers add up."""
+    until = time.perf_counter() + BESIDE_S / 2
+    alone = paused(attend, lambda: time.perf_counter() > until)
+    found = {"cpu_attention": nbytes * len(alone) / sum(alone)}
+    if copied is None:
+        return found
+    both = _both_cuda if place.is_cuda else _both_cpu
+    h2d = _copy_rate(place, copied)
+    moved, taken, beside = both(place, copied, attend, h2d)
+    # While the attention paused, the copies had the memory to themselves.
+    together = min(taken, sum(beside))
+    left = (moved - h2d * (taken - together)) / together
+    return found | {
+        "h2d": h2d,
+        "h2d_beside_cpu_attention": max(left, 0.5 * moved / taken),
+        "cpu_attention_beside_h2d": nbytes * len(beside) / sum(beside),
+    }
+
+
+def _copy_rate(place: torch.Tensor, copied: Iterator[torch.Tensor]) -> float:
+    one = seconds(lambda: place.copy_(next(copied), non_blocking=True), place.is_cuda, repeats=1)
+    many = max(2, math.ceil(BESIDE_S / 4 / one))
+    work = _repeated(lambda: place.copy_(next(copied), non_blocking=True), many)
+    return many * place.numel() / seconds(work, place.is_cuda, repeats=1)
+
+
+def _both_cuda(
+    place: torch.Tensor, copied: Iterator[torch.Tensor], attend: Callable[[], object], h2d: float
+) -> tuple[int, float, list[float]]:
+    """Copies and attention at once: bytes copied, their seconds, and those of each call of `attend`."""
+    copies = max(4, math.ceil(BESIDE_S * h2d / place.numel()))
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    side = torch.cuda.Stream(place.device)
+    torch.cuda.synchronize(place.device)
+    with torch.cuda.stream(side):
+        start.record()
+        for _ in range(copies):
+            place.copy_(next(copied), non_blocking=True)
+        end.record()
+    taken = paused(attend, end.query)
+    end.synchronize()
+    return copies * place.numel(), start.elapsed_time(end) / 1e3, taken
+
+
+def _both_cpu(
+    place: torch.Tensor, copied: Iterator[torch.Tensor], attend: Callable[[], object], h2d: float
+) -> tuple[int, float, list[float]]:
+    """Without a GPU a thread copies, as the engine's lanes do."""
+    over = threading.Event()
+    times: list[float] = []
+
+    def copy() -> None:
+        while not over.is_set():
+            began = time.perf_counter()
+            place.copy_(next(copied))
+            times.append(time.perf_counter() - began)
+
+    worker = threading.Thread(target=copy, name="elsa-measure", daemon=True)
+    until = time.perf_counter() + BESIDE_S / 2
+    worker.start()
+    taken = paused(attend, lambda: time.perf_counter() > until)
+    over.set()
+    worker.join()
+    return place.numel() * len(times), sum(times), taken
+
+
 class _CpuAttention:
     """Attention of some query tokens over K and V in host memory, as the engine runs it: its kernel, its threads. Every
-    call takes the next `nbytes` of the storage."""
+    call takes other `nbytes` of the storage, and a few calls come to all of its regions."""
 
     def __init__(
-        self, device: torch.device, storage: torch.Tensor, nbytes: int, dtype: torch.dtype, heads: Heads
+        self,
+        device: torch.device,
+        storage: torch.Tensor,
+        nbytes: int,
+        dtype: torch.dtype,
+        heads: Heads,
+        threads: int | None = None,
     ) -> None:
         self.tokens = nbytes // heads.token_bytes(dtype)
         self.nbytes = heads.token_bytes(dtype) * self.tokens
         shape = 2, 1, heads.keys, self.tokens, heads.dim
         parts = storage[: storage.numel() // self.nbytes * self.nbytes].split(self.nbytes)
-        self._keys = [part.view(dtype).view(shape) for part in parts]
+        self._keys = [part.view(dtype).view(shape) for part in scattered(parts)]
         self._heads = heads
-        self._pool = library.Pool(worker_threads(device)) if native.unavailable() is None else None
+        self._pool = library.Pool(threads or worker_threads(device)) if native.unavailable() is None else None
 
     def call(self, rows: int) -> Callable[[], object]:
         q = torch.full((1, self._heads.queries, rows, self._heads.dim), 0.01, dtype=self._keys[0].dtype)
@@ -293,57 +430,18 @@ class _CpuAttention:
         return 4.0 * self._heads.queries * rows * self.tokens * self._heads.dim
 
 
+def scattered(items: Sequence[Any]) -> list[Any]:
+    """All items, in an order whose every beginning is spread over them."""
+    count = len(items)
+    step = next(step for step in itertools.count(max(1, int(0.618 * count))) if math.gcd(step, count) == 1)
+    return [items[i * step % count] for i in range(count)]
+
+
 def _read(data: torch.Tensor) -> object:
     """Every byte once, by all cores: the native kernel's threads where they are to be had, torch's sum elsewhere."""
     if native.unavailable() is None:
         return library.default_pool().read_seconds(data)
     return data[: data.numel() // 8 * 8].view(torch.int64).sum()
-
-
-def _both(
-    device: torch.device, place: torch.Tensor, host: Iterator[torch.Tensor], attend: Callable[[], object], h2d: float
-) -> tuple[float, float]:
-    """(bytes per second of copies, seconds of a call of `attend`) while both run."""
-    if device.type == "cuda":
-        return _both_cuda(device, place, host, attend, h2d)
-    return _both_cpu(place, host, attend)
-
-
-def _both_cuda(
-    device: torch.device, place: torch.Tensor, host: Iterator[torch.Tensor], attend: Callable[[], object], h2d: float
-) -> tuple[float, float]:
-    copies = max(4, math.ceil(BESIDE_S * h2d / place.numel()))
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    side = torch.cuda.Stream(device)
-    torch.cuda.synchronize(device)
-    with torch.cuda.stream(side):
-        start.record()
-        for _ in range(copies):
-            place.copy_(next(host), non_blocking=True)
-        end.record()
-    taken = paused(attend, end.query)
-    end.synchronize()
-    return copies * place.numel() / (start.elapsed_time(end) / 1e3), taken
-
-
-def _both_cpu(place: torch.Tensor, host: Iterator[torch.Tensor], attend: Callable[[], object]) -> tuple[float, float]:
-    """Without a GPU a thread copies, as the engine's lanes do."""
-    over = threading.Event()
-    copied: list[float] = []
-
-    def copy() -> None:
-        while not over.is_set():
-            began = time.perf_counter()
-            place.copy_(next(host))
-            copied.append(time.perf_counter() - began)
-
-    worker = threading.Thread(target=copy, name="elsa-measure", daemon=True)
-    until = time.perf_counter() + BESIDE_S / 2
-    worker.start()
-    taken = paused(attend, lambda: time.perf_counter() > until)
-    over.set()
-    worker.join()
-    return place.numel() * len(copied) / sum(copied), taken
 
 
 def _device_rates(
@@ -395,6 +493,29 @@ def _products_of_one_row(linear: str, shape: tuple[int, int, int], options: dict
     return lambda: [calls[i % WEIGHTS]() for i in range(ROWS)]
 
 
+def _layer_seconds(device: torch.device, dtype: torch.dtype, linear: str, geometry: Geometry, keys: int) -> float:
+    """Of one layer's products of one row, as the engine makes them, and attention over so many keys; in a graph where
+    that can be."""
+    on_gpu = device.type == "cuda"
+    options: dict[str, Any] = {"dtype": dtype, "device": device}
+    heads, hidden, ffn = Heads(geometry.heads, geometry.kv_heads, geometry.head_dim), geometry.hidden, geometry.ffn
+    inner, keys_and_values = heads.queries * heads.dim, [heads.keys * heads.dim] * 2
+    into, gates = [inner, *keys_and_values], [ffn] * 2
+    if on_gpu and linear == "torch":  # fused: what has the same input is one product
+        into, gates = [sum(into)], [sum(gates)]
+    shapes = [*((hidden, n) for n in into), (inner, hidden), *((hidden, n) for n in gates), (ffn, hidden)]
+    layers = [[_product(linear, (1, *shape), options) for shape in shapes] for _ in range(LAYERS)]
+    attend = _paged_attention(keys, heads, options)
+
+    def work() -> None:
+        for products in layers:
+            for product in products:
+                product()
+            attend()
+
+    return seconds(_as_a_graph(device, work) if on_gpu else work, on_gpu) / LAYERS
+
+
 def _attention(name: str, queries: int, keys: int, heads: Heads, options: dict[str, Any]) -> Callable[[], object]:
     q = torch.randn(1, heads.queries, queries, heads.dim, **options)
     k, v = (torch.randn(1, heads.keys, keys, heads.dim, **options) for _ in range(2))
@@ -435,9 +556,26 @@ def _as_a_graph(device: torch.device, work: Callable[[], object]) -> Callable[[]
     return again
 
 
-def _disk_rate(nbytes: int) -> float:
-    """Reads of a file written for it beside the cache; the assumed rate where no such file can be."""
-    folder = envs.cache_dir()
+def _run_seconds(device: torch.device, heads: Heads, dtype: torch.dtype) -> float:
+    """What the copy of a run takes the host to issue, of short ones that the copy engines do not wait for."""
+    capacity, streams = 2 * SHORT_RUN, make_streams(device)
+    home = HostBuffer(heads.token_bytes(dtype) * capacity, pin=device.type == "cuda")
+    try:
+        new = torch.zeros(2, heads.keys, SHORT_RUN, heads.dim, dtype=dtype, device=device)
+        place = home.tensor.view(dtype).view(2, heads.keys, capacity, heads.dim)[:, :, :SHORT_RUN]
+        lane = streams.lane("measure")
+
+        def issue() -> None:
+            lane.submit(runs_of(place, new), object="kv", direction="d2h").synchronize()
+
+        return seconds(issue, device.type == "cuda") / (2 * heads.keys)
+    finally:
+        streams.close()
+        home.close()
+
+
+def _disk_rate(nbytes: int, folder: Path) -> float:
+    """Reads of a file written for it; the assumed rate where no such file can be."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, prefix="elsa-disk-") as file:
@@ -453,9 +591,9 @@ def _disk_rate(nbytes: int) -> float:
         return Rates().disk
 
 
-def _disk_write_rate(nbytes: int, device: torch.device) -> float:
-    """A copy from the device into a new mapped file beside the cache, as KV on disk is written."""
-    folder = envs.cache_dir()
+def disk_write_rate(folder: Path, device: torch.device, nbytes: int = WRITTEN, run: int = RUN) -> float:
+    """Copies from the device into a new mapped file, in runs of so many bytes, as KV on disk is written; the assumed
+    rate where no such file can be."""
     try:
         file = FileBuffer(nbytes, folder)
     except BudgetError as error:
@@ -463,7 +601,8 @@ def _disk_write_rate(nbytes: int, device: torch.device) -> float:
         return Rates().disk_write
     source = torch.ones(nbytes, dtype=torch.uint8, device=device)
     began = time.perf_counter()
-    file.tensor.copy_(source)
+    for place, part in zip(file.tensor.split(run), source.split(run)):
+        place.copy_(part, non_blocking=True)
     return nbytes / (time.perf_counter() - began)
 
 
@@ -497,18 +636,16 @@ def sustained(work: Callable[[], object]) -> float:
     return taken[-1]
 
 
-def paused(work: Callable[[], object], over: Callable[[], bool] | None = None) -> float:
-    """The median of calls with pauses in between, in which threads fall asleep, as between the layers of a pass.
-
-    As many calls as fit before `over` says so, REPEATS without it; at least one.
-    """
+def paused(work: Callable[[], object], over: Callable[[], bool]) -> list[float]:
+    """Seconds of each call, with pauses in between, in which threads fall asleep, as between the layers of a pass: as
+    many calls as fit before `over` says so; at least one."""
     taken: list[float] = []
-    while not taken or (len(taken) < REPEATS if over is None else not over()):
+    while not taken or not over():
         time.sleep(PAUSE_S)
         began = time.perf_counter()
         work()
         taken.append(time.perf_counter() - began)
-    return statistics.median(taken)
+    return taken
 
 
 def warm_up(work: Callable[[], object]) -> None:

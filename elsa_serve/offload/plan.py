@@ -83,6 +83,11 @@ class Geometry:
             dtype=dtype,
         )
 
+    @property
+    def head_bytes(self) -> int:
+        """What a pass reads of the weights outside the layers: not the embeddings, of which it takes some rows."""
+        return min(self.outside_bytes, self.vocab * self.hidden * self.dtype.itemsize)
+
     def kv_token_bytes(self) -> int:
         """Keys and values of one token in one layer."""
         return 2 * self.kv_heads * self.head_dim * self.dtype.itemsize
@@ -166,6 +171,7 @@ class Plan:
     host_bytes: dict[str, int]
     rates: Rates
     graphs: bool = False  # decode passes whose KV lies on the device are replayed from CUDA graphs
+    in_place: bool = True  # KV off the device is attended by the host where it lies; else it comes to the device
     page_cache: int = 0  # bytes of host memory that this plan leaves to the system, which keeps pages of files there
     ttft_s: float = 0.0
     s_per_token: float = 0.0
@@ -239,6 +245,7 @@ class _Request:
     free_host: int
     graphs: bool
     linear: str
+    in_place: bool
     round_tokens: int = ROUND_TOKENS
 
 
@@ -259,12 +266,13 @@ def make_plan(
     free_host: int = 0,
     graphs: bool = True,
     linear: str = "torch",
+    in_place: bool = True,
 ) -> Plan:
     """Place a model. Budgets in bytes; context in tokens, prompt and output together (None: the model's maximum).
     `disk`: layers may stay in the checkpoint's files where host memory does not hold them. `kv_disk`: bytes of KV that
     may lie on disk. `free_host`: of host memory that are free now, budget or not; what the plan leaves of them keeps
     pages of files. `graphs`: CUDA graphs may hold decode passes, where all layers are resident. `linear`: whose linear
-    layers, torch's or elsa's.
+    layers, torch's or elsa's. `in_place`: the attention has states to merge, so that the host may attend its KV.
 
     Raises BudgetError with numbers for what cannot fit, naming the largest context that would.
     """
@@ -295,6 +303,7 @@ def make_plan(
         free_host,
         graphs,
         linear,
+        in_place,
     )
     wanted = context or geometry.max_context
     try:
@@ -450,6 +459,7 @@ def _place_with(request: _Request, context: int, chunk: int, resident: int) -> P
         host_bytes=host_bytes,
         rates=request.rates,
         graphs=graphs,
+        in_place=request.in_place,
         page_cache=max(0, request.free_host - taken),
     )
 
@@ -563,6 +573,11 @@ def spread(items: Sequence[int], count: int) -> tuple[int, ...]:
 
 def _aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def with_rates(plan: Plan, rates: Rates) -> Plan:
+    """The same placement, with times predicted from other rates."""
+    return _predict(replace(plan, rates=rates))
 
 
 def _predict(plan: Plan) -> Plan:

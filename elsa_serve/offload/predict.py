@@ -3,13 +3,14 @@
 Copies to the device, copies to the host and reads from disk each run beside everything else. The device's own work and
 the host's attention are one chain: a layer's host tokens are attended between its projections, so their times add. What
 the chain and the copies both read from host memory, they read more slowly while the other does, too. A pass takes as
-long as the slowest of these.
+long as the slowest of these, or longer where the ring of slots makes copies and chain wait for each other in turn.
 """
 
 from __future__ import annotations
 
 import math
 import sys
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -26,6 +27,7 @@ ROUNDS = 20  # of the iteration for two pipes that slow each other down; it sett
 
 TO_DEVICE, TO_HOST, DISK = "copies to the device", "copies to the host", "disk"
 TO_DISK, FETCH = "KV to disk", "KV brought to the device"
+SLOTS = "copies that wait for a slot"
 DEVICE, ISSUE = "compute", "issue by the host"
 HOST_ATTENTION, DISK_ATTENTION = "attention on the host", "attention over KV on disk"
 
@@ -34,8 +36,8 @@ HOST_ATTENTION, DISK_ATTENTION = "attention on the host", "attention over KV on 
 class Share:
     """One request's part of a pass: `new` tokens after `past`.
 
-    Where its KV lies is known once it runs: tokens of both `on_device` and `on_disk`, the others in host memory, and of
-    those not on the device the ones `shared` with an earlier share, read once for both. None: as the plan places them.
+    Where its KV lies is known once it runs: tokens of both `on_device` and `on_disk`, the others in host memory. Those
+    `shared` with an earlier share, and `shared_on_device`, are read once for both. None: as the plan places them.
     """
 
     past: int
@@ -43,6 +45,7 @@ class Share:
     on_device: int | None = None
     on_disk: int = 0
     shared: int = 0
+    shared_on_device: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +86,36 @@ def pass_time(plan: Plan, shares: Sequence[Share], pace: float = 1.0) -> Predict
     if pace != 1.0:
         beside = pace * rates.cpu_attention_beside_h2d
         rates = replace(rates, cpu_attention=pace * rates.cpu_attention, cpu_attention_beside_h2d=beside)
-    return _time(_work(plan, shares), rates, one_memory=plan.device_type == "cpu")
+    work = _work(plan, shares)
+    found = _time(work, rates, one_memory=plan.device_type == "cpu")
+    if work.fetched or plan.device_type == "cpu":
+        return found
+    copying, computing = found.pipes.get(TO_DEVICE, 0.0), max(found.pipes.get(HOST_ATTENTION, 0.0), work.device_s)
+    waiting = ring_seconds(plan, copying, computing)
+    if waiting <= 1.001 * found.seconds:
+        return found
+    return replace(found, seconds=waiting, pipes=found.pipes | {SLOTS: waiting})
+
+
+def ring_seconds(plan: Plan, copying: float, computing: float) -> float:
+    """A pass of layers whose weights come through a ring of slots, from the seconds of all its copies and of all its
+    layers. A slot is free again when its layer has been computed, so in front of resident layers, which take time and
+    no copy, the ring is full and the copies wait: between passes that follow each other nothing else is lost."""
+    layers, streamed, resident = plan.geometry.layers, plan.streamed_layers, set(plan.resident_layers)
+    if not streamed or not resident:
+        return max(copying, computing)
+    arrived, ended, ends = 0.0, 0.0, []
+    released = deque([0.0] * plan.slots)  # when each slot is free
+    for _ in range(3):  # by the second pass they are alike
+        for index in range(layers):
+            if index not in resident:
+                arrived = max(arrived, released.popleft()) + copying / streamed
+                ended = max(ended, arrived)
+            ended += computing / layers
+            if index not in resident:
+                released.append(ended)
+        ends.append(ended)
+    return ends[2] - ends[1]
 
 
 class Pace:
@@ -105,14 +137,14 @@ def running_shares(parts: Iterable[tuple[RequestKV, int]]) -> list[Share]:
     for kv, new in parts:
         total = kv.length + new
         tokens = {"gpu": 0, "host": 0, "disk": 0}
-        shared = 0
+        shared = {True: 0, False: 0}  # on the device, elsewhere
         for span in kv.spans_of(0, total):
             count = min(span.tokens, total - span.first)
             tokens[span.extent.tier] += count
-            if not span.extent.on_device and id(span.extent) in seen:
-                shared += count
+            if id(span.extent) in seen:
+                shared[span.extent.on_device] += count
             seen.add(id(span.extent))
-        shares.append(Share(kv.length, new, tokens["gpu"], tokens["disk"], shared))
+        shares.append(Share(kv.length, new, tokens["gpu"], tokens["disk"], shared[False], shared[True]))
     return shares
 
 
@@ -138,10 +170,12 @@ def whole_layers(geometry: Geometry, new: int, fused: bool) -> int:
 
 
 def in_graph(plan: Plan, shares: Sequence[Share]) -> bool:
-    """Whether a pass is replayed from a CUDA graph: of one token each, with all KV on the device, as all layers are."""
+    """Whether a pass is replayed from a CUDA graph: of one token each, with all layers and all KV on the device, and no
+    KV shared."""
     room = plan.kv_pool_tokens if all(share.on_device is None for share in shares) else sys.maxsize
     here = all(share.on_device in (None, share.past + share.new) and share.new == 1 for share in shares)
-    return plan.graphs and here and sum(share.past + share.new for share in shares) <= room
+    own = not any(share.shared_on_device for share in shares)
+    return plan.graphs and here and own and sum(share.past + share.new for share in shares) <= room
 
 
 def device_seconds(geometry: Geometry, rates: Rates, shares: Sequence[Share], fused: bool = False) -> float:
@@ -154,8 +188,13 @@ def device_seconds(geometry: Geometry, rates: Rates, shares: Sequence[Share], fu
         flops += 2.0 * (layers * parameters + keys_alone) * share.new
         activations += geometry.activation_bytes() * layers * share.new
         attention += _attention_seconds(geometry, rates, share, share.past + share.new, fused)
-    read = (geometry.weights_bytes + geometry.outside_bytes) / rates.device_memory
+    read = (geometry.weights_bytes + geometry.head_bytes) / rates.device_memory
     return max(flops / rates.flops, read) + attention + activations / rates.activations
+
+
+def small_seconds(layers: int, rates: Rates, chunks: int) -> float:
+    """The device's time for what is neither bytes nor FLOPs: a layer's small kernels, and the cut into chunks."""
+    return layers * (rates.graph_layer_s + (chunks - 1) * rates.chunk_s)
 
 
 def _attention_seconds(geometry: Geometry, rates: Rates, share: Share, keys: int, fused: bool) -> float:
@@ -163,7 +202,7 @@ def _attention_seconds(geometry: Geometry, rates: Rates, share: Share, keys: int
     layers = whole_layers(geometry, share.new, fused)
     seen = share.new * max(0.0, keys - share.new / 2)  # causal
     flops = 4.0 * layers * geometry.heads * geometry.head_dim * seen
-    nbytes = layers * geometry.kv_token_bytes() * keys
+    nbytes = layers * geometry.kv_token_bytes() * max(0, keys - share.shared_on_device)
     return max(flops / rates.attention_flops, nbytes / rates.device_attention)
 
 
@@ -176,7 +215,7 @@ def _work(plan: Plan, shares: Sequence[Share]) -> _Work:
     host_room = geometry.kv_tokens(plan.kv_host_bytes) if plan.kv_disk_bytes else sys.maxsize
     to_device, to_host, from_disk = float(streamed), 0.0, float(plan.disk_bytes)
     in_place, mapped, in_place_flops, to_disk = 0.0, 0.0, 0.0, 0.0
-    fetched, fetch_hidden_s = 0.0, 0.0
+    fetched, fetch_hidden_s, copies = 0.0, 0.0, 0
     fused = plan.device_type == "cuda"
     replayed = in_graph(plan, shares)
     if replayed:
@@ -201,7 +240,7 @@ def _work(plan: Plan, shares: Sequence[Share]) -> _Work:
         to_host += new * token
         to_disk += min(share.new, total - on_device - on_host) * token
         device_s -= _attention_seconds(geometry, rates, Share(0, share.new), share.new, fused)
-        if total > on_device and share.past and share.new <= limit:
+        if plan.in_place and total > on_device and share.past and share.new <= limit:
             in_place += max(0, on_host - share.shared) * token
             mapped += (total - on_device - on_host) * token
             in_place_flops += row_flops * share.new * (total - on_device)
@@ -209,6 +248,7 @@ def _work(plan: Plan, shares: Sequence[Share]) -> _Work:
             hops = geometry.layers
         else:
             to_device += old * token
+            copies += (1 if old else 0) + (-(-new // plan.chunk_tokens) if new > FEW else 0)
             fetched += old * token
             fetch_hidden_s += _beside_fetch(plan, share.new) if old else 0.0
             from_disk += max(0, old - on_host) * token
@@ -216,11 +256,14 @@ def _work(plan: Plan, shares: Sequence[Share]) -> _Work:
     if plan.kv_disk_cached:
         from_disk, in_place, mapped = float(plan.disk_bytes), in_place + mapped, 0.0
     chunks = max(1, -(-sum(share.new for share in shares) // plan.chunk_tokens))
-    issue = geometry.layers * chunks * rates.layer_s + rates.pass_s
+    # KV goes and comes head by head, keys and values apart, and every run is a copy for the host to issue.
+    issue = geometry.layers * (chunks * rates.layer_s + copies * 2 * geometry.kv_heads * rates.run_s) + rates.pass_s
     if fused:
-        device_s += geometry.layers * (rates.graph_layer_s + (chunks - 1) * rates.chunk_s)
+        device_s += small_seconds(geometry.layers, rates, chunks)
     if replayed:
         device_s, issue = device_s + rates.graph_pass_s, 0.0
+    elif fused:
+        device_s += rates.pass_s  # before a pass's first layer and behind its last the device waits for the host
     return _Work(
         to_device, to_host, to_disk, fetched, fetch_hidden_s, from_disk, in_place, mapped, in_place_flops, device_s,
         issue, hops,
@@ -239,8 +282,8 @@ def _time(work: _Work, rates: Rates, one_memory: bool) -> Prediction:
     """`one_memory`: the device is the host's own processor, whose copies and computing take turns at its memory."""
     flops_s = work.in_place_flops / rates.cpu_attention_flops
     copying, attending = work.to_device / rates.h2d, math.hypot(work.in_place / rates.cpu_attention, flops_s)
-    # A GPU is issued the next layers while the host attends: only without one the issue is part of the chain.
-    own = (max(work.device_s + copying, work.issue_s) if one_memory else work.device_s) + work.hops * HOP_S
+    # A GPU is issued the next layers while it computes and the host attends: only without one all of that takes turns.
+    own = work.device_s + (copying + work.issue_s if one_memory else 0.0) + work.hops * HOP_S
     for _ in range(ROUNDS if copying and attending else 0):
         # The part of either during which the other reads host memory, too.
         whole = max(copying, own + attending)
@@ -248,6 +291,7 @@ def _time(work: _Work, rates: Rates, one_memory: bool) -> Prediction:
         copying = work.to_device / _between(rates.h2d, rates.h2d_beside_cpu_attention, beside_attention)
         reading = _between(rates.cpu_attention, rates.cpu_attention_beside_h2d, beside_copies)
         attending = math.hypot(work.in_place / reading, flops_s)  # fits 1 to 32 rows within 5 % on a Xeon of 16 cores
+    issued = own if one_memory else max(work.device_s, work.issue_s)
     paging = work.mapped / rates.disk
     fetching = work.fetched / rates.h2d - work.fetch_hidden_s
     chain, attending = HOST_ATTENTION if attending >= paging else DISK_ATTENTION, attending + paging
@@ -258,7 +302,8 @@ def _time(work: _Work, rates: Rates, one_memory: bool) -> Prediction:
         ISSUE: work.issue_s,
         FETCH: work.device_s + fetching if fetching > 0 else 0.0,
         TO_HOST: work.to_host / rates.d2h,
-        TO_DISK: work.device_s + work.to_disk / rates.disk_write if work.to_disk else 0.0,
+        # Python waits for these writes, and issues nothing meanwhile.
+        TO_DISK: issued + work.to_disk / rates.disk_write if work.to_disk else 0.0,
         DISK: (work.from_disk + work.mapped) / rates.disk,
     }
     found = {name: value for name, value in pipes.items() if value}

@@ -106,7 +106,7 @@ class WorkingKV:
             elif new.shape[2] <= SMALL_TOKENS and span.extent.tier == "host":
                 write_mapped(span.extent.mapped[layer][:, :, places], new)
             else:
-                pairs = _runs(span.extent.layers[layer][:, :, places], new)
+                pairs = runs_of(span.extent.layers[layer][:, :, places], new)
                 copy = self._down.submit(pairs, object="kv", direction="d2h", after=(self._streams.record(),))
                 self._pass.leaving.append(_Leaving(kv, low, low + new.shape[2], copy))
         return buffer
@@ -151,7 +151,7 @@ class WorkingKV:
         for span in kv.spans_of(0, kv.length, on_device=False):
             places = span.within(0, kv.length)
             here = self._view(kv)[:, :, span.first : span.first + places.stop]
-            pairs += _runs(here, span.extent.layers[run.current.layer][:, :, places])
+            pairs += runs_of(here, span.extent.layers[run.current.layer][:, :, places])
         if pairs:
             after = [*busy, *(left.copy for left in run.leaving)]
             run.filled = self._up.submit(pairs, object="kv", direction="h2d", after=after)
@@ -183,7 +183,7 @@ def _copy_runs(target: torch.Tensor, source: torch.Tensor) -> None:
         copy_heads(target[part], source[part])
 
 
-def _runs(dst: torch.Tensor, src: torch.Tensor) -> Pairs:
+def runs_of(dst: torch.Tensor, src: torch.Tensor) -> Pairs:
     """Copies of two tensors [2, Hkv, n, D], each contiguous on both sides."""
     if dst.is_contiguous() and src.is_contiguous():
         return [(dst, src)]

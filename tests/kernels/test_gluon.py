@@ -214,11 +214,11 @@ FEATURES = ("WINDOW", "KV_RANGE", "VARLEN", "SINKS", "STATE")
 LOGITS = ("SOFTCAP", "ALIBI")
 
 
-def split_variant(D: int, causal: bool, features: bool):
-    from elsa_kernels.gluon.launch import SPLIT_TILES
+def split_variant(D: int, causal: bool, features: bool, groups: int = 2):
+    from elsa_kernels.gluon.launch import SPLIT_TILES, THREE_GROUPS
     from elsa_kernels.gluon.split_kernel import split_attention
 
-    tile = SPLIT_TILES[D]
+    tile = SPLIT_TILES[D] if groups == 2 else THREE_GROUPS
     planes = {"planes": descriptor("fp16", tile.BN, D)}
     constants = dict.fromkeys(FEATURES + LOGITS, features) | {
         "D": D, "BN": tile.BN, "STAGES": tile.stages, "GROUPS": tile.groups, "REGS": tile.registers, "CAUSAL": causal,
@@ -244,12 +244,15 @@ def half_variant(element: str, D: int, causal: bool, features: bool, logits: boo
 SHARED_LIMIT = 227 * 1024
 
 
-@pytest.mark.parametrize(("D", "causal", "features"), [(128, True, False), (64, False, False), (64, False, True)])
-def test_split_kernel_keeps_its_loop_in_registers(D, causal, features):
-    compiled = split_variant(D, causal, features)
+@pytest.mark.parametrize(
+    ("D", "causal", "features", "groups"),
+    [(128, True, False, 2), (64, False, False, 2), (64, False, True, 2), (64, True, False, 3)],
+)
+def test_split_kernel_keeps_its_loop_in_registers(D, causal, features, groups):
+    compiled = split_variant(D, causal, features, groups)
     sass = aot.machine_code(compiled)
     loops = aot.product_loops(sass)
-    assert len(loops) >= 4  # unmasked and masked tiles, of each of the two consumers
+    assert len(loops) >= 2 * groups  # unmasked and masked tiles, of each of the consumers
     for loop in loops[:2]:
         # With every feature at once a scalar may have to wait in memory; an accumulator would show in the dozens.
         assert aot.count(loop, "LDL") + aot.count(loop, "STL") <= 4 * features
@@ -359,6 +362,7 @@ def launches(monkeypatch):
         return launch.TilePlanes(half, torch.zeros((heads, -(-k.shape[2] // rows), 2), dtype=torch.int32), rows)
 
     monkeypatch.setattr(launch, "split_tiles", planes)
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 132)
     return recorders
 
 
@@ -386,6 +390,38 @@ def test_launches_pass_all_that_the_kernels_take(launches, dtype, state):
     assert careful["MARKS"] == 2 * 2 <= careful["BMARKS"]
     assert careful["BM"] == 128 * 2
     assert (main["m_out"] is out) is not state
+
+
+@pytest.mark.parametrize(
+    ("changes", "groups"),
+    [
+        ({"H": 40, "Nq": 16384}, 3),
+        ({"H": 16, "Nq": 16384}, 3),
+        ({"H": 16, "Nq": 8192}, 2),  # 5.2 waves of three groups, 7.8 of two
+        ({"H": 16, "Nq": 8192, "causal": True}, 3),
+        ({"B": 64, "H": 12, "Nq": 197}, 2),  # the second tile of a head would have 5 rows of 192
+        ({"H": 1, "Nq": 100}, 2),
+        ({"H": 40, "Nq": 16384, "D": 128}, 2),
+    ],
+)
+def test_tile_of_64_channels_by_what_the_last_wave_leaves(changes, groups):
+    from elsa_kernels.gluon import launch
+
+    settings = {"B": 1, "Hkv": changes["H"], "Nk": changes["Nq"], "D": 64, "causal": False} | changes
+    assert launch.split_tile(problem(**settings), 132).groups == groups
+
+
+def test_three_groups_have_marks_of_their_own(launches):
+    from elsa_kernels.gluon import launch
+
+    p = problem(B=1, H=44, Hkv=22, Nq=1700, Nk=1700, D=64, causal=True, device=torch.device("cpu"))
+    operands = elsa_kernels.Operands(*(torch.zeros(1, heads, 1700, 64) for heads in (44, 22, 22)))
+    launch.run(p, operands)
+    [(grid, main)] = launches["split_attention"].launches
+    [(careful_grid, careful)] = launches["careful_kernel"].launches
+    assert (main["GROUPS"], grid, careful_grid) == (3, (44 * 9,), (22 * 9,))
+    assert main["todo"].shape == (1, 22, 9, 6)
+    assert (careful["MARKS"], careful["BMARKS"], careful["BM"]) == (6, 8, 192 * 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -626,6 +662,37 @@ def test_equal_bits_in_whatever_order_programs_run(dtype):
     else:
         runs = [launch.half_forward(p, operands, section=s) for s in (1, 3, 8)]
     assert all(torch.equal(runs[0], run) for run in runs[1:])
+
+
+@needs_hopper
+@pytest.mark.gpu
+@pytest.mark.hopper
+@pytest.mark.parametrize(
+    "options", [{}, {"causal": True}, {"causal": True, "window": 70, "return_state": True}], ids=str
+)
+def test_three_warp_groups_give_the_bits_of_two(options):
+    """But for tiles with rows that are not finite: the careful pass does a whole one anew, by its marks."""
+    from elsa_kernels import checks
+    from elsa_kernels.gluon import launch
+    from elsa_kernels.gluon.planes import split_tiles
+
+    q, k, v = inputs(1, 8, 4, 700, 900, 64, torch.float32)
+    q[0, 3, 400, 5] = math.inf
+    v[0, 1, 350, 7] = math.nan
+    operands = elsa_kernels.Operands(q, k, v)
+    settings = {"causal": False, "window": None, "return_state": False} | options
+    p = checks.build_problem(operands, scale=None, q_start=None, softcap=None, precision=None, **settings)
+    planes = split_tiles(k, v, 128, 64)
+    two, three = (launch.split_forward(p, operands, planes, t) for t in (launch.SPLIT_TILES[64], launch.THREE_GROUPS))
+    parts = zip((two.m, two.S, two.W), (three.m, three.S, three.W)) if p.return_state else [(two, three)]
+    for a, b in parts:
+        assert torch.equal(a.isfinite(), b.isfinite())
+        for head in (0, 1, 4, 5, 6, 7):  # 2 and 3 share the key head with the NaN
+            assert torch.equal(a[:, head], b[:, head])
+    whole = two.W if p.return_state else two
+    broken = (~whole.isfinite()).any(-1)
+    assert 0 < broken.sum() < broken.numel()
+    assert broken[0, 3, 400]
 
 
 @needs_hopper

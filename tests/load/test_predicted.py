@@ -33,6 +33,22 @@ def test_rows_with_both_are_compared(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert predicted.main([results(tmp_path, both), "--limit", "5"]) == 1
 
 
+def test_only_what_was_predicted_first_is_held_to_the_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"predicted_prefill_s": 1.1, "live_predicted_prefill_s": 2.0, "prefill_s": 1.0}
+    assert predicted.main([results(tmp_path, row)]) == 0
+    assert "+100.0%" in capsys.readouterr().out
+    row = {"predicted_prefill_s": 2.0, "live_predicted_prefill_s": 1.0, "prefill_s": 1.0}
+    assert predicted.main([results(tmp_path, row)]) == 1
+
+
+def test_rows_of_one_commit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"predicted_prefill_s": 2.0, "prefill_s": 1.0}
+    file = results(tmp_path, row | {"commit": "abc1"}, row | {"commit": "def2", "prefill_s": 2.0})
+    assert predicted.main([file]) == 1
+    assert predicted.main([file, "--commit", "def"]) == 0
+    assert "1 predictions, 0 further off" in capsys.readouterr().out
+
+
 def test_passes_of_several_tokens_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     row = {"case": "shared document", "predicted_s_per_pass": 0.3, "s_per_pass": 0.25}
     assert predicted.main([results(tmp_path, row)]) == 1

@@ -15,7 +15,7 @@ from elsa_serve.offload import measure
 from elsa_serve.offload.engine import OffloadEngine
 from elsa_serve.offload.machine import Rates, assumed_rates
 
-_measured = measure.rates
+_measured, _measured_now = measure.rates, measure.rates_of_memory
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -25,6 +25,7 @@ def same_rates_on_every_machine() -> Any:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure, "rates", assumed)
+        patch.setattr(measure, "rates_of_memory", lambda rates, *_, **__: rates)
         yield
 
 
@@ -32,6 +33,12 @@ def same_rates_on_every_machine() -> Any:
 def rates() -> Any:
     """`measure.rates` itself, for the tests of measuring."""
     return _measured
+
+
+@pytest.fixture
+def rates_of_memory() -> Any:
+    """`measure.rates_of_memory` itself."""
+    return _measured_now
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -29,4 +29,7 @@ def test_rows_from_disk_and_from_memory_have_the_same_tokens(tmp_path: Path) -> 
     assert kv["kv_disk_bytes"] > 0
     assert all(row["tokens_equal"] for row in (memory, weights, kv))
     assert "--host-memory" in refused["error"]
+    for more, count in (([], 4), (["--fresh"], 1)):  # the same configuration again, then without the others
+        assert disk_bench.main([str(flag) for flag in [*flags[:-8], "--host-memory", "100KiB", *more]]) == 0
+        assert len(results_file.read(output)["rows"]) == count
     assert not list(tmp_path.glob("elsa-disk-bench-*"))

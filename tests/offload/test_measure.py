@@ -8,14 +8,17 @@ import logging
 import weakref
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from engine_models import make_config, make_engine
 
 from elsa_serve.errors import BudgetError
-from elsa_serve.offload import measure, probes
+from elsa_serve.offload import loading, measure, probes
 from elsa_serve.offload.machine import Rates, assumed_rates
+from elsa_serve.offload.plan import Geometry
 
 CPU = torch.device("cpu")
 TINY = measure.Sizes(
@@ -65,6 +68,152 @@ def test_the_cpu_attends_other_memory_in_every_call(monkeypatch: pytest.MonkeyPa
     assert read[:2] == read[6:]
 
 
+def rounds(monkeypatch: pytest.MonkeyPatch, *attention: float) -> dict[str, float]:
+    """What is made of rounds that found these rates of attention, and of none else."""
+    found = iter(attention)
+    monkeypatch.setattr(measure, "_round", lambda *_: {"h2d": 50e9, "cpu_attention": next(found)})
+    monkeypatch.setattr(measure, "WARM_UP_S", 0.0)
+    heads = measure.Heads(1, 1, 32)
+    once = measure._CpuAttention(CPU, torch.zeros(4096, dtype=torch.uint8), 4096, torch.float32, heads)
+    return measure._shared_rates(torch.zeros(8, dtype=torch.uint8), [torch.zeros(8, dtype=torch.uint8)], once)
+
+
+def test_rates_of_host_memory_are_those_that_two_rounds_agree_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A disturbance that is over before the second round, or before the third."""
+    assert rounds(monkeypatch, 100e9, 92e9) == {"h2d": 50e9, "cpu_attention": 96e9}
+    assert rounds(monkeypatch, 60e9, 100e9, 104e9)["cpu_attention"] == 102e9
+    assert not caplog.records
+    assert rounds(monkeypatch, 60e9, 100e9, 70e9, 120e9, 80e9)["cpu_attention"] == 80e9
+    assert "by more than 10 %" in caplog.text
+    assert "60.0 to 120.0 GB/s" in caplog.text
+
+
+def test_copies_beside_attention_are_told_from_those_in_its_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second in which attention ran for 0.8 s: 10 GB were copied in the other 0.2 s, and 40 beside it."""
+    monkeypatch.setattr(measure, "paused", lambda *_: [0.1, 0.3])
+    monkeypatch.setattr(measure, "_copy_rate", lambda *_: 50e9)
+    monkeypatch.setattr(measure, "_both_cpu", lambda *_: (50_000_000_000, 1.0, [0.4, 0.4]))
+    turns = iter([torch.zeros(1)])
+    found = measure._round(torch.zeros(1, dtype=torch.uint8), turns, lambda: None, 20_000_000_000)
+    assert found == pytest.approx(
+        {
+            "cpu_attention": 40e9 / 0.4,
+            "h2d": 50e9,
+            "h2d_beside_cpu_attention": 40e9 / 0.8,
+            "cpu_attention_beside_h2d": 40e9 / 0.8,
+        }
+    )
+    # Without copies there is nothing to be beside.
+    assert measure._round(torch.zeros(0, dtype=torch.uint8), None, lambda: None, 20) == {"cpu_attention": 100}
+
+
+def test_any_few_turns_come_to_all_regions() -> None:
+    for count in (1, 2, 3, 7, 40, 64):
+        order = measure.scattered(range(count))
+        assert sorted(order) == list(range(count))
+        if count >= 40:
+            assert max(order[:8]) - min(order[:8]) > count / 2
+            assert max(b - a for a, b in zip(sorted(order[:8]), sorted(order[:8])[1:])) <= count // 3
+
+
+def test_rates_of_an_engines_own_memory(
+    measured: Rates, rates_of_memory: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Attended are layers of its KV, copied are its weights; what has changed since then is told."""
+    monkeypatch.setattr(measure, "BESIDE_S", 0.02)
+    monkeypatch.setattr(measure, "WARM_UP_S", 0.0)
+    kv, heads = torch.ones(5 * 65536, dtype=torch.uint8), measure.Heads(2, 2, 32)
+    weights = [torch.ones(n, dtype=torch.uint8) for n in (300_000, 200_000)]
+    known = replace(measured, cpu_attention=1.0)
+    found = rates_of_memory(known, CPU, torch.float32, heads, kv, 65536, weights)
+    changed = {name for name, value in asdict(found).items() if value != asdict(known)[name]}
+    assert changed == {"h2d", "cpu_attention", "h2d_beside_cpu_attention", "cpu_attention_beside_h2d", "source"}
+    assert "other rates now" in caplog.text
+    assert "cpu_attention +" in caplog.text
+    alone = rates_of_memory(known, CPU, torch.float32, heads, kv, 65536, [])
+    assert alone.cpu_attention > 1.0
+    assert alone.h2d == known.h2d
+
+
+def test_an_engine_is_measured_by_what_lies_in_host_memory(
+    make: Any, rates_of_memory: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its streamed layers and its layers' KV there; the placement stays, the times follow."""
+    seen: list[Any] = []
+
+    def looking(rates: Rates, device: Any, dtype: Any, heads: Any, kv: Any, nbytes: int, weights: Any, **o: Any) -> Any:
+        seen.extend((kv.numel() // nbytes, [w.numel() for w in weights], o))
+        return replace(rates_of_memory(rates, device, dtype, heads, kv, nbytes, weights, **o), cpu_attention=1e3)
+
+    monkeypatch.setattr(measure, "BESIDE_S", 0.02)
+    monkeypatch.setattr(measure, "WARM_UP_S", 0.0)
+    monkeypatch.setattr(measure, "rates_of_memory", looking)
+    engine = make(gpu_memory="1600KiB", max_batch=1, resident_layers=1)
+    plan, loaded = engine.plan, engine._loaded
+    assert plan.kv_host_tokens > 0
+    now = loading.with_rates_now(plan, loaded.weights, loaded.host_buffer.tensor, 1)
+    layers = plan.geometry.layers
+    assert seen == [layers, [plan.geometry.layer_bytes] * (layers - 1), {"threads": 1}]
+    assert now.pipes["decode"]["attention on the host"] > plan.kv_host_bytes / 1e3
+    for placed in ("kv_host_tokens", "resident_layers", "chunk_tokens", "host_bytes"):
+        assert getattr(now, placed) == getattr(plan, placed)
+
+    def refuse(*_: Any, **__: Any) -> Rates:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(measure, "rates_of_memory", refuse)
+    assert loading.with_rates_now(plan, loaded.weights, loaded.host_buffer.tensor, 1) is plan
+    assert "no memory to measure with (no room)" in caplog.text
+    # Nothing is measured where the host attends nothing.
+    for other in (replace(plan, in_place=False), replace(plan, kv_host_bytes=0, kv_gpu_bytes=1 << 30)):
+        assert loading.with_rates_now(other, loaded.weights, loaded.host_buffer.tensor, 1) is other
+
+
+@pytest.mark.gpu
+def test_an_engine_on_a_gpu_is_measured_when_it_starts(
+    tmp_path: Path, rates_of_memory: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "rates_of_memory", rates_of_memory)
+    make_config(
+        "llama", hidden_size=1024, intermediate_size=2752, num_attention_heads=8, num_key_value_heads=8, head_dim=128,
+        max_position_embeddings=16384,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    options: dict[str, Any] = {"context": 16384, "max_batch": 1, "load_format": "dummy", "device": "cuda"}
+    engine = make_engine(tmp_path, **options, gpu_memory="2000MiB", host_memory="4GiB", resident_layers=0)
+    try:
+        assert engine.plan.kv_host_tokens > 0
+        assert engine.plan.rates.source.endswith("of host memory when the engine started")
+        assert engine.plan.rates.cpu_attention != assumed_rates(torch.float32).cpu_attention
+    finally:
+        engine.shutdown()
+
+
+@pytest.mark.parametrize("linear", ["torch", "elsa"])
+def test_a_layers_products_and_attention_are_timed(linear: str) -> None:
+    geometry = Geometry.from_config(make_config("llama"), torch.float32)
+    assert 0 < measure._layer_seconds(CPU, torch.float32, linear, geometry, 64) < 1
+
+
+def test_a_prompts_fixed_costs_are_not_its_activations() -> None:
+    """By hand: 1 s of prefill, of which products, attention, small kernels and the host's part of a pass take 0.6 s."""
+    geometry = replace(Geometry.from_config(make_config("llama"), torch.float16), weights_bytes=2 * 10**9, layers=4)
+    rates = Rates(flops=1e13, attention_flops=1e30, device_memory=1e30, device_attention=1e30, graph_layer_s=0.05,
+                  chunk_s=9.0, pass_s=0.1)  # fmt: skip
+    probe = probes._Probe(SimpleNamespace(geometry=geometry), prefill_s=1.0, decode_s=0.0)
+    tokens, parameters = 1000, 10**9 / 4  # of a layer, three of which all tokens pass whole
+    keys = 2 * geometry.kv_heads * geometry.head_dim * geometry.hidden
+    products = 2 * (3 * parameters + keys) * tokens / 1e13
+    expected = geometry.activation_bytes() * 3 * tokens / (1.0 - products - 4 * 0.05 - 0.1)
+    assert probes._activations(probe, rates, tokens, on_gpu=True) == pytest.approx(expected)
+    # Without a GPU the issue of every layer is part of it; all layers are passed whole, and nothing is fused.
+    expected = geometry.activation_bytes() * 4 * tokens / (1.0 - 2 * 4 * parameters * tokens / 1e13 - 4 * 0.03 - 0.1)
+    assert probes._activations(probe, replace(rates, layer_s=0.03), tokens, on_gpu=False) == pytest.approx(expected)
+    slow = replace(rates, flops=1e12)  # nothing is left
+    assert probes._activations(probe, slow, tokens, on_gpu=True) == geometry.activation_bytes() * 3 * tokens / 0.05
+
+
 def test_a_probe_that_cannot_run_leaves_its_rates_assumed(
     measured: Rates, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -72,7 +221,7 @@ def test_a_probe_that_cannot_run_leaves_its_rates_assumed(
         raise BudgetError("no memory for a probe")
 
     monkeypatch.setattr(probes, "_probe", refuse)
-    found = probes.engine_rates(CPU, torch.float32, "elsa", "torch", TINY, measured)
+    found = probes.engine_rates(CPU, torch.float32, "elsa", "torch", TINY, measured, lambda *_: 0.0)
     assert found == {}
     assert "no memory for a probe" in caplog.text
 
@@ -150,8 +299,9 @@ def test_a_cache_that_cannot_be_written_is_announced(
     monkeypatch.setattr(measure, "measure_rates", lambda *_, **__: measured)
     assert rates(CPU, torch.float32) == measured
     assert "the next start measures again" in caplog.text
-    assert measure._disk_rate(1 << 20) == Rates().disk
-    assert measure._disk_write_rate(1 << 20, torch.device("cpu")) == Rates().disk_write
+    folder = measure.envs.cache_dir()
+    assert measure._disk_rate(1 << 20, folder) == Rates().disk
+    assert measure.disk_write_rate(folder, torch.device("cpu"), 1 << 20) == Rates().disk_write
     assert "its rate is assumed" in caplog.text
 
 

@@ -11,6 +11,7 @@ from engine_models import make_config
 
 from elsa_serve.offload.machine import Rates
 from elsa_serve.offload.weights import ModelWeights
+from elsa_serve.stats import StepStats
 from kernels.bench import results_file
 from load_tests import offload_bench
 
@@ -32,12 +33,43 @@ def test_runs_of_one_load_become_rows(tmp_path: Path) -> None:
     assert serial["tokens_equal"]
     assert serial["hidden_s"] == 0
     assert streamed["predicted_decode_s_per_token"] > 0
-    assert streamed["predicted_prefill_s"] == pytest.approx(streamed["prefill_predicted_s"])
+    assert streamed["rates"]["h2d"] == 50e9
+    assert streamed["predicted_prefill_s"] == pytest.approx(streamed["live_predicted_prefill_s"])
     assert serial["predicted_decode_s_per_token"] is None
     assert streamed["prefill_s"] > 0
     assert streamed["decode_s_per_token"] > 0
     assert streamed["h2d_bytes"] > 0
     assert "--gpu-memory" in refused["error"]
+
+
+def test_what_was_predicted_first_stands_beside_what_followed() -> None:
+    """The host's attention turned out slower than planned: the second pass is predicted by the first, the row's
+    prediction is not."""
+    passes = [
+        StepStats("prefill", 2.0, 100, 1, "elsa", planned_s=1.5, predicted_s=1.5),
+        *(StepStats("decode", 0.4, 0, 1, "elsa", planned_s=0.2, predicted_s=p) for p in (0.2, 0.28, 0.37)),
+    ]
+    row = offload_bench.timings(passes)
+    assert (row["predicted_prefill_s"], row["predicted_decode_s_per_token"]) == (1.5, 0.2)
+    assert (row["live_predicted_prefill_s"], row["live_predicted_decode_s_per_token"]) == (1.5, 0.28)
+
+
+def test_older_rows_keep_what_their_files_head_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "rows.json"
+
+    def run(commit: str, date: str, command: str, **row: Any) -> None:
+        head = {"machine": {"gpu": "one"}, "versions": {"torch": "2"}, "commit": commit, "command": command}
+        monkeypatch.setattr(results_file, "document", lambda rows: head | {"date": date, "rows": rows})
+        offload_bench.record(file, row)
+
+    run("a", "Monday", "bench 8", gpu_cap="8GiB", prefill_s=1)
+    run("a", "Monday, later", "bench 8", gpu_cap="24GiB", prefill_s=2)
+    run("b", "Tuesday", "bench 24", gpu_cap="24GiB", prefill_s=3)
+    first, second = results_file.read(file)["rows"]
+    # The head's machine is the row's; its commit, date and command are not.
+    assert first == {"gpu_cap": "8GiB", "prefill_s": 1, "commit": "a", "date": "Monday", "command": "bench 8"}
+    assert second == {"gpu_cap": "24GiB", "prefill_s": 3, "commit": "b", "date": "Tuesday"}
+    assert results_file.read(file)["command"] == "bench 24"
 
 
 def test_the_floor_is_the_slowest_of_three_bounds() -> None:

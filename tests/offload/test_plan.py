@@ -119,7 +119,14 @@ def test_memory_is_shared_so_that_both_pipes_take_as_long() -> None:
         plan = plan_13b(gpu_budget=size * GIB)
         assert plan.pipes is not None
         pipes = plan.pipes["decode"]
-        assert pipes["copies to the device"] == pytest.approx(pipes["attention on the host"], rel=0.1)
+        if size != 16:
+            assert pipes["copies to the device"] == pytest.approx(pipes["attention on the host"], rel=0.1)
+        else:  # two slots, which are full in front of every resident layer: equal pipes would wait for each other
+            assert plan.slots == 2
+            equal = plan_13b(gpu_budget=size * GIB, resident_layers=8)
+            assert equal.bottleneck is not None
+            assert equal.bottleneck["decode"] == "copies that wait for a slot"
+            assert pipes["copies to the device"] < pipes["attention on the host"] == plan.s_per_token
         for other in range(0, size // 2, 4):
             assert plan.s_per_token <= plan_13b(gpu_budget=size * GIB, resident_layers=other).s_per_token
     whole = plan_13b(gpu_budget=60 * GIB)

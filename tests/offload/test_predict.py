@@ -16,7 +16,16 @@ from elsa_serve.offload.kv import Extent, RequestKV, Span
 from elsa_serve.offload.machine import Rates
 from elsa_serve.offload.plan import Geometry, Plan, make_plan
 from elsa_serve.offload.plan_text import render
-from elsa_serve.offload.predict import HOP_S, Pace, Share, device_seconds, pass_time, running_shares
+from elsa_serve.offload.predict import (
+    HOP_S,
+    Pace,
+    Share,
+    device_seconds,
+    in_place_limit,
+    pass_time,
+    ring_seconds,
+    running_shares,
+)  # fmt: skip
 from elsa_serve.offload.rounds import rounds_of
 
 GIB = 2**30
@@ -24,16 +33,14 @@ RATES = Rates(
     h2d=50e9, d2h=40e9, device_memory=3e12, device_attention=2e12, host_memory=100e9, flops=500e12,
     attention_flops=400e12,
     cpu_attention=100e9, cpu_attention_beside_h2d=60e9, h2d_beside_cpu_attention=45e9, cpu_attention_flops=1e12,
-    disk=2e9, activations=200e9, layer_s=1e-4, pass_s=1e-3,
+    disk=2e9, activations=200e9, layer_s=1e-4, pass_s=1e-3, run_s=0.0,
     graph_attention=2e12, graph_layer_s=0.0, graph_pass_s=0.0, chunk_s=0.0, source="of this test",
 )  # fmt: skip
-GEOMETRY = Geometry.from_config(
-    LlamaConfig(
-        hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40, vocab_size=32000,
-        max_position_embeddings=131072,
-    ),
-    torch.float16,
-)  # fmt: skip
+SHAPE: dict[str, Any] = {
+    "hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40,
+    "vocab_size": 32000, "max_position_embeddings": 131072,
+}  # fmt: skip
+GEOMETRY = Geometry.from_config(LlamaConfig(**SHAPE), torch.float16)
 TOKEN = 40 * GEOMETRY.kv_token_bytes()
 
 
@@ -66,7 +73,7 @@ def test_pipes_that_share_the_hosts_memory_slow_each_other_down() -> None:
     pipes = made.pipes["decode"]
     arithmetic = 4 * 40 * GEOMETRY.heads * GEOMETRY.head_dim * made.kv_host_tokens / RATES.cpu_attention_flops
     assert alone[0] < pipes["copies to the device"] <= both[0]
-    own = device_seconds(GEOMETRY, RATES, [Share(made.kv_gpu_tokens, 1)]) + GEOMETRY.layers * HOP_S
+    own = device_seconds(GEOMETRY, RATES, [Share(made.kv_gpu_tokens, 1)]) + GEOMETRY.layers * HOP_S + RATES.pass_s
     assert alone[1] < pipes["attention on the host"] - own <= math.hypot(both[1], arithmetic)
     resident = plan(gpu_budget=36 * GIB, resident_layers=40)
     assert resident.kv_host_tokens > 0
@@ -74,7 +81,7 @@ def test_pipes_that_share_the_hosts_memory_slow_each_other_down() -> None:
     host = resident.pipes["decode"]["attention on the host"]
     own = device_seconds(GEOMETRY, RATES, [Share(0, 1)])
     attended = resident.kv_gpu_tokens * TOKEN / RATES.device_attention
-    expected = resident.kv_host_tokens * TOKEN / 100e9 + own + 40 * HOP_S
+    expected = resident.kv_host_tokens * TOKEN / 100e9 + own + 40 * HOP_S + RATES.pass_s
     assert expected - attended < host < expected + 2 * attended
     # The next layers are issued while the host attends: a slow issue is a pipe of its own, and moves nothing.
     slow = plan(gpu_budget=36 * GIB, resident_layers=40, rates=replace(RATES, layer_s=5e-4))
@@ -84,7 +91,8 @@ def test_pipes_that_share_the_hosts_memory_slow_each_other_down() -> None:
 
 def test_everything_on_the_device_is_bound_by_its_memory_or_by_the_host_that_issues() -> None:
     whole = plan(gpu_budget=100 * GIB)
-    read = (GEOMETRY.weights_bytes + GEOMETRY.outside_bytes) / 3e12 + 32768 * TOKEN / 2e12
+    head = 32000 * 5120 * 2  # of the embeddings, as large, a pass takes some rows
+    read = (GEOMETRY.weights_bytes + head) / 3e12 + 32768 * TOKEN / 2e12
     assert whole.s_per_token == pytest.approx(read, rel=0.01)
     assert whole.bottleneck == {"prefill": "compute", "decode": "compute"}
     # From a graph nothing is issued: what counts is the device's own time between the large kernels.
@@ -96,10 +104,90 @@ def test_everything_on_the_device_is_bound_by_its_memory_or_by_the_host_that_iss
     issued = plan(gpu_budget=100 * GIB, rates=rates, graphs=False)
     assert issued.s_per_token == pytest.approx(0.041)
     assert "CUDA graphs" in graph.gpu_bytes.keys() - issued.gpu_bytes.keys()
-    for shares in ([Share(100, 2)], [Share(30000, 1)] * 2):  # two tokens, or more than the device's KV
+    # Two tokens, more than the device's KV, or some of it shared.
+    shared = [Share(100, 1, on_device=101), Share(100, 1, on_device=101, shared_on_device=100)]
+    for shares in ([Share(100, 2)], [Share(30000, 1)] * 2, shared):
         assert pass_time(graph, shares).pipes["issue by the host"] == pytest.approx(0.041)
     streamed = plan(gpu_budget=100 * GIB, rates=rates, resident_layers=38)
     assert streamed.pipes["decode"]["issue by the host"] == pytest.approx(0.041)  # type: ignore[index]
+
+
+def test_what_a_pass_costs_besides_its_bytes_is_counted_once() -> None:
+    """The device's small kernels in every layer, and its rest before the first and behind the last; from a graph, the
+    graph's own."""
+    rates = replace(RATES, graph_layer_s=1e-4, graph_pass_s=5e-3, pass_s=20e-3)
+    small = 40 * 1e-4
+    made, free = (plan(gpu_budget=100 * GIB, rates=one, graphs=False) for one in (rates, replace(RATES, pass_s=0.0)))
+    assert made.ttft_s - free.ttft_s == pytest.approx(small + 20e-3)
+    assert made.s_per_token - free.s_per_token == pytest.approx(small + 20e-3)
+    graph = plan(gpu_budget=100 * GIB, rates=rates)
+    assert graph.s_per_token - free.s_per_token == pytest.approx(small + 5e-3)
+    streamed = plan(resident_layers=0, rates=rates)  # copies go on through it
+    assert streamed.pipes["decode"]["copies to the device"] <= GEOMETRY.weights_bytes / 45e9  # type: ignore[index]
+
+
+@pytest.mark.parametrize(("slots", "expected"), [(2, 3.4), (3, 3.2)])
+def test_in_front_of_a_resident_layer_a_full_ring_waits(slots: int, expected: float) -> None:
+    """By hand, four layers of 0.8 s of which the first is resident, copies of 1 s. With two slots, from the end of one
+    pass at 0 on: the first copy is over at 0.2, the second at 1.2; the resident layer ends at 0.8, the first copied one
+    at 1.6. Only then the third copy begins, its layer begins at 2.6 and ends at 3.4."""
+    made = replace(plan(), geometry=replace(GEOMETRY, layers=4), resident_layers=(0,), slots=slots)
+    assert ring_seconds(made, 3.0, 3.2) == pytest.approx(expected)
+    assert ring_seconds(replace(made, resident_layers=()), 3.0, 3.2) == 3.2
+
+
+# Of one H200 on 29 November 2026, 32K tokens in FP16: cap, resident layers, tokens on the device, what the host's
+# attention and the copies reached beside each other in the run itself, and its seconds a token.
+RUNS = (
+    (8, 5, 262, 74.8e9, 50.6e9, 0.4620),
+    (24, 20, 8843, 80.4e9, 47.7e9, 0.2649),
+    (24, 0, 17235, 95.5e9, 53.4e9, 0.4722),
+    (40, 30, 22070, 76.0e9, 47.5e9, 0.1399),
+)
+
+
+@pytest.mark.parametrize(("cap", "resident", "tokens", "attention", "copies", "taken"), RUNS)
+def test_from_the_rates_that_a_run_reached_its_time_follows(
+    cap: int, resident: int, tokens: int, attention: float, copies: float, taken: float
+) -> None:
+    reached = Rates(
+        h2d=54.5e9, cpu_attention=106e9, cpu_attention_beside_h2d=attention, h2d_beside_cpu_attention=copies,
+        device_memory=3.9e12, cpu_attention_flops=1.2e12,
+    )  # fmt: skip
+    made = plan(gpu_budget=cap * GIB, resident_layers=resident, rates=reached)
+    share = Share(32768, 1, on_device=tokens)
+    assert pass_time(made, [share]).seconds == pytest.approx(taken, rel=0.06)
+
+
+def test_float32_from_a_graph_reads_twice_the_bytes() -> None:
+    """By hand: ten layers of 1.27 GB, a head of 0.66 GB and 13.4 GB of KV."""
+    geometry = Geometry.from_config(LlamaConfig(**SHAPE | {"num_hidden_layers": 10}), torch.float32)
+    rates = replace(RATES, device_memory=4e12, graph_attention=4e12, graph_layer_s=3e-5, graph_pass_s=2e-4)
+    made = make_plan(geometry, gpu_budget=100 * GIB, host_budget=110 * GIB, context=32768, rates=rates)
+    assert geometry.weights_bytes == pytest.approx(12.69e9, rel=1e-3)
+    expected = (12.69e9 + 0.655e9 + 13.42e9) / 4e12 + 10 * 3e-5 + 2e-4
+    assert made.s_per_token == pytest.approx(expected, rel=0.005)
+
+
+def test_drafted_tokens_add_the_hosts_arithmetic_like_the_side_of_a_right_angle() -> None:
+    """By hand: sixteen rows over 24,000 tokens in host memory, every layer resident."""
+    made = plan(gpu_budget=36 * GIB, resident_layers=40)
+    share = Share(30000, 16, on_device=6016)
+    assert in_place_limit(RATES, weights_bytes=0, kv_bytes=23984 * TOKEN, flops_per_token=4 * 40 * 5120 * 23984) >= 16
+    reading, arithmetic = 24000 * TOKEN / 100e9, 16 * 24000 * 4 * 40 * 5120 / 1e12
+    own = device_seconds(GEOMETRY, RATES, [Share(0, 16)], fused=True) + 6016 * TOKEN / 2e12
+    found = pass_time(made, [share])
+    assert found.seconds == pytest.approx(math.hypot(reading, arithmetic) + own + 40 * HOP_S + RATES.pass_s, rel=0.01)
+    assert found.attending == pytest.approx(math.hypot(reading, arithmetic))
+
+
+def test_attention_without_states_brings_the_hosts_kv_to_the_device() -> None:
+    """As torch's SDPA has none: 30,000 tokens, and every weight, over PCIe for each token."""
+    made = plan(resident_layers=0, in_place=False)
+    found = pass_time(made, [Share(30000, 1, on_device=1)])
+    assert found.attending == 0
+    assert found.seconds == pytest.approx((GEOMETRY.weights_bytes + 29999 * TOKEN) / 50e9)
+    assert found.bottleneck == "copies to the device"
 
 
 def test_chunks_cost_the_device_and_rounds_bring_kv_back() -> None:
@@ -113,14 +201,34 @@ def test_chunks_cost_the_device_and_rounds_bring_kv_back() -> None:
     assert shares[1].past == shares[0].new
     fetched = sum(max(0, share.past - made.kv_gpu_tokens) for share in shares) * TOKEN / 50e9
     products = 2 * GEOMETRY.weights_bytes / 2 / 500e12 * 4096
-    assert whole + fetched - len(shares) * products < made.ttft_s < whole + fetched
+    rests = len(shares) * RATES.pass_s
+    assert whole + fetched - len(shares) * products < made.ttft_s - rests < whole + fetched
     assert made.bottleneck["prefill"] == "KV brought to the device"  # type: ignore[index]
 
 
+def test_every_round_of_a_long_prompt_is_its_slowest_pipe() -> None:
+    """By hand: two rounds of 32,768 tokens, of which the second's first layers wait for the first one's KV."""
+    made = plan(gpu_budget=12 * GIB, context=65536, resident_layers=0, chunk_tokens=4096)
+    first, second = (pass_time(made, [share]) for share in (Share(0, 32768), Share(32768, 32768)))
+    products = 2 * GEOMETRY.weights_bytes / 2 / 500e12
+    activations = GEOMETRY.activation_bytes() * 39 * 32768 / 200e9
+    last = 2 * 2 * 5120 * 5120 * 32768 / 500e12  # keys and values in the last layer
+    seen = 32768 * (65536 - 16384)  # by the second round's tokens
+    attention = 4 * 39 * 5120 * seen / 400e12
+    device = products * 32768 * 39 / 40 + last + attention + activations + RATES.pass_s
+    fetched = (32768 - made.kv_gpu_tokens) * TOKEN / 50e9
+    assert second.seconds == pytest.approx(device + fetched - products * 4096, rel=1e-3)
+    assert second.bottleneck == "KV brought to the device"  # its copies do not hide behind the last chunk alone
+    assert first.bottleneck == "compute"
+    assert first.seconds == pytest.approx(device - attention + 4 * 39 * 5120 * 32768 * 16384 / 400e12, rel=1e-3)
+    assert second.pipes["copies to the device"] == pytest.approx(GEOMETRY.weights_bytes / 50e9 + fetched)
+
+
 def test_without_a_gpu_copies_and_compute_take_turns() -> None:
-    made = plan(device_type="cpu", resident_layers=0, context=1024, rates=replace(RATES, layer_s=0.0, pass_s=0.0))
+    made = plan(device_type="cpu", resident_layers=0, context=1024, rates=replace(RATES, layer_s=2e-3, pass_s=5e-3))
     compute = device_seconds(GEOMETRY, RATES, [Share(1023, 1)])
-    assert made.s_per_token == pytest.approx(GEOMETRY.weights_bytes / 50e9 + compute, rel=0.01)
+    issue = 40 * 2e-3 + 5e-3  # nobody else computes meanwhile
+    assert made.s_per_token == pytest.approx(GEOMETRY.weights_bytes / 50e9 + compute + issue, rel=0.01)
 
 
 def test_a_batch_shares_one_pass_over_the_weights() -> None:
@@ -138,6 +246,12 @@ def test_what_requests_share_is_read_once() -> None:
     )
     assert four > 3 * one
     assert one < shared < 1.6 * one
+    # On the device, too: by hand, four queries over 30,001 tokens of which three read none but their own.
+    for count, read in ((0, 4 * 30001), (30000, 30001 + 3)):
+        shares = [Share(30000, 1, 30001), *[Share(30000, 1, 30001, shared_on_device=count)] * 3]
+        four = pass_time(plan(gpu_budget=140 * GIB, batch=4, graphs=False), shares).pipes["compute"]
+        rest = (GEOMETRY.weights_bytes + GEOMETRY.head_bytes) / 3e12 + GEOMETRY.activation_bytes() * 160 / 200e9
+        assert four == pytest.approx(rest + read * TOKEN / 2e12 + RATES.pass_s, rel=0.01)
 
 
 def test_shares_of_running_requests_say_where_their_kv_lies() -> None:
@@ -150,7 +264,7 @@ def test_shares_of_running_requests_say_where_their_kv_lies() -> None:
     third = RequestKV([Span(extent("gpu"), 0, 10), Span(extent("disk"), 10, 90)], length=99)
     assert running_shares([(first, 1), (second, 3), (third, 1)]) == [
         Share(120, 1, on_device=60),
-        Share(130, 3, on_device=60, shared=50),
+        Share(130, 3, on_device=60, shared=50, shared_on_device=60),
         Share(99, 1, on_device=10, on_disk=90),
     ]
 
@@ -207,6 +321,31 @@ def test_a_prompt_waits_until_its_kv_is_in_the_file() -> None:
     in_memory = plan(resident_layers=0)
     assert made.bottleneck["prefill"] == "KV to disk"  # type: ignore[index]
     assert made.ttft_s == pytest.approx(in_memory.ttft_s + made.kv_disk_tokens * TOKEN / RATES.disk_write, rel=0.01)
+
+
+def test_writes_to_a_file_come_on_top_of_what_python_issues() -> None:
+    """By hand: in chunks of 64 tokens the issue of a prompt takes longer than the device, and waits for every write."""
+    small: dict[str, Any] = {"resident_layers": 0, "host_budget": 30 * GIB, "context": 8192, "chunk_tokens": 64}
+    made = plan(kv_disk=40 * GIB, rates=replace(RATES, layer_s=5e-3), gpu_budget=4 * GIB, **small)
+    issue = 40 * 128 * 5e-3 + RATES.pass_s  # of runs, which take nothing here
+    assert made.kv_disk_tokens > 0
+    assert made.ttft_s == pytest.approx(issue + made.kv_disk_tokens * TOKEN / RATES.disk_write)
+    assert made.bottleneck["prefill"] == "KV to disk"  # type: ignore[index]
+
+
+def test_every_run_of_a_heads_kv_is_issued() -> None:
+    """By hand: 128 chunks of 64 tokens, of which some stay on the device; a round over 4,096 brings those back."""
+    rates = replace(RATES, layer_s=1e-5, run_s=1e-3)
+    made = plan(gpu_budget=4 * GIB, resident_layers=0, context=8192, chunk_tokens=64, rates=rates)
+    here = made.kv_gpu_tokens
+    assert 64 < here < 4096
+    prompt, after = (
+        pass_time(made, [share]).pipes["issue by the host"] for share in (Share(0, 8192), Share(4096, 1024))
+    )
+    home = -(-(8192 - here) // 64)
+    assert prompt == pytest.approx(40 * (128 * 1e-5 + home * 80 * 1e-3) + RATES.pass_s)
+    assert after == pytest.approx(40 * (16 * 1e-5 + (1 + 16) * 80 * 1e-3) + RATES.pass_s)  # what was there, its own
+    assert pass_time(made, [Share(8191, 1)]).pipes["issue by the host"] == pytest.approx(40 * 1e-5 + RATES.pass_s)
 
 
 def test_kv_on_disk_that_free_memory_holds_is_read_from_there() -> None:

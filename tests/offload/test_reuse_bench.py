@@ -19,6 +19,8 @@ def test_both_cases_become_rows(tmp_path: Path) -> None:
              "--gpu-memory", "2400KiB", "--host-kv", "4MiB", "--resident-layers", "0", "--requests", "3",
              "--output", output]  # fmt: skip
     assert reuse_bench.main([str(flag) for flag in flags]) == 0
+    assert reuse_bench.main([str(flag) for flag in [*flags, "--context", "160", "--fresh"]]) == 0
+    assert {row["context"] for row in results_file.read(output)["rows"]} == {160}
     plain, guessed, shared = results_file.read(output)["rows"]
     assert guessed["tokens_equal"]
     assert guessed["accepted_tokens"] > 10
@@ -27,6 +29,9 @@ def test_both_cases_become_rows(tmp_path: Path) -> None:
     assert shared["batch"] == 3
     assert shared["tokens_equal"]
     assert shared["tokens_per_s"] > 0
+    for row, name in ((plain, "decode_s_per_token"), (guessed, "s_per_pass"), (shared, "s_per_pass")):
+        assert row[f"predicted_{name}"] > 0
+        assert row[f"live_predicted_{name}"] > 0
 
 
 def test_the_trace_is_copy_heavy_and_not_all_copy() -> None:

@@ -25,6 +25,7 @@ constexpr int STEP = ELSA_STEP;  // tiles that a warp multiplies at a time
 constexpr int PITCH = D + 4;  // of a row in shared memory
 constexpr int LONGEST = ELSA_LONGEST;  // of all chunks
 constexpr int AHEAD = CONDUCTOR ? 4 : 2;  // chunks that are prepared at a time
+constexpr int LATE = 4;  // last steps of a block in which warps also ask for the one after the next
 static_assert(CHUNK / 4 % TILE == 0 && LONGEST % TILE == 0, "whole tiles");
 static_assert(PAGE % TILE == 0, "a tile lies on one page");
 
@@ -117,6 +118,10 @@ __device__ __forceinline__ int count(int* counter) {
   return before;
 }
 
+__device__ __forceinline__ void hint(const void* p) {  // brings a line into the L2 cache, and only there
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+}
+
 __device__ __forceinline__ float exp_2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -137,6 +142,7 @@ struct Chunk {
   int size;            // keys of the sequence's chunks, `chunk_of`
   int end;             // of the chunk's keys
   int first_item;      // of the sequence, over all heads
+  u32 slot, step;      // where the states of its node's chunks begin, and how far apart they are
   bool more;           // whether the block has another one
 };
 
@@ -149,11 +155,23 @@ __device__ __forceinline__ int chunk_of(int keys) {
   return keys >= 64 * CHUNK ? LONGEST : CHUNK;
 }
 
-// Items of sequence s: chunks, or nodes of FAN chunks; 0 where the sequence is not of this launch.
-__device__ __forceinline__ int items_of(const Params& p, int s) {
-  const int q0 = p.cu[s], keys = p.used[s], rows = (p.cu[s + 1] - q0) * GROUP;
-  const int items = max(divide_up(keys, chunk_of(keys) * (p.whole_nodes ? FAN : 1)), 1);
-  return rows > 0 && rows <= ROWS && q0 < p.T ? items : 0;
+struct Sequence {
+  int q0, queries, keys;
+};
+
+__device__ __forceinline__ Sequence sequence(const Params& p, int s) {
+  const int q0 = p.cu[s];
+  return {q0, p.cu[s + 1] - q0, p.used[s]};
+}
+
+// Whether a sequence is of this launch.
+__device__ __forceinline__ bool takes(const Params& p, const Sequence& x) {
+  return x.queries > 0 && x.queries <= ROWS / GROUP && x.q0 < p.T;
+}
+
+// Items of a sequence: chunks, or nodes of FAN chunks.
+__device__ __forceinline__ int items_of(const Params& p, const Sequence& x) {
+  return takes(p, x) ? max(divide_up(x.keys, chunk_of(x.keys) * (p.whole_nodes ? FAN : 1)), 1) : 0;
 }
 
 // Inclusive sums of the sequences' items. Returns the number of all, of one head.
@@ -162,7 +180,7 @@ __device__ int sum_items(const Params& p, int* ends, int* room) {
   int before = 0;
   for (int base = 0; base < p.B; base += THREADS) {
     const int s = base + threadIdx.x;
-    int sum = s < p.B ? items_of(p, s) : 0;
+    int sum = s < p.B ? items_of(p, sequence(p, s)) : 0;
     for (int d = 1; d < 32; d *= 2) {
       const int other = __shfl_up_sync(~0u, sum, d);
       if (lane >= d) sum += other;
@@ -177,29 +195,37 @@ __device__ int sum_items(const Params& p, int* ends, int* room) {
   return before;
 }
 
-__device__ __forceinline__ Chunk first_chunk(const Params& p, const int* ends, int item) {
+// The first chunk of an item, of unit `unit` and this head: x is the sequence, which is the s-th.
+__device__ __forceinline__ Chunk first_chunk(const Params& p, const Sequence& x, int s, int first_item, int item, int unit,
+                                             int head) {
   Chunk c;
-  const int unit = item / p.Hkv;
   c.item = item;
-  c.head = item - unit * p.Hkv;
+  c.head = head;
+  c.s = s;
+  c.first_item = first_item;
+  c.at = (unit - first_item) * (p.whole_nodes ? FAN : 1);
+  c.q0 = x.q0;
+  c.keys = x.keys;
+  c.start = x.keys - x.queries;
+  c.rows = min(x.queries, p.T - x.q0) * GROUP;
+  c.size = chunk_of(x.keys);
+  c.end = min(x.keys, (c.at + 1) * c.size);
+  c.chunks = max(divide_up(x.keys, c.size), 1);
+  c.last = min(c.at + (p.whole_nodes ? FAN : 1), c.chunks) - 1;
+  c.slot = p.whole_nodes ? blockIdx.x * FAN : (first_item + c.at / FAN * FAN) * p.Hkv + head;
+  c.step = p.whole_nodes ? 1 : p.Hkv;
+  return c;
+}
+
+__device__ __forceinline__ Chunk first_chunk(const Params& p, const int* ends, int item) {
+  const int unit = item / p.Hkv;
   int low = 0, high = p.B - 1;  // the first sequence that ends after the unit
   while (low < high) {
     const int middle = (low + high) / 2;
     if (ends[middle] > unit) high = middle;
     else low = middle + 1;
   }
-  c.s = low;
-  c.first_item = low ? ends[low - 1] : 0;
-  c.at = (unit - c.first_item) * (p.whole_nodes ? FAN : 1);
-  c.q0 = p.cu[low];
-  const int queries = p.cu[low + 1] - c.q0;
-  c.keys = p.used[low];
-  c.start = c.keys - queries;
-  c.rows = min(queries, p.T - c.q0) * GROUP;
-  c.size = chunk_of(c.keys);
-  c.chunks = max(divide_up(c.keys, c.size), 1);
-  c.last = min(c.at + (p.whole_nodes ? FAN : 1), c.chunks) - 1;
-  return c;
+  return first_chunk(p, sequence(p, low), low, low ? ends[low - 1] : 0, item, unit, item - unit * p.Hkv);
 }
 
 __device__ __forceinline__ i64 place_of(const Chunk& c, int row, i64 token_stride, i64 head_stride) {
@@ -242,7 +268,7 @@ struct Shared {
   Scratch scratch[WARPS];
   Barrier ready[AHEAD], asked[AHEAD];  // a chunk and its pages; its queries
   Barrier full, taken;   // all warps have left a chunk's states; they have been read
-  int room[TEAM], answer;
+  int room[TEAM];
 };
 static_assert(sizeof(Shared) <= ELSA_SHARED, "Form.shared_bytes");
 
@@ -261,6 +287,24 @@ __device__ __forceinline__ void load_first(const Params& p, Tile& tile, const Pr
 #pragma unroll
   for (int h = 0; h < STEP; h++)
     if (h < tiles) load_v(p, tile, h, from.pages[warp + WARPS * h], c.at * c.size + TILE * (warp + WARPS * h), c.head, lane);
+}
+
+// Asks for the tiles of the step that begins at a warp's i-th one, into the L2 cache alone.
+__device__ __forceinline__ void hint_at(const Params& p, const Prepared& from, int i, int tiles, int warp, int lane) {
+  constexpr int LINE = 128 / sizeof(cell), LINES = TILE * D / LINE;  // a line's channels, a tile's lines of K or V
+  const Chunk& c = from.chunk;
+#pragma unroll
+  for (int h = 0; h < STEP; h++) {
+    if (i + h >= tiles) break;
+    const int tile = warp + WARPS * (i + h), first = (c.at * c.size + TILE * tile) % PAGE;
+    const i64 page = from.pages[tile];
+#pragma unroll
+    for (int line = lane; line < 2 * LINES; line += 32) {
+      const int place = first + line % LINES * LINE / D, d = line % LINES * LINE % D;
+      if (line < LINES) hint(p.k + page * p.k_block + place * p.k_place + c.head * p.k_head + d);
+      else hint(p.v + page * p.v_block + place * p.v_place + c.head * p.v_head + d);
+    }
+  }
 }
 
 // A warp's tiles of the block's chunk u, the first of which are in `tile` or on their way; at the end the next chunk's
@@ -301,6 +345,7 @@ __device__ __forceinline__ void walk(const Params& p, Shared& sh, int u, int war
 #pragma unroll
     for (int h = 0; h < STEP; h++)
       if (h < more) load_k(p, tile, h, page[h], key + TILE * WARPS * h, head, lane);
+    if (!c.more && i + 2 * STEP < tiles && i + LATE * STEP >= tiles) hint_at(p, here, i + 2 * STEP, tiles, warp, lane);
     weigh(s, rows, i / STEP, lane, sh.scratch[warp], tile);
 #pragma unroll
     for (int h = 0; h < STEP; h++)
@@ -382,8 +427,8 @@ __device__ __noinline__ void careful(const Params& p, const Chunk& c, Shared& sh
     }
 }
 
-// Joins the sinks, once, and writes a row of output and its logsumexp.
-__device__ __forceinline__ void finish(const Params& p, const Chunk& c, int row, int lane, State x) {
+// Joins the sinks, once, and writes four channels of a row of output, with the first ones its logsumexp.
+__device__ __forceinline__ void finish(const Params& p, const Chunk& c, int row, int d, State x) {
   const int head = c.head * GROUP + row % GROUP;
   if (p.sinks) {
     const float sink = p.sinks[head] * 1.4426950408889634f, top = fmaxf(x.m, sink), anchor = anchor_of(top);
@@ -392,48 +437,55 @@ __device__ __forceinline__ void finish(const Params& p, const Chunk& c, int row,
     x.w = scaled(x.w, decay);
     x.m = top;
   }
-  const float l = x.l == 0.f ? 1.f : x.l;
-  float4 out = make_float4(x.w.x / l, x.w.y / l, x.w.z / l, x.w.w / l);
+  float4 out = scaled(x.w, 1.f / (x.l == 0.f ? 1.f : x.l));
   if (ELSA_FP8) out = scaled(out, factor_of(p, c.head));
-  write(p.out + place_of(c, row, p.out_token, p.out_head) + 4 * lane, out);
-  if (p.lse && lane == 0) {
+  write(p.out + place_of(c, row, p.out_token, p.out_head) + d, out);
+  if (p.lse && d == 0) {
     p.lse[(i64)(c.q0 + row / GROUP) * p.Hkv * GROUP + head] = (x.m + log2f(x.l)) * 0.6931471805599453f;
   }
 }
 
-__device__ __forceinline__ void put(const Params& p, i64 slot, int row, int lane, const State& x) {
-  const i64 at = slot * ROWS + row;
-  __stcg(reinterpret_cast<float4*>(p.state_w + at * D) + lane, x.w);
-  if (lane == 0) {
+__device__ __forceinline__ void put(const Params& p, u32 slot, int row, int d, const State& x) {
+  const u32 at = slot * ROWS + row;
+  __stcg(reinterpret_cast<float4*>(p.state_w + (i64)at * D + d), x.w);
+  if (d == 0) {
     __stcg(p.state_m + at, x.m);
     __stcg(p.state_l + at, x.l);
   }
 }
 
 // A row's states in n slots, `step` apart, as one, under a maximum and a sum that are all states'. 32 at a time: lane j has
-// the weight of the j-th. W is summed over even and over odd places: HALVES is 2 where the caller does both, else it does
-// those from `half` on.
+// the weight of the j-th. Lanes below 16 sum W over even places, the others over odd ones. HALVES is 2: a lane gets its
+// four channels. It is 1: only half `half` of the channels, and those of lane l are 64·half + 4·(l % 16) … + 3.
 template <int HALVES>
-__device__ __forceinline__ State merge_states(const Params& p, i64 slot, i64 step, int n, int half, int row, int lane) {
-  constexpr int AT_ONCE = 8 * HALVES, APART = 2 / HALVES;
+__device__ __forceinline__ State merge_states(const Params& p, u32 slot, u32 step, int n, int row, int half, int lane) {
+  constexpr int AT_ONCE = 8;
+  const u32 apart = step * ROWS * D * sizeof(float);  // one place and the next
   State x = {minus_infinity(), 0.f, make_float4(0.f, 0.f, 0.f, 0.f)};
-  float4 odd = x.w;
+  float4 sum[HALVES];
+#pragma unroll
+  for (int h = 0; h < HALVES; h++) sum[h] = x.w;
   for (int base = 0; base < n; base += 32) {
     const int here = min(n - base, 32);
-    const i64 at = (slot + base * step) * ROWS + row, stride = step * ROWS;
+    const u32 at = (slot + base * step) * ROWS + row;
     float m = minus_infinity(), l = 0.f;
     if (lane < here) {
-      m = __ldcg(p.state_m + at + lane * stride);
-      l = __ldcg(p.state_l + at + lane * stride);
+      m = __ldcg(p.state_m + at + lane * step * ROWS);
+      l = __ldcg(p.state_l + at + lane * step * ROWS);
     }
-    const float4* from = reinterpret_cast<const float4*>(p.state_w + at * D) + lane;
+    const char* from = reinterpret_cast<const char*>(p.state_w + (i64)at * D + 64 * half + lane % 16 * 4) + lane / 16 * apart;
     float weight = 0.f;
-    for (int j = half; j < here; j += APART * AT_ONCE) {
-      float4 w[AT_ONCE];
+    for (int j = 0; j < here; j += 2 * AT_ONCE, from += 2 * AT_ONCE * apart) {
+      float4 w[AT_ONCE][HALVES];
 #pragma unroll
       for (int i = 0; i < AT_ONCE; i++)
-        w[i] = j + APART * i < here ? __ldcg(from + (j + APART * i) * stride * (D / 4)) : make_float4(0.f, 0.f, 0.f, 0.f);
-      if (j == half) {  // while those are on their way
+#pragma unroll
+        for (int h = 0; h < HALVES; h++) {
+          w[i][h] = make_float4(0.f, 0.f, 0.f, 0.f);
+          if (j + 2 * i + lane / 16 < here)
+            w[i][h] = __ldcg(reinterpret_cast<const float4*>(from + (i64)(2 * i) * apart) + 16 * h);
+        }
+      if (j == 0) {  // while those are on their way
         float top = fmaxf(m, x.m);
 #pragma unroll
         for (int o = 16; o; o /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, o));
@@ -444,14 +496,21 @@ __device__ __forceinline__ State merge_states(const Params& p, i64 slot, i64 ste
         for (int o = 16; o; o /= 2) l += __shfl_xor_sync(~0u, l, o);
         x.m = top;
         x.l = fmaf(x.l, decay, l);
-        x.w = scaled(x.w, decay);
-        odd = scaled(odd, decay);
+#pragma unroll
+        for (int h = 0; h < HALVES; h++) sum[h] = scaled(sum[h], decay);
       }
 #pragma unroll
-      for (int i = 0; i < AT_ONCE; i++) add(i % HALVES ? odd : x.w, __shfl_sync(~0u, weight, j + APART * i), w[i]);
+      for (int i = 0; i < AT_ONCE; i++) {
+        const float f = __shfl_sync(~0u, weight, j + 2 * i + lane / 16);
+#pragma unroll
+        for (int h = 0; h < HALVES; h++) add(sum[h], f, w[i][h]);
+      }
     }
   }
-  if (HALVES == 2) add(x.w, 1.f, odd);
+  const float4 other = HALVES == 2 && lane < 16 ? sum[HALVES - 1] : sum[0];  // is summed by the lane 16 further
+  x.w = HALVES == 2 && lane >= 16 ? sum[HALVES - 1] : sum[0];
+  add(x.w, 1.f, make_float4(__shfl_xor_sync(~0u, other.x, 16), __shfl_xor_sync(~0u, other.y, 16),
+                            __shfl_xor_sync(~0u, other.z, 16), __shfl_xor_sync(~0u, other.w, 16)));
   return x;
 }
 
@@ -462,65 +521,37 @@ __device__ __forceinline__ void meet() {
   else __syncthreads();
 }
 
-// The states of n slots as one, row by row, together two warps a row: `take(row, state)` gets it.
-template <int MEMBERS, class Take>
-__device__ __forceinline__ void merge(const Params& p, i64 slot, i64 step, int n, int rows, int member, int lane,
-                                      Shared& sh, Take take) {
-  if (MEMBERS == 1) {
-    for (int row = 0; row < rows; row++) take(row, merge_states<2>(p, slot, step, n, 0, row, lane));
-    return;
-  }
-  for (int first = 0; first < rows; first += MEMBERS / 2) {
-    const int row = first + member / 2, half = member % 2;
-    const bool mine = row < rows && member < MEMBERS / 2 * 2;
-    State x;
-    if (mine) x = merge_states<1>(p, slot, step, n, half, row, lane);
-    float4* other = reinterpret_cast<float4*>(&sh.left[member / 2 % WARPS].w[0][4 * lane]);
-    if (mine && half) *other = x.w;
-    __syncthreads();
-    if (mine && !half) {
-      add(x.w, 1.f, *other);
-      take(row, x);
-    }
-    __syncthreads();
-  }
-}
-
 // Counts what the members have written; true where it comes last of `all`, and they see what the others have written.
 template <int MEMBERS>
-__device__ __forceinline__ bool arrives_last(int* counter, int all, int lane, Shared& sh) {
+__device__ __forceinline__ bool arrives_last(int* counter, int all, int member, int lane) {
+  bool last = false;
   meet<MEMBERS>();
-  if (MEMBERS == 1 ? lane == 0 : threadIdx.x == 0) {
-    sh.answer = count(counter) == all - 1;
-    if (sh.answer) *counter = 0;
+  if (member == 0 && lane == 0) {
+    last = count(counter) == all - 1;
+    if (last) *counter = 0;
   }
-  meet<MEMBERS>();
-  return sh.answer;
+  if (MEMBERS > 1) return __syncthreads_or(last);
+  last = __any_sync(~0u, last);
+  __syncwarp();
+  return last;
 }
-
-// The slots of a node's chunks begin here and are `slot_step` apart.
-__device__ __forceinline__ i64 first_slot(const Params& p, const Chunk& c) {
-  return p.whole_nodes ? (i64)blockIdx.x * FAN : ((i64)c.first_item + c.at / FAN * FAN) * p.Hkv + c.head;
-}
-__device__ __forceinline__ i64 slot_step(const Params& p) { return p.whole_nodes ? 1 : p.Hkv; }
 
 // The warps' states of a chunk are in shared memory: takes their sum to its place, and merges the node that is complete by
 // it, and the nodes.
 template <int MEMBERS>
-__device__ __forceinline__ void deliver(const Params& p, const Chunk& c, int member, int lane, Shared& sh) {
-  bool broken = false;
-#pragma unroll
-  for (int w = 0; w < WARPS; w++) broken |= sh.left[w].broken;
-  if (broken) {
-    if (member == 0) careful(p, c, sh, lane);
+__device__ __forceinline__ void deliver(const Params& p, const Chunk& chunk, int member, int lane, Shared& sh) {
+  if (__any_sync(~0u, lane < WARPS && sh.left[lane].broken)) {
+    if (member == 0) careful(p, chunk, sh, lane);
     meet<MEMBERS>();
   }
-  i64 slot = first_slot(p, c), step = slot_step(p);
+  constexpr int EACH = MEMBERS == 1 ? 1 : 2;  // warps that merge a row
+  const Chunk c = chunk;  // in registers
+  const u32 place = c.slot + c.at % FAN * c.step;
 #pragma unroll 1
   for (int row = member; row < c.rows; row += MEMBERS) {
     const State x = gather(sh, row, lane);
-    if (c.chunks == 1) finish(p, c, row, lane, x);
-    else put(p, slot + c.at % FAN * step, row, lane, x);
+    if (c.chunks == 1) finish(p, c, row, 4 * lane, x);
+    else put(p, place, row, 4 * lane, x);
   }
   if (MEMBERS == 1) {
     __syncwarp();
@@ -528,62 +559,53 @@ __device__ __forceinline__ void deliver(const Params& p, const Chunk& c, int mem
   }
   if (c.chunks == 1 || (p.whole_nodes && c.at != c.last)) return;
   // Nodes of a sequence follow one another; sequences that begin within the same FAN items are told apart by s.
-  const i64 nodes0 = p.nodes0 + (p.whole_nodes ? c.first_item : c.first_item / FAN + c.s) * (i64)p.Hkv + c.head;
+  const u32 nodes0 = p.nodes0 + (p.whole_nodes ? c.first_item : c.first_item / FAN + c.s) * p.Hkv + c.head;
   const int nodes = divide_up(c.chunks, FAN);
+  u32 slot = c.slot, step = c.step;
   int n = min(FAN, c.chunks - c.at / FAN * FAN), *counter = p.node_counters + slot;
 #pragma unroll 1
   for (bool whole = nodes == 1, counted = !p.whole_nodes;; whole = counted = true) {
     if (!counted) meet<MEMBERS>();
-    else if (!arrives_last<MEMBERS>(counter, n, lane, sh)) return;
-    merge<MEMBERS>(p, slot, step, n, c.rows, member, lane, sh, [&](int row, const State& x) {
-      if (whole) finish(p, c, row, lane, x);
-      else put(p, nodes0 + (i64)(c.at / FAN) * p.Hkv, row, lane, x);
-    });
+    else if (!arrives_last<MEMBERS>(counter, n, member, lane)) return;
+#pragma unroll 1
+    for (int part = member; part < EACH * c.rows; part += MEMBERS) {
+      const int row = part / EACH, half = part % EACH, d = 64 * half + 4 * lane;
+      const State x = merge_states<2 / EACH>(p, slot, step, n, row, half, lane);
+      if (EACH == 2 && lane >= 16) continue;
+      if (whole) finish(p, c, row, d, x);
+      else put(p, nodes0 + c.at / FAN * p.Hkv, row, d, x);
+    }
     if (whole) return;
     slot = nodes0, step = p.Hkv, n = nodes, counter = p.counters + c.s * p.Hkv + c.head;
   }
 }
 
-// A thread's part of the pages of the first chunk, of the only sequence, asked for while it is not known of which size
-// it is.
-struct Guess {
-  static constexpr int EACH = (LONGEST / TILE + THREADS - 1) / THREADS;
-  int quarter[EACH], half[EACH], whole[EACH], longest[EACH];
-};
-
-__device__ __forceinline__ void guess(const Params& p, int size, int (&page)[Guess::EACH]) {
-  const int at = blockIdx.x / p.Hkv * (p.whole_nodes ? FAN : 1);
+// The pages of the block's first chunk, of the only sequence. All sizes' are asked for while it is not known of which one
+// the chunk is; x gets the sequence.
+__device__ __forceinline__ void first_pages(const Params& p, Sequence& x, int* pages) {
+  constexpr int EACH = (LONGEST / TILE + THREADS - 1) / THREADS;
+  const int at = blockIdx.x / p.Hkv * (p.whole_nodes ? FAN : 1), sizes[] = {CHUNK / 4, CHUNK / 2, CHUNK, LONGEST};
+  int page[EACH][4];
 #pragma unroll
-  for (int j = 0; j < Guess::EACH; j++) {
-    const int i = threadIdx.x + j * THREADS, place = (at * size + TILE * i) / PAGE;
-    page[j] = TILE * i < size && place < p.table_width ? p.table[place] : 0;
-  }
-}
-
-__device__ __forceinline__ Guess guess(const Params& p) {
-  Guess g;
-  guess(p, CHUNK / 4, g.quarter);
-  guess(p, CHUNK / 2, g.half);
-  guess(p, CHUNK, g.whole);
-  guess(p, LONGEST, g.longest);
-  return g;
-}
-
-__device__ __forceinline__ void settle(const Guess& g, int size, int* pages) {
+  for (int j = 0; j < EACH; j++)
 #pragma unroll
-  for (int j = 0; j < Guess::EACH; j++) {
+    for (int n = 0; n < 4; n++) {
+      const int first = TILE * (threadIdx.x + j * THREADS), place = (at * sizes[n] + first) / PAGE;
+      page[j][n] = first < sizes[n] && place < p.table_width ? p.table[place] : 0;
+    }
+  x = sequence(p, 0);
+  const int size = chunk_of(x.keys);
+#pragma unroll
+  for (int j = 0; j < EACH; j++) {
     const int i = threadIdx.x + j * THREADS;
     if (TILE * i < size)
-      pages[i] = size == LONGEST ? g.longest[j] : size == CHUNK ? g.whole[j] : size == CHUNK / 2 ? g.half[j] : g.quarter[j];
+      pages[i] = size == LONGEST ? page[j][3] : size == CHUNK ? page[j][2] : size == CHUNK / 2 ? page[j][1] : page[j][0];
   }
 }
 
-// One warp prepares the block's chunk u, which comes after `c` where u is not 0, but for its queries. Returns it.
-__device__ __forceinline__ Chunk prepare(const Params& p, const int* ends, int items, Chunk c, int u, int lane, Shared& sh) {
-  if (u && c.at < c.last) c.at++;
-  else c = first_chunk(p, ends, u ? c.item + (int)gridDim.x : blockIdx.x);
+// One warp prepares the block's chunk u, c, but for its queries.
+__device__ __forceinline__ void prepare(const Params& p, int items, Chunk& c, int u, int lane, Shared& sh) {
   c.more = c.at < c.last || c.item + (int)gridDim.x < items;
-  c.end = min(c.keys, (c.at + 1) * c.size);
   Prepared& to = sh.prepared[u % AHEAD];
   if (lane == 0) to.chunk = c;
   if (u || p.B > 1) {  // else all threads do
@@ -596,7 +618,6 @@ __device__ __forceinline__ Chunk prepare(const Params& p, const int* ends, int i
   }
   arrive_with_copies(sh.ready[u % AHEAD]);
   arrive(sh.ready[u % AHEAD]);
-  return c;
 }
 
 __device__ __forceinline__ void prepare_q(const Params& p, const Chunk& c, int u, int lane, Shared& sh) {
@@ -605,16 +626,26 @@ __device__ __forceinline__ void prepare_q(const Params& p, const Chunk& c, int u
   arrive(sh.asked[u % AHEAD]);
 }
 
+// The block's next chunk after c, its u-th.
+__device__ __forceinline__ Chunk prepare_next(const Params& p, const int* ends, int items, Chunk c, int u, int lane,
+                                              Shared& sh) {
+  if (c.at < c.last) {
+    c.at++;
+    c.end = min(c.keys, (c.at + 1) * c.size);
+  } else {
+    c = first_chunk(p, ends, c.item + (int)gridDim.x);
+  }
+  prepare(p, items, c, u, lane, sh);
+  prepare_q(p, c, u, lane, sh);
+  return c;
+}
+
 // The conductor's part; c: the block's first chunk. Returns which is its last one, which is not yet delivered.
 __device__ __forceinline__ int conduct(const Params& p, const int* ends, int items, Chunk c, int lane, Shared& sh) {
   int next = 1;
-  prepare_q(p, c, 0, lane, sh);
   for (int u = 0;; u++) {
 #pragma unroll 1
-    for (; next < u + AHEAD && c.more; next++) {
-      c = prepare(p, ends, items, c, next, lane, sh);
-      prepare_q(p, c, next, lane, sh);
-    }
+    for (; next < u + AHEAD && c.more; next++) c = prepare_next(p, ends, items, c, next, lane, sh);
     const Chunk& now = prepared(sh, u).chunk;
     if (!now.more) return u;
     wait(sh.full, u);
@@ -624,17 +655,14 @@ __device__ __forceinline__ int conduct(const Params& p, const int* ends, int ite
 }
 
 // The other warps' part, which returns the same. Without a conductor, c is the last warp's.
-__device__ __forceinline__ int stream_chunks(const Params& p, const int* ends, int items, Chunk c, int warp, int lane, Shared& sh) {
+__device__ __forceinline__ int stream_chunks(const Params& p, const int* ends, int items, Chunk c, int warp, int lane,
+                                             Shared& sh) {
   Tile tile;
   const Prepared& first = prepared(sh, 0);
   load_first(p, tile, first, tiles_of(first.chunk, warp), warp, lane);
-  if (!CONDUCTOR && warp == WARPS - 1) prepare_q(p, c, 0, lane, sh);
   for (int u = 0;; u++) {
     const bool more = sh.prepared[u % AHEAD].chunk.more;
-    if (!CONDUCTOR && warp == WARPS - 1 && more) {
-      c = prepare(p, ends, items, c, u + 1, lane, sh);
-      prepare_q(p, c, u + 1, lane, sh);
-    }
+    if (!CONDUCTOR && warp == WARPS - 1 && more) c = prepare_next(p, ends, items, c, u + 1, lane, sh);
     Rows rows;
     walk(p, sh, u, warp, lane, tile, rows);
     if (CONDUCTOR && u) wait(sh.taken, u - 1);
@@ -666,18 +694,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, ELSA_MIN_BLOCKS) paged_dec
   Shared& sh = *reinterpret_cast<Shared*>(dynamic);
   int* ends = reinterpret_cast<int*>(&sh + 1);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  wait_for_kernel_ahead();
-  Guess pages;
-  int items = p.Hkv;
-  if (p.B == 1) {
-    pages = guess(p);
-    items *= items_of(p, 0);
-  } else {
-    items *= sum_items(p, ends, sh.room);
-  }
-  if ((int)blockIdx.x >= items) return;
-  Chunk c;
-  if (p.B == 1) settle(pages, chunk_of(p.used[0]), sh.prepared[0].pages);
   if (warp == TEAM - 1) {
     if (lane == 0) {
       for (int i = 0; i < AHEAD; i++) {
@@ -688,7 +704,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, ELSA_MIN_BLOCKS) paged_dec
       open(sh.taken, 1);
     }
     __syncwarp();
-    c = prepare(p, ends, items, c, 0, lane, sh);
+  }
+  wait_for_kernel_ahead();
+  int items = p.Hkv;
+  if (p.B == 1) {
+    Sequence only;
+    first_pages(p, only, sh.prepared[0].pages);
+    items *= items_of(p, only);
+  } else {
+    items *= sum_items(p, ends, sh.room);
+  }
+  if ((int)blockIdx.x >= items) return;
+  Chunk c;
+  if (warp == TEAM - 1) {
+    c = first_chunk(p, ends, blockIdx.x);
+    prepare(p, items, c, 0, lane, sh);
+    prepare_q(p, c, 0, lane, sh);
   }
   __syncthreads();
   const int u = CONDUCTOR && warp == WARPS ? conduct(p, ends, items, c, lane, sh)

@@ -378,10 +378,11 @@ def tanh(x):
 
 
 @gluon.jit
-def fold(s, m, l, factor, t, lo, hi, positions, work, BN: gl.constexpr, MASK: gl.constexpr, features):
-    """Fold the products s = q·k of tile t into (m, l); returns them with P ≤ 1 and the factor that old sums take.
+def fold(s, m, l, factor, lift, t, lo, hi, positions, work, BN: gl.constexpr, MASK: gl.constexpr, features):
+    """Fold the products s = q·k of tile t into (m, l); returns them with P and the factor that old sums take.
 
-    factor, one per row, turns s into logits in log2 units.
+    factor, one per row, turns s into logits in log2 units. P ≤ 1, or P·2^lift: raised in the exponential's argument,
+    which saves a multiplication an element; what that argument loses in its last bits grows with lift.
     """
     S: gl.constexpr = s.type.layout
     keys = gl.expand_dims(t * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, S)), 0)
@@ -400,9 +401,14 @@ def fold(s, m, l, factor, t, lo, hi, positions, work, BN: gl.constexpr, MASK: gl
     else:
         m_new = gl.maximum(m, gl.max(s, axis=1) * factor)
         anchor = m_new
-    p = gl.exp2(s * gl.expand_dims(factor, 1) - gl.expand_dims(anchor, 1))
     decay = gl.exp2(m - anchor)
-    return m_new, l * decay + gl.sum(p, axis=1), p, decay
+    if lift is None:
+        p = gl.exp2(s * gl.expand_dims(factor, 1) - gl.expand_dims(anchor, 1))
+        l = gl.fma(l, decay, gl.sum(p, axis=1))
+    else:
+        p = gl.exp2(s * gl.expand_dims(factor, 1) - gl.expand_dims(anchor - lift.to(gl.float32), 1))
+        l = gl.fma(l, decay, gl.sum(p, axis=1) * power_of_two(-lift))
+    return m_new, l, p, decay
 
 
 @gluon.jit

@@ -80,7 +80,7 @@ def _step(t, m, l, acc, p, q, keys, values, turn, work, factor, lo, hi, position
         mbarrier.arrive(turn.index((GROUP + 1) % GROUPS), count=1)
     s = warpgroup_mma_wait(1, deps=[s])
     release(keys, i)
-    m, l, p_new, decay = fold(s, m, l, factor, t, lo, hi, positions, work, BN, MASK, features)
+    m, l, p_new, decay = fold(s, m, l, factor, None, t, lo, hi, positions, work, BN, MASK, features)
     p_new = gl.convert_layout(p_new.to(p.dtype), P)
     # ptxas would hoist the wait for P·V over the softmax that is meant to hide it. A second look at a barrier that is
     # open already ends the basic block, and p_new among the dependencies keeps LLVM from sinking the softmax.
@@ -113,7 +113,7 @@ def _consume(scale, q_all, q_full, keys, values, turn, work, output, features, G
         s = _issue_products(q, keys, 0, S, BN, D)
         s = warpgroup_mma_wait(0, deps=[s])
         release(keys, 0)
-        m, l, p32, _decay = fold(s, m, l, factor, work.first, lo, hi, positions, work, BN, True, features)
+        m, l, p32, _decay = fold(s, m, l, factor, None, work.first, lo, hi, positions, work, BN, True, features)
         p = gl.convert_layout(p32.to(q_all.dtype), P)
         start = work.first + 1
         fa = gl.maximum(fa, start)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ from triton import next_power_of_2
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from elsa_kernels.devices import multiprocessors
 from elsa_kernels.gluon.half_kernel import half_attention
 from elsa_kernels.gluon.planes import TilePlanes, split_tiles
 from elsa_kernels.gluon.split_kernel import split_attention
@@ -37,6 +39,8 @@ class Tile:
 
 # BN is also the tile of `split_tiles`, so it depends on the head dimension alone.
 SPLIT_TILES = {128: Tile(BN=64, stages=2, groups=2, registers=232), 64: Tile(BN=128, stages=2, groups=2, registers=232)}
+THREE_GROUPS = Tile(BN=128, stages=2, groups=3, registers=160)  # of 64 channels
+THREE_GROUPS_RATE = 1.1  # rows a second of an SM with it, over those with two
 HALF_TILES = {128: Tile(BN=128, stages=2, groups=2, registers=240), 64: Tile(BN=128, stages=3, groups=2, registers=240)}
 SECTION_HEADS = 4  # heads that work at a time under a causal mask, at least, so that their K and V share the L2 cache
 SECTION_PROGRAMS = 132  # and enough of them to give every SM of an H100 or H200 a program
@@ -46,7 +50,7 @@ def split_forward(
     problem: Problem, operands: Operands, planes: TilePlanes, tile: Tile | None = None, section: int | None = None
 ) -> torch.Tensor | State:
     """FP32-accurate attention over K and V that are split already, by tiles of the kernel's BN keys."""
-    tile = tile or SPLIT_TILES[width(problem)]
+    tile = tile or split_tile(problem, multiprocessors(operands.q.get_device()))
     if planes.rows != tile.BN:
         raise ValueError(f"planes are split by tiles of {planes.rows} keys; this kernel takes {tile.BN}")
     out, m, s, todo = _outputs(problem, operands, tile)
@@ -97,6 +101,21 @@ def run(problem: Problem, operands: Operands) -> torch.Tensor | State:
 def width(problem: Problem) -> int:
     """Channels of a tile: heads between are padded with zeros."""
     return 64 if problem.D <= 64 else 128
+
+
+def split_tile(problem: Problem, sms: int) -> Tile:
+    """The faster tile on `sms` multiprocessors: three warp groups hide each other's softmax better than two, but their
+    tiles are larger, and the last wave of programs may be nearly empty. No result depends on it."""
+    two = SPLIT_TILES[width(problem)]
+    if width(problem) > 64:
+        return two
+
+    def time(tile: Tile) -> float:  # of all waves, in rows of an SM
+        waves = _grid(problem, tile)[0] / sms
+        # Under a causal mask the last programs to start have the fewest keys, and fill the last wave's gaps.
+        return tile.groups * (max(waves, 1.0) if problem.causal else math.ceil(waves))
+
+    return THREE_GROUPS if time(THREE_GROUPS) < THREE_GROUPS_RATE * time(two) else two
 
 
 def _tiles(problem: Problem, tile: Tile) -> int:

@@ -4,9 +4,9 @@ One TMA producer warp group streams the (hi, lo) planes of K and V; each consume
 - S = lo·hi + hi·lo + hi·hi, smallest first, the large products in chains over 64 channels that are added in FP32: the
   tensor core truncates what it adds, so the error of S grows with the length of a chain.
 - P·V starts from zero in every KV tile and is merged in FP32, for the same reason.
-- Scales are powers of two, so they are exact: K per tile and Q per row, undone in the exponent's multiply; P by 2^14;
-  V per tile. The accumulator is kept in units of the coarsest scale of V so far: a tile with a finer one (smaller
-  values) folds the difference into P's, a coarser one into the factor of the old sums.
+- Scales are powers of two, so they are exact: K per tile and Q per row, undone in the exponent's multiply; P by 2^8, in
+  the exponent's subtraction; V per tile. The accumulator is kept in units of the coarsest scale of V so far: a tile
+  with a finer one (smaller values) folds the difference into P's, a coarser one into the factor of the old sums.
 - Sums over SPAN keys are merged into those of the spans before, which wait in the output: the error of a tree of
   chains of tens, not of one chain of thousands.
 """
@@ -41,11 +41,13 @@ from elsa_kernels.gluon.common import (
     write_rows,
 )
 
-P_EXPONENT = gl.constexpr(14)  # P ≤ 1 is split as P·2^14 < 65504: its lo half then keeps 11 more bits down to 2^-24
-P_UNIT = gl.constexpr(2.0**-14)
+# P ≤ 1 is split as P·2^8: hi and lo then hold it to 2^-33 of the row's largest. Less would lose small weights of much
+# larger values (2^4 did), and more the last bits of the exponential's argument.
+P_EXPONENT = gl.constexpr(8)
+P_UNIT = gl.constexpr(2.0**-8)
 FINEST = gl.constexpr(126)  # largest exponent of a scale (see planes.py)
-# How much of a finer scale P takes up, lest it leave FP16's range; the rest is taken from the tile's product.
-MAX_FINER = gl.constexpr(8)
+# How much of a finer scale P takes up, lest it lose last bits; the rest is taken from the tile's product.
+MAX_FINER = gl.constexpr(2)
 SPAN = gl.constexpr(8192)  # keys
 CHAIN = gl.constexpr(64)  # channels that one chain of large products adds up
 
@@ -125,7 +127,7 @@ def _products(q_0, q_1, ql, k_hi, k_lo, D: gl.constexpr, BN: gl.constexpr):
 @gluon.jit
 def _step(t, m, l, acc, unit, k_e, v_e, exponents, q_0, q_1, ql, keys, values, work, factor, lo, hi, positions,
           features, D: gl.constexpr, BN: gl.constexpr, MASK: gl.constexpr):  # fmt: skip
-    """Merge the KV tile t into (m, l, acc). m is in units of log2; acc carries P's 2^14 and 2^unit.
+    """Merge the KV tile t into (m, l, acc). m is in units of log2; acc carries P's 2^8 and 2^unit.
 
     k_e, v_e: exponents of the tile's scales; those of the next tile are returned, loaded long before their use.
     """
@@ -145,8 +147,7 @@ def _step(t, m, l, acc, unit, k_e, v_e, exponents, q_0, q_1, ql, keys, values, w
     s = _products(q_0, q_1, ql, keys.hi.index(slot).reshape([BN, D]), keys.lo.index(slot).reshape([BN, D]), D, BN)
     release(keys, i)
 
-    m, l, p, decay = fold(s, m, l, here, t, lo, hi, positions, work, BN, MASK, features)
-    p = p * power_of_two(P_EXPONENT - finer)
+    m, l, p, decay = fold(s, m, l, here, P_EXPONENT - finer, t, lo, hi, positions, work, BN, MASK, features)
     p_hi = p.to(gl.float16)
     p_lo = (p - p_hi.to(gl.float32)).to(gl.float16)
     p_hi = gl.convert_layout(p_hi, P)
@@ -294,12 +295,23 @@ def split_attention(q, planes, exponents, sinks, slopes, kv_range, starts_q, sta
     keys = new_ring(planes, STAGES, GROUPS, 2)
     values = new_ring(planes, STAGES, GROUPS, 2)
     fence_async_shared()
-    gl.static_assert(GROUPS == 2)
-    gl.warp_specialize(
-        [
-            (_produce, (planes, keys, values, work, kv, slot, BN)),
-            (_consume, (q, q_stride_n, exponents, scale, qh, ql, keys, values, work, output, features, 0, D, BN)),
-            (_consume, (q, q_stride_n, exponents, scale, qh, ql, keys, values, work, output, features, 1, D, BN)),
-        ],
-        [4, 4], [REGS, REGS],
-    )  # fmt: skip
+    if GROUPS == 2:
+        gl.warp_specialize(
+            [
+                (_produce, (planes, keys, values, work, kv, slot, BN)),
+                (_consume, (q, q_stride_n, exponents, scale, qh, ql, keys, values, work, output, features, 0, D, BN)),
+                (_consume, (q, q_stride_n, exponents, scale, qh, ql, keys, values, work, output, features, 1, D, BN)),
+            ],
+            [4, 4], [REGS, REGS],
+        )  # fmt: skip
+    else:
+        gl.static_assert(GROUPS == 3)
+        gl.warp_specialize(
+            [
+                (_produce, (planes, keys, values, work, kv, slot, BN)),
+                (_consume, (q, q_stride_n, exponents, scale, qh, ql, keys, values, work, output, features, 0, D, BN)),
+                (_consume, (q, q_stride_n, exponents, scale, qh, ql, keys, values, work, output, features, 1, D, BN)),
+                (_consume, (q, q_stride_n, exponents, scale, qh, ql, keys, values, work, output, features, 2, D, BN)),
+            ],
+            [4, 4, 4], [REGS, REGS, REGS],
+        )  # fmt: skip
