@@ -82,7 +82,7 @@ class DiskReads:
 @dataclass(frozen=True, slots=True)
 class StepStats:
     """One pass over the layers. `planned_s` is what the planner expects of it, from rates measured before the first
-    pass; `predicted_s` the same at the pace of the host's attention in the passes before this one. 0: nothing."""
+    pass; `predicted_s` the same at the pace of the host in the passes before this one. 0: nothing."""
 
     phase: Phase
     duration_s: float

@@ -6,7 +6,9 @@ One engine with random weights (load_tests.offload_bench) runs, over one documen
 - `speculation`: a token a pass, then the same tokens with guesses that hold as often as prompt lookup's do on a
   copy-heavy text. A random model copies nothing, so the guesses are its own tokens, known from the first run, up to
   where lookup would have gone wrong in writing TRACE again with the changes of EDITS: the cost of verifying is real,
-  the hits are those of that text.
+  the hits are those of that text. In 16 bits a pass of many tokens rounds otherwise than a pass of one, and where two
+  tokens are nearly as good the other one may win: `differs_at` is the first such place, `margin` by how many nats the
+  two lay apart.
 - `shared document`: `--requests` questions at once, whose KV of the document is one and the same; tokens a second while
   they decode. Its `floor_s` is offload_bench's: the streamed weights over PCIe, the document's KV in host memory, read
   once, or both out of that memory.
@@ -141,7 +143,9 @@ class Bench:
         generator = torch.Generator().manual_seed(seed)
         return torch.randint(0, self.engine.info.vocab_size, (QUESTION,), generator=generator).tolist()
 
-    def run(self, prompts: list[list[int]], count: int) -> tuple[list[list[int]], list[TokenEvent], list[StepStats]]:
+    def run(
+        self, prompts: list[list[int]], count: int, logprobs: int | None = None
+    ) -> tuple[list[list[int]], list[TokenEvent], list[StepStats]]:
         """Greedy tokens of requests that arrive together, their last events, and the decode passes."""
         results: list[list[int]] = [[] for _ in prompts]
         ends: list[TokenEvent] = []
@@ -159,7 +163,7 @@ class Bench:
             return take
 
         self.steps.passes.clear()
-        sampling = SamplingParams(max_tokens=count, temperature=0.0, ignore_eos=True)
+        sampling = SamplingParams(max_tokens=count, temperature=0.0, ignore_eos=True, logprobs=logprobs)
         for prompt, tokens in zip(prompts, results):
             self.engine.submit(GenerationRequest(f"reuse-{next(self._numbers)}", prompt, sampling), listener(tokens))
         done.wait()
@@ -188,8 +192,18 @@ def speculation(bench: Bench) -> Iterator[dict[str, Any]]:
         "case": "speculation, copy-heavy trace", "batch": 1, "tokens_per_s": tokens_per_s(passes),
         "speedup": tokens_per_s(passes) / plain, "s_per_pass": statistics.median(one.duration_s for one in passes),
         **predicted(passes, "s_per_pass"), "passes": len(passes), "drafted_tokens": drafted,
-        "accepted_tokens": accepted, "tokens_equal": again == tokens,
+        "accepted_tokens": accepted, "tokens_equal": again == tokens, **difference(bench, prompt, tokens, again),
     }  # fmt: skip
+
+
+def difference(bench: Bench, prompt: list[int], tokens: list[int], others: list[int]) -> dict[str, Any]:
+    """The first place at which others were generated, and how far the best two tokens lie apart there."""
+    place = next((i for i, pair in enumerate(zip(tokens, others)) if pair[0] != pair[1]), None)
+    if place is None:
+        return {}
+    _, ends, _ = bench.run([prompt], place + 1, logprobs=2)
+    best, second = sorted((one.logprob for one in ends[0].top_logprobs), reverse=True)
+    return {"differs_at": place, "margin": best - second}
 
 
 def shared_document(bench: Bench) -> Iterator[dict[str, Any]]:

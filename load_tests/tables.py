@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from elsa_serve.offload.units import parse_size
 from kernels.bench import results_file, table
 
 RESULTS = Path(__file__).parent / "results"
@@ -16,9 +17,10 @@ PHASES = {"prefill": "prefill", "decode": "decode", "end_to_end": "end to end"}
 
 
 def offload_table() -> str:
-    """One line a configuration of the streamed model and of its peers, in the order in which it was measured."""
+    """One line a configuration of the streamed model, then of its peers, by dtype, context and cap."""
+    rows = results_file.read(RESULTS / "offload-h200.json")["rows"]
     lines = []
-    for row in results_file.read(RESULTS / "offload-h200.json")["rows"]:
+    for row in sorted(rows, key=lambda r: (bool(_who(r)), r["dtype"], r["context"], parse_size(r["gpu_cap"]))):
         refused = row.get("error")
         copied = None if refused or "prefill_stall_s" not in row else (row["prefill_stall_s"], row["prefill_hidden_s"])
         lines.append(

@@ -331,12 +331,12 @@ class OffloadEngine:
             self._sink.record(self._gauges())
 
     def _expected(self, shares: list[Share]) -> tuple[Prediction, Prediction] | None:
-        """A pass before it runs: as planned, and at the present pace of the host's attention. None of the twin that
-        copies and computes in turn, which is not what the planner predicts."""
+        """A pass before it runs: as planned, and at the host's present pace. None of the twin that copies and computes
+        in turn, which is not what the planner predicts."""
         if self._options.serial:
             return None
         planned = pass_time(self.plan, shares)
-        return planned, planned if self._pace.value == 1.0 else pass_time(self.plan, shares, self._pace.value)
+        return planned, planned if self._pace == Pace() else pass_time(self.plan, shares, self._pace)
 
     def _undamaged(self, work: list[Work]) -> list[Work]:
         """Without the requests whose KV has changed since it was computed: those end here, with an error."""
@@ -401,8 +401,8 @@ class OffloadEngine:
         drafts = [result for result in results if result.share.draft]
         attended = self._loaded.tiers.drain()
         planned, predicted = expected or (None, None)
-        if predicted and attended and len(done) == len(work):
-            self._pace.seen(predicted.attending, attended.seconds)
+        if predicted and len(done) == len(work):
+            self._pace = self._pace.after(predicted, seconds, attended.seconds if attended else 0.0)
         self._sink.record(
             StepStats(
                 phase=phase,

@@ -60,7 +60,7 @@ LAYERS = 8  # whose products are timed in turn: together more than a cache holds
 QUERIES = 8  # calls of attention of one query in a timed run
 CPU_ROWS = 32  # query tokens that bind the CPU kernel by arithmetic
 SUSTAINED_S = 0.8  # for which a GPU computes before its clock is what its power allows, half of it timed
-WRITTEN, RUN = 256 << 20, 1 << 20  # bytes written to measure a disk, and of a head's tokens that go to it in one run
+WRITTEN, RUN = 1 << 30, 1 << 20  # bytes written to measure a disk, and of a head's tokens that go to it in one run
 LARGE_DEVICE = 8 << 30  # bytes free from which the full sizes are measured
 
 logger = logging.getLogger(__name__)
@@ -599,10 +599,10 @@ def disk_write_rate(folder: Path, device: torch.device, nbytes: int = WRITTEN, r
     except BudgetError as error:
         logger.warning("writes to the disk of %s cannot be measured (%s): their rate is assumed", folder, error)
         return Rates().disk_write
-    source = torch.ones(nbytes, dtype=torch.uint8, device=device)
+    source = torch.ones(min(run, nbytes), dtype=torch.uint8, device=device)
     began = time.perf_counter()
-    for place, part in zip(file.tensor.split(run), source.split(run)):
-        place.copy_(part, non_blocking=True)
+    for place in file.tensor.split(run):
+        place.copy_(source[: place.numel()])
     return nbytes / (time.perf_counter() - began)
 
 

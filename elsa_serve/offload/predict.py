@@ -80,14 +80,52 @@ class _Work:
     hops: int
 
 
-def pass_time(plan: Plan, shares: Sequence[Share], pace: float = 1.0) -> Prediction:
-    """The pass of these requests' shares. `pace`: of the host's attention, beside its measured rates."""
-    rates = plan.rates
-    if pace != 1.0:
-        beside = pace * rates.cpu_attention_beside_h2d
-        rates = replace(rates, cpu_attention=pace * rates.cpu_attention, cpu_attention_beside_h2d=beside)
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How fast the host is at present, beside its measured rates: what others on a shared host leave of its memory, of
+    its cores and of its disk changes within minutes, so each pass tells of the next."""
+
+    attention: float = 1.0
+    issue: float = 1.0
+    reads: float = 1.0  # from disk
+    writes: float = 1.0
+
+    def of(self, rates: Rates) -> Rates:
+        """The rates at this pace."""
+        return replace(
+            rates,
+            cpu_attention=self.attention * rates.cpu_attention,
+            cpu_attention_beside_h2d=self.attention * rates.cpu_attention_beside_h2d,
+            layer_s=rates.layer_s / self.issue,
+            pass_s=rates.pass_s / self.issue,
+            run_s=rates.run_s / self.issue,
+            disk=self.reads * rates.disk,
+            disk_write=self.writes * rates.disk_write,
+        )
+
+    def after(self, expected: Prediction, taken: float, attended: float = 0.0) -> Pace:
+        """The pace behind a pass that was expected so at this one: of its attention from the seconds that the host
+        `attended`, of what else may have set its time from all the seconds that it has `taken`."""
+        found = {"attention": (expected.attending, attended)}
+        if expected.bottleneck in _PACED:
+            found[_PACED[expected.bottleneck]] = expected.seconds, taken
+        nearer = {
+            name: min(4.0, max(0.25, getattr(self, name) * math.sqrt(thought / took)))
+            for name, (thought, took) in found.items()
+            if thought > 0 and took > 0
+        }
+        return replace(self, **nearer)
+
+
+_PACED = {ISSUE: "issue", DISK: "reads", DISK_ATTENTION: "reads", TO_DISK: "writes"}
+
+
+def pass_time(plan: Plan, shares: Sequence[Share], pace: Pace | None = None) -> Prediction:
+    """The pass of these requests' shares, at the host's present pace or at the measured rates."""
+    if pace is not None:
+        plan = replace(plan, rates=pace.of(plan.rates))
     work = _work(plan, shares)
-    found = _time(work, rates, one_memory=plan.device_type == "cpu")
+    found = _time(work, plan.rates, one_memory=plan.device_type == "cpu")
     if work.fetched or plan.device_type == "cpu":
         return found
     copying, computing = found.pipes.get(TO_DEVICE, 0.0), max(found.pipes.get(HOST_ATTENTION, 0.0), work.device_s)
@@ -116,19 +154,6 @@ def ring_seconds(plan: Plan, copying: float, computing: float) -> float:
                 released.append(ended)
         ends.append(ended)
     return ends[2] - ends[1]
-
-
-class Pace:
-    """How fast the host's attention is at present, beside its measured rates: what others on a shared host leave of its
-    memory changes within minutes, so each pass tells of the next."""
-
-    def __init__(self) -> None:
-        self.value = 1.0
-
-    def seen(self, expected: float, taken: float) -> None:
-        """Seconds of a pass's attention on the host: as expected at this pace, and as they were."""
-        if expected > 0 and taken > 0:
-            self.value = min(4.0, max(0.25, self.value * math.sqrt(expected / taken)))
 
 
 def running_shares(parts: Iterable[tuple[RequestKV, int]]) -> list[Share]:

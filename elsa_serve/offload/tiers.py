@@ -27,6 +27,7 @@ from elsa_serve.stats import HostAttention
 
 Road = Literal["resident", "in place", "over the device"]
 SHARED_ROWS = 64  # pieces of so few rows are computed together where they share KV
+LONG_RUN = 64 << 10  # bytes of a head from which heads are copied to a file one by one
 STATE_ROWS = 1024  # query rows whose float32 states over several spans are alive at once
 
 
@@ -268,6 +269,16 @@ def merged(states: Sequence[State], dtype: torch.dtype) -> torch.Tensor:
     return merged_output(functools.reduce(State.merge, states[:-1]), states[-1], dtype)
 
 
+def _write_file(places: torch.Tensor, new: torch.Tensor) -> None:
+    """Copy keys or values [Hkv, n, D] into a file's pages, which no kernel writes: Python waits. What is long goes head
+    by head, each a run of its own; one copy of all would first put them together in memory that is new every time."""
+    if new[0].nbytes < LONG_RUN:
+        places.copy_(new)
+        return
+    for place, run in zip(places, new):
+        place.copy_(run)
+
+
 def _store(layer: int, piece: Piece) -> None:
     """Put the piece's keys and values where its tokens belong."""
     for span in piece.kv.spans_of(piece.first, piece.last):
@@ -276,7 +287,7 @@ def _store(layer: int, piece: Piece) -> None:
         for part, new in enumerate((piece.k, piece.v)):
             if span.extent.on_device:
                 copy_heads(span.extent.layers[layer][part, :, places], new[0, :, rows])
-            elif span.extent.tier == "disk":  # no kernel writes a file's pages: Python waits for this copy
-                span.extent.layers[layer][part, :, places].copy_(new[0, :, rows])
+            elif span.extent.tier == "disk":
+                _write_file(span.extent.layers[layer][part, :, places], new[0, :, rows])
             else:
                 write_mapped(span.extent.mapped[layer][part, :, places], new[0, :, rows])

@@ -146,7 +146,7 @@ def test_kv_really_lies_on_the_host(device: str, checkpoints: dict[str, Path]) -
         assert used["gpu"] > 0
         assert used["host"] > 0
         # What the host took tells of the passes to come, where it is timed.
-        assert (engine._pace.value != 1.0) == (native.unavailable() is None)
+        assert (engine._pace.attention != 1.0) == (native.unavailable() is None)
     finally:
         engine.shutdown()
 

@@ -19,6 +19,7 @@ from elsa_serve.offload.plan_text import render
 from elsa_serve.offload.predict import (
     HOP_S,
     Pace,
+    Prediction,
     Share,
     device_seconds,
     in_place_limit,
@@ -374,13 +375,37 @@ def test_host_memory_too_small_even_for_the_staging() -> None:
 def test_the_pace_of_the_host_follows_what_passes_took() -> None:
     """A host whose attention runs at 0.6 of its measured rate, as neighbours on a shared one leave it."""
     made, shares, pace = plan(gpu_budget=24 * GIB), [Share(32767, 1)], Pace()
-    slow = pass_time(made, shares, 0.6)
+    slow = pass_time(made, shares, Pace(attention=0.6))
     assert slow.attending > 1.3 * pass_time(made, shares).attending
     for _ in range(6):
-        pace.seen(pass_time(made, shares, pace.value).attending, slow.attending)
-    assert pass_time(made, shares, pace.value).seconds == pytest.approx(slow.seconds, rel=0.05)
+        pace = pace.after(pass_time(made, shares, pace), slow.seconds, slow.attending)
+    assert pass_time(made, shares, pace).seconds == pytest.approx(slow.seconds, rel=0.05)
+    assert (pace.issue, pace.reads, pace.writes) == (1.0, 1.0, 1.0)
     for _ in range(20):
-        pace.seen(1.0, 1e-9)
-    assert pace.value == 4.0
-    pace.seen(0.0, 1.0)
-    assert pace.value == 4.0
+        pace = pace.after(Prediction(1.0, {"compute": 1.0}, attending=1.0), 1.0, 1e-9)
+    assert pace.attention == 4.0
+    assert pace.after(Prediction(1.0, {"compute": 1.0}), 2.0) == pace
+
+
+@pytest.mark.parametrize(
+    ("pipe", "slow", "made", "share"),
+    [
+        (
+            "issue by the host",
+            Pace(issue=0.5),
+            {"gpu_budget": 140 * GIB, "graphs": False, "rates": replace(RATES, layer_s=1e-3)},
+            Share(2047, 1),
+        ),
+        ("disk", Pace(reads=0.7), {"disk": True, "context": 4096, "host_budget": 8 * GIB}, Share(2047, 1)),
+    ],
+)
+def test_what_else_of_the_host_sets_the_time_has_its_pace(
+    pipe: str, slow: Pace, made: dict[str, Any], share: Share
+) -> None:
+    placed, pace = plan(**made), Pace()
+    real = pass_time(placed, [share], slow)
+    assert real.bottleneck == pipe
+    assert real.seconds > 1.2 * pass_time(placed, [share]).seconds
+    for _ in range(6):
+        pace = pace.after(pass_time(placed, [share], pace), real.seconds, real.attending)
+    assert pass_time(placed, [share], pace).seconds == pytest.approx(real.seconds, rel=0.05)

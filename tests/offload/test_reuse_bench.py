@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 from engine_models import make_config
 
@@ -23,6 +25,7 @@ def test_both_cases_become_rows(tmp_path: Path) -> None:
     assert {row["context"] for row in results_file.read(output)["rows"]} == {160}
     plain, guessed, shared = results_file.read(output)["rows"]
     assert guessed["tokens_equal"]
+    assert "margin" not in guessed
     assert guessed["accepted_tokens"] > 10
     assert guessed["passes"] == 29 - guessed["accepted_tokens"]
     assert plain["cached_tokens"] == shared["cached_tokens"] == 128
@@ -32,6 +35,20 @@ def test_both_cases_become_rows(tmp_path: Path) -> None:
     for row, name in ((plain, "decode_s_per_token"), (guessed, "s_per_pass"), (shared, "s_per_pass")):
         assert row[f"predicted_{name}"] > 0
         assert row[f"live_predicted_{name}"] > 0
+
+
+def test_where_tokens_differ_the_row_says_how_near_the_two_were() -> None:
+    events = [SimpleNamespace(top_logprobs=[SimpleNamespace(logprob=value) for value in (-2.5, -0.5)])]
+    asked: list[tuple[int, int | None]] = []
+
+    def run(prompts: object, count: int, logprobs: int | None = None) -> tuple[None, list[SimpleNamespace], None]:
+        asked.append((count, logprobs))
+        return None, events, None
+
+    bench: Any = SimpleNamespace(run=run)
+    assert reuse_bench.difference(bench, [1], [5, 6, 7], [5, 6, 7]) == {}
+    assert reuse_bench.difference(bench, [1], [5, 6, 7], [5, 8, 9]) == {"differs_at": 1, "margin": 2.0}
+    assert asked == [(2, 2)]
 
 
 def test_the_trace_is_copy_heavy_and_not_all_copy() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from elsa_kernels import attention
 from elsa_kernels.cpu import native
 
+from elsa_serve.offload import tiers
 from elsa_serve.offload.attention import AttentionOptions, elsa_attend, elsa_attend_state
 from elsa_serve.offload.host import FileBuffer, HostBuffer
 from elsa_serve.offload.in_place import InPlace
@@ -233,13 +235,34 @@ def test_requests_that_share_a_beginning(split: int, options: AttentionOptions, 
 
 
 @pytest.mark.parametrize("split", [0, 40])
-def test_tokens_on_disk_are_attended_like_the_others(split: int, device: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("long_run", [1, 1 << 20])
+def test_tokens_on_disk_are_attended_like_the_others(
+    split: int, long_run: int, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiers, "LONG_RUN", long_run)
     world = World(device)
     file = FileBuffer(60 * LAYERS * world.shape.block_nbytes(1), tmp_path)
     kv = world.request(200, split, file.tensor)
     assert [span.extent.tier for span in kv.spans][-2:] == ["host", "disk"]
     for new in (110, 1, 8, 66, 1, 1):  # the last ones, whole and in part, go to disk
         world.run([kv], [new])
+
+
+@pytest.mark.skipif(native.unavailable() is not None, reason=f"no native CPU attention: {native.unavailable()}")
+def test_the_time_of_shares_that_the_host_attends_together_counts_once(device: str) -> None:
+    streams = make_streams(device, serial=False)
+    in_place = InPlace(streams, threads=2)
+    q, keys = torch.randn(1, HEADS, 1, D, device=streams.device), torch.randn(2, KV_HEADS, 100_000, D)
+    with torch.inference_mode():
+        shares = [in_place.stage(q, keys, keys.shape[2] - 1, PLAIN, None) for _ in range(8)]
+        start = time.perf_counter()
+        in_place.launch(shares)
+        in_place.end()
+        taken = time.perf_counter() - start
+    done = in_place.drain()
+    assert done is not None
+    assert 0 < done.seconds <= taken
+    assert done.bytes == 8 * keys.nbytes
 
 
 def test_both_roads_agree_at_the_switch_point(device: str) -> None:
