@@ -189,8 +189,8 @@ class Metrics:
         )
         self.predicted = counter(
             "elsa_step_predicted_seconds_total",
-            "What the planner expected of the passes, each before it ran, at the pace of the host's attention in those "
-            "that came before; elsa_step_duration_seconds_sum is what they took.",
+            "What the planner expected of the passes, each before it ran, at the host's pace in those that came "
+            "before; elsa_step_duration_seconds_sum is what they took.",
             phase=get_args(Phase),
         )
         self.last_step = self._gauge(

@@ -75,7 +75,7 @@ inline void dots(const float *q, const T *k, int64_t stride, const T *ahead, int
             prefetch(ahead + column);  // in the order of memory, which is faster than row by row at column d
             if ((column += LINE) >= D) column = 0, ahead += stride;
         }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
             const V query = load(q + r * MAX_D + d);
 #pragma GCC unroll 8
@@ -83,32 +83,42 @@ inline void dots(const float *q, const T *k, int64_t stride, const T *ahead, int
         }
     }
     if (d < D) {
+#pragma GCC unroll 8
         for (int i = 0; i < N; ++i) {
             const V key = load(k + i * stride + d, D - d);
+#pragma GCC unroll 8
             for (int r = 0; r < R; ++r) sums[r][i] = fma(load(q + r * MAX_D + d), key, sums[r][i]);
         }
     }
-    for (int r = 0; r < R; ++r)
-        for (int i = 0; i < N; i += 4)
-            sum4(sums[r][i], sums[r][i + 1], sums[r][i + 2], sums[r][i + 3], out + r * CHUNK + i);
+    constexpr int TOGETHER = N >= 4 ? 1 : 2;  // rows of one sum4
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r += TOGETHER)
+#pragma GCC unroll 2
+        for (int i = 0; i < N; i += 4) {
+            float *to = out + r * CHUNK + i;
+            if constexpr (N >= 4) {
+                sum4(sums[r][i], sums[r][i + 1], sums[r][i + 2], sums[r][i + 3], to);
+            } else {
+                float four[4];
+                sum4(sums[r][0], sums[r][1], sums[r + 1][0], sums[r + 1][1], four);
+                to[0] = four[0], to[1] = four[1], to[CHUNK] = four[2], to[CHUNK + 1] = four[3];
+            }
+        }
 }
 
-// Logits of KEY_BLOCK keys for R rows.
-template <int R, class T>
-inline void dots_of_block(const float *q, const T *k, int64_t stride, const T *ahead, int D, float *out) {
-    constexpr int N = 2 * R * 4 <= ACCUMULATORS ? 8 : 4;
-    for (int i = 0; i < KEY_BLOCK; i += N)
-        dots<R, N>(q, k + i * stride, stride, ahead + i * stride, D, out + i);
-}
+// Keys or vectors of values that R rows take at a time: as many sums as there are registers for.
+constexpr int beside(int rows) { return ACCUMULATORS / rows > 8 ? 8 : ACCUMULATORS / rows; }
 
-template <class T>
+// Logits of KEY_BLOCK keys for all rows, R at a time as far as there are as many, the rest in smaller tiles.
+template <int R = ROW_TILE, class T>
 inline void dots_of_rows(const float *q, int rows, const T *k, int64_t stride, const T *ahead, int D, float *out) {
+    constexpr int N = beside(R);
     int r = 0;
-    for (; r + ROW_TILE <= rows; r += ROW_TILE)
-        dots_of_block<ROW_TILE>(q + r * MAX_D, k, stride, ahead, D, out + r * CHUNK);
-    for (; ROW_TILE > 2 && r + 2 <= rows; r += 2)
-        dots_of_block<2>(q + r * MAX_D, k, stride, ahead, D, out + r * CHUNK);
-    for (; r < rows; ++r) dots_of_block<1>(q + r * MAX_D, k, stride, ahead, D, out + r * CHUNK);
+    for (; r + R <= rows; r += R)
+        for (int i = 0; i < KEY_BLOCK; i += N)
+            dots<R, N>(q + r * MAX_D, k + i * stride, stride, ahead + i * stride, D, out + r * CHUNK + i);
+    if constexpr (R > 1)
+        if (r < rows) dots_of_rows<R / 2>(q + r * MAX_D, rows - r, k, stride, ahead, D, out + r * CHUNK);
 }
 
 // W[r, 0 … N·L) += Σ_j weights[r, j]·v[j] for R rows. `cut`: elements of a vector that is not whole, else 0.
@@ -124,14 +134,16 @@ inline void weigh(const float *weights, const T *v, int64_t stride, const T *ahe
             values[i] = cut ? load(v + j * stride + i * L, cut) : load(v + j * stride + i * L);
             if (i * L % (64 / int(sizeof(T))) == 0) prefetch(ahead + j * stride + i * L);
         }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
             const V weight = set1(weights[r * CHUNK + j]);
 #pragma GCC unroll 8
             for (int i = 0; i < N; ++i) sums[r][i] = fma(weight, values[i], sums[r][i]);
         }
     }
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
         for (int i = 0; i < N; ++i) {
             float *w = W + r * D + i * L;
             if (cut)
@@ -143,7 +155,7 @@ inline void weigh(const float *weights, const T *v, int64_t stride, const T *ahe
 
 template <int R, class T>
 inline void weigh_all(const float *weights, const T *v, int64_t stride, const T *ahead, int n, float *W, int D) {
-    constexpr int N = ACCUMULATORS / R > 8 ? 8 : ACCUMULATORS / R;
+    constexpr int N = beside(R);
     int d = 0;
     for (; d + N * L <= D; d += N * L) weigh<R, N>(weights, v + d, stride, ahead + d, n, W + d, D, 0);
     for (; N > 2 && d + 2 * L <= D; d += 2 * L) weigh<R, 2>(weights, v + d, stride, ahead + d, n, W + d, D, 0);
@@ -151,15 +163,13 @@ inline void weigh_all(const float *weights, const T *v, int64_t stride, const T 
     if (d < D) weigh<R, 1>(weights, v + d, stride, ahead + d, n, W + d, D, D - d);
 }
 
-template <class T>
+template <int R = ROW_TILE, class T>
 inline void weigh_rows(const float *weights, int rows, const T *v, int64_t stride, const T *ahead, int n, float *W,
                        int D) {
     int r = 0;
-    for (; r + ROW_TILE <= rows; r += ROW_TILE)
-        weigh_all<ROW_TILE>(weights + r * CHUNK, v, stride, ahead, n, W + r * D, D);
-    for (; ROW_TILE > 2 && r + 2 <= rows; r += 2)
-        weigh_all<2>(weights + r * CHUNK, v, stride, ahead, n, W + r * D, D);
-    for (; r < rows; ++r) weigh_all<1>(weights + r * CHUNK, v, stride, ahead, n, W + r * D, D);
+    for (; r + R <= rows; r += R) weigh_all<R>(weights + r * CHUNK, v, stride, ahead, n, W + r * D, D);
+    if constexpr (R > 1)
+        if (r < rows) weigh_rows<R / 2>(weights + r * CHUNK, rows - r, v, stride, ahead, n, W + r * D, D);
 }
 
 template <class T> inline void widen_row(const T *from, int D, float *to) {

@@ -10,7 +10,7 @@ namespace {
 
 using V = __m512;
 constexpr int L = 16;
-constexpr int ROW_TILE = 4;
+constexpr int ROW_TILE = 8;
 constexpr int ACCUMULATORS = 16;
 
 inline V zero() { return _mm512_setzero_ps(); }
