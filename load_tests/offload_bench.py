@@ -39,8 +39,8 @@ from elsa_serve.offload import attention as attentions
 from elsa_serve.offload.device import indexed
 from elsa_serve.offload.engine import OffloadEngine
 from elsa_serve.offload.loading import DTYPES
-from elsa_serve.offload.machine import Rates, host_memory
-from elsa_serve.offload.measure import Heads, rates
+from elsa_serve.offload.machine import Heads, Rates, host_memory
+from elsa_serve.offload.measure import rates
 from elsa_serve.offload.plan import HOST_PROCESS
 from elsa_serve.offload.split import CHOICES, split_linears
 from elsa_serve.offload.weights import ModelWeights, load_model

@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 import mmap
 import os
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
@@ -14,7 +12,6 @@ import torch
 
 BLOCK = 4096  # bytes; what O_DIRECT wants offsets, lengths and addresses to be multiples of, on every disk in use
 THREADS = 4  # reads in flight: what a solid-state disk needs for its full rate
-MEASURED, MEASURED_S = 4 << 30, 1.5  # bytes read to measure a disk, or seconds: one that others use, too, has moods
 PIECE = 8 << 20  # bytes a read: large enough for a disk's full rate, small enough to overlap with the copying out
 
 logger = logging.getLogger(__name__)
@@ -77,35 +74,3 @@ class DirectFile:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
-
-
-def read_rate(file: DirectFile, nbytes: int, seconds: float = MEASURED_S) -> float:
-    """Bytes per second of THREADS threads reading the first bytes of a file, or what they read of them in so many
-    seconds. Raises OSError."""
-    nbytes = min(nbytes, file.size)
-    starts = range(0, nbytes, PIECE)
-    bounces = [Bounce() for _ in range(THREADS)]
-
-    def share(index: int) -> int:
-        read = 0
-        for start in starts[index::THREADS]:
-            if read and time.perf_counter() > began + seconds:
-                break
-            read += file.read(start, min(PIECE, nbytes - start), bounces[index]).numel()
-        return read
-
-    with ThreadPoolExecutor(THREADS) as threads:
-        began = time.perf_counter()
-        read = sum(threads.map(share, range(THREADS)))
-        return read / (time.perf_counter() - began)
-
-
-def checkpoint_rate(directory: Path) -> float | None:
-    """Bytes per second at which a checkpoint's largest file is read; None, announced, where that cannot be measured."""
-    try:
-        largest = max(directory.glob("*.safetensors"), key=lambda path: path.stat().st_size)
-        with DirectFile(largest) as file:
-            return read_rate(file, MEASURED)
-    except (OSError, ValueError) as error:
-        logger.warning("the disk of %s cannot be measured (%s)", directory, error)
-        return None

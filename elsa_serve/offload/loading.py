@@ -13,15 +13,14 @@ import torch
 from elsa_serve.errors import BudgetError, CheckpointError, UsageError
 from elsa_serve.offload import attention as attentions
 from elsa_serve.offload import device as devices
-from elsa_serve.offload import machine, measure
+from elsa_serve.offload import disk_rates, host_rates, machine, measure
 from elsa_serve.offload.checkpoint import Checkpoint, load_config
-from elsa_serve.offload.disk import checkpoint_rate
 from elsa_serve.offload.fused import Fused, fuse
 from elsa_serve.offload.graphs import slack_bytes
 from elsa_serve.offload.host import FileBuffer, HostBuffer
 from elsa_serve.offload.in_place import InPlace
 from elsa_serve.offload.kv import ALIGNMENT, KVPool, KVShape, RequestKV
-from elsa_serve.offload.machine import Rates
+from elsa_serve.offload.machine import Heads, Rates
 from elsa_serve.offload.output import eos_token_ids
 from elsa_serve.offload.plan import Geometry, Plan, check_rope, make_plan, with_rates
 from elsa_serve.offload.predict import in_place_limit
@@ -186,7 +185,7 @@ def _plan(options: EngineOptions, device: torch.device, config: Any, dtype: torc
     geometry = Geometry.from_config(config, dtype)
     rates = options.rates
     if rates is None and here:
-        heads = measure.Heads(geometry.heads, geometry.kv_heads, geometry.head_dim)
+        heads = Heads(geometry.heads, geometry.kv_heads, geometry.head_dim)
         rates = measure.rates(device, dtype, attention=options.attention, linear=options.linear, heads=heads)
     disk = options.load_format != "dummy" and options.linear == "torch" and options.weights is None
 
@@ -216,13 +215,13 @@ def _plan(options: EngineOptions, device: torch.device, config: Any, dtype: torc
         return chosen
     # The rates kept for this machine are those of another folder's disk.
     if chosen.disk_layers:
-        rates = replace(rates, disk=checkpoint_rate(options.model_dir) or rates.disk)
+        rates = replace(rates, disk=disk_rates.checkpoint_rate(options.model_dir) or rates.disk)
     if chosen.kv_disk_bytes:
         nbytes, run = (
-            min(measure.WRITTEN, chosen.kv_disk_bytes),
+            min(disk_rates.WRITTEN, chosen.kv_disk_bytes),
             chosen.chunk_tokens * geometry.head_dim * dtype.itemsize,
         )
-        rates = replace(rates, disk_write=measure.disk_write_rate(_kv_folder(options), device, nbytes, run))
+        rates = replace(rates, disk_write=disk_rates.write_rate(_kv_folder(options), device, nbytes, run))
     return plan(rates) if rates is not chosen.rates else chosen
 
 
@@ -314,9 +313,9 @@ def with_rates_now(plan: Plan, weights: ModelWeights, kv: torch.Tensor, threads:
         return plan
     elsewhere = {*plan.resident_layers, *plan.disk_layers}
     streamed = [store.layers[index] for index in range(geometry.layers) if index not in elsewhere]
-    heads = measure.Heads(geometry.heads, geometry.kv_heads, geometry.head_dim)
+    heads = Heads(geometry.heads, geometry.kv_heads, geometry.head_dim)
     try:
-        rates = measure.rates_of_memory(
+        rates = host_rates.rates_of_memory(
             plan.rates, weights.device, weights.dtype, heads, kv, layer, streamed, threads=threads
         )
     except (MemoryError, torch.cuda.OutOfMemoryError) as error:

@@ -17,6 +17,22 @@ CPU_DEVICE_SHARE = 0.25  # without a GPU, the part of free memory that plays the
 
 
 @dataclass(frozen=True, slots=True)
+class Heads:
+    """Of queries, of keys, and the channels of each: attention's rates are those of such heads."""
+
+    queries: int = 32
+    keys: int = 32
+    dim: int = 128
+
+    def token_bytes(self, dtype: torch.dtype) -> int:
+        """Keys and values of a token."""
+        return 2 * self.keys * self.dim * dtype.itemsize
+
+    def __str__(self) -> str:
+        return f"{self.queries}/{self.keys} heads of {self.dim}"
+
+
+@dataclass(frozen=True, slots=True)
 class Rates:
     """Bytes per second, FLOP per second and seconds. Defaults are a guess at a data-centre GPU and its host; `source`
     says which they are.

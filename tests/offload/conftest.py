@@ -11,11 +11,11 @@ import torch
 from disk_fault import Fault
 from engine_models import make_engine, save_checkpoint
 
-from elsa_serve.offload import measure
+from elsa_serve.offload import host_rates, measure
 from elsa_serve.offload.engine import OffloadEngine
 from elsa_serve.offload.machine import Rates, assumed_rates
 
-_measured, _measured_now = measure.rates, measure.rates_of_memory
+_measured, _measured_now = measure.rates, host_rates.rates_of_memory
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -25,7 +25,7 @@ def same_rates_on_every_machine() -> Any:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure, "rates", assumed)
-        patch.setattr(measure, "rates_of_memory", lambda rates, *_, **__: rates)
+        patch.setattr(host_rates, "rates_of_memory", lambda rates, *_, **__: rates)
         yield
 
 
@@ -37,7 +37,7 @@ def rates() -> Any:
 
 @pytest.fixture
 def rates_of_memory() -> Any:
-    """`measure.rates_of_memory` itself."""
+    """`host_rates.rates_of_memory` itself."""
     return _measured_now
 
 

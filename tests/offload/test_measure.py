@@ -16,8 +16,8 @@ import torch
 from engine_models import make_config, make_engine
 
 from elsa_serve.errors import BudgetError
-from elsa_serve.offload import loading, measure, probes
-from elsa_serve.offload.machine import Rates, assumed_rates
+from elsa_serve.offload import device_rates, disk_rates, host_rates, loading, measure, probes, timing
+from elsa_serve.offload.machine import Heads, Rates, assumed_rates
 from elsa_serve.offload.plan import Geometry
 
 CPU = torch.device("cpu")
@@ -36,8 +36,8 @@ TINY = measure.Sizes(
 @pytest.fixture(scope="module")
 def measured() -> Rates:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measure, "BESIDE_S", 0.02)
-        patch.setattr(measure, "WARM_UP_S", 0.0)
+        patch.setattr(host_rates, "BESIDE_S", 0.02)
+        patch.setattr(timing, "WARM_UP_S", 0.0)
         return measure.measure_rates(CPU, torch.float32, sizes=TINY)
 
 
@@ -58,10 +58,10 @@ def test_the_cpu_attends_other_memory_in_every_call(monkeypatch: pytest.MonkeyPa
         assert (k.shape, v.shape) == ((1, 2, 78, 32),) * 2
         read.extend((k.data_ptr(), v.data_ptr()))
 
-    monkeypatch.setattr(measure.native, "unavailable", lambda: "no compiler")
-    monkeypatch.setattr(measure.elsa_kernels, "attention", attention)
-    storage, heads = torch.zeros(3 * 40_000, dtype=torch.uint8), measure.Heads(4, 2, 32)
-    call = measure._CpuAttention(CPU, storage, 40_000, torch.float32, heads).call(1)
+    monkeypatch.setattr(host_rates.native, "unavailable", lambda: "no compiler")
+    monkeypatch.setattr(host_rates.elsa_kernels, "attention", attention)
+    storage, heads = torch.zeros(3 * 40_000, dtype=torch.uint8), Heads(4, 2, 32)
+    call = host_rates._CpuAttention(CPU, storage, 40_000, torch.float32, heads).call(1)
     for _ in range(4):
         call()
     assert len(set(read)) == 6
@@ -71,11 +71,11 @@ def test_the_cpu_attends_other_memory_in_every_call(monkeypatch: pytest.MonkeyPa
 def rounds(monkeypatch: pytest.MonkeyPatch, *attention: float) -> dict[str, float]:
     """What is made of rounds that found these rates of attention, and of none else."""
     found = iter(attention)
-    monkeypatch.setattr(measure, "_round", lambda *_: {"h2d": 50e9, "cpu_attention": next(found)})
-    monkeypatch.setattr(measure, "WARM_UP_S", 0.0)
-    heads = measure.Heads(1, 1, 32)
-    once = measure._CpuAttention(CPU, torch.zeros(4096, dtype=torch.uint8), 4096, torch.float32, heads)
-    return measure._shared_rates(torch.zeros(8, dtype=torch.uint8), [torch.zeros(8, dtype=torch.uint8)], once)
+    monkeypatch.setattr(host_rates, "_round", lambda *_: {"h2d": 50e9, "cpu_attention": next(found)})
+    monkeypatch.setattr(timing, "WARM_UP_S", 0.0)
+    heads = Heads(1, 1, 32)
+    once = host_rates._CpuAttention(CPU, torch.zeros(4096, dtype=torch.uint8), 4096, torch.float32, heads)
+    return host_rates._shared_rates(torch.zeros(8, dtype=torch.uint8), [torch.zeros(8, dtype=torch.uint8)], once)
 
 
 def test_rates_of_host_memory_are_those_that_two_rounds_agree_on(
@@ -92,11 +92,11 @@ def test_rates_of_host_memory_are_those_that_two_rounds_agree_on(
 
 def test_copies_beside_attention_are_told_from_those_in_its_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """A second in which attention ran for 0.8 s: 10 GB were copied in the other 0.2 s, and 40 beside it."""
-    monkeypatch.setattr(measure, "paused", lambda *_: [0.1, 0.3])
-    monkeypatch.setattr(measure, "_copy_rate", lambda *_: 50e9)
-    monkeypatch.setattr(measure, "_both_cpu", lambda *_: (50_000_000_000, 1.0, [0.4, 0.4]))
+    monkeypatch.setattr(host_rates, "paused", lambda *_: [0.1, 0.3])
+    monkeypatch.setattr(host_rates, "_copy_rate", lambda *_: 50e9)
+    monkeypatch.setattr(host_rates, "_both_cpu", lambda *_: (50_000_000_000, 1.0, [0.4, 0.4]))
     turns = iter([torch.zeros(1)])
-    found = measure._round(torch.zeros(1, dtype=torch.uint8), turns, lambda: None, 20_000_000_000)
+    found = host_rates._round(torch.zeros(1, dtype=torch.uint8), turns, lambda: None, 20_000_000_000)
     assert found == pytest.approx(
         {
             "cpu_attention": 40e9 / 0.4,
@@ -106,12 +106,12 @@ def test_copies_beside_attention_are_told_from_those_in_its_pauses(monkeypatch: 
         }
     )
     # Without copies there is nothing to be beside.
-    assert measure._round(torch.zeros(0, dtype=torch.uint8), None, lambda: None, 20) == {"cpu_attention": 100}
+    assert host_rates._round(torch.zeros(0, dtype=torch.uint8), None, lambda: None, 20) == {"cpu_attention": 100}
 
 
 def test_any_few_turns_come_to_all_regions() -> None:
     for count in (1, 2, 3, 7, 40, 64):
-        order = measure.scattered(range(count))
+        order = host_rates.scattered(range(count))
         assert sorted(order) == list(range(count))
         if count >= 40:
             assert max(order[:8]) - min(order[:8]) > count / 2
@@ -122,9 +122,9 @@ def test_rates_of_an_engines_own_memory(
     measured: Rates, rates_of_memory: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Attended are layers of its KV, copied are its weights; what has changed since then is told."""
-    monkeypatch.setattr(measure, "BESIDE_S", 0.02)
-    monkeypatch.setattr(measure, "WARM_UP_S", 0.0)
-    kv, heads = torch.ones(5 * 65536, dtype=torch.uint8), measure.Heads(2, 2, 32)
+    monkeypatch.setattr(host_rates, "BESIDE_S", 0.02)
+    monkeypatch.setattr(timing, "WARM_UP_S", 0.0)
+    kv, heads = torch.ones(5 * 65536, dtype=torch.uint8), Heads(2, 2, 32)
     weights = [torch.ones(n, dtype=torch.uint8) for n in (300_000, 200_000)]
     known = replace(measured, cpu_attention=1.0)
     found = rates_of_memory(known, CPU, torch.float32, heads, kv, 65536, weights)
@@ -147,9 +147,9 @@ def test_an_engine_is_measured_by_what_lies_in_host_memory(
         seen.extend((kv.numel() // nbytes, [w.numel() for w in weights], o))
         return replace(rates_of_memory(rates, device, dtype, heads, kv, nbytes, weights, **o), cpu_attention=1e3)
 
-    monkeypatch.setattr(measure, "BESIDE_S", 0.02)
-    monkeypatch.setattr(measure, "WARM_UP_S", 0.0)
-    monkeypatch.setattr(measure, "rates_of_memory", looking)
+    monkeypatch.setattr(host_rates, "BESIDE_S", 0.02)
+    monkeypatch.setattr(timing, "WARM_UP_S", 0.0)
+    monkeypatch.setattr(host_rates, "rates_of_memory", looking)
     engine = make(gpu_memory="1600KiB", max_batch=1, resident_layers=1)
     plan, loaded = engine.plan, engine._loaded
     assert plan.kv_host_tokens > 0
@@ -163,7 +163,7 @@ def test_an_engine_is_measured_by_what_lies_in_host_memory(
     def refuse(*_: Any, **__: Any) -> Rates:
         raise MemoryError("no room")
 
-    monkeypatch.setattr(measure, "rates_of_memory", refuse)
+    monkeypatch.setattr(host_rates, "rates_of_memory", refuse)
     assert loading.with_rates_now(plan, loaded.weights, loaded.host_buffer.tensor, 1) is plan
     assert "no memory to measure with (no room)" in caplog.text
     # Nothing is measured where the host attends nothing.
@@ -175,7 +175,7 @@ def test_an_engine_is_measured_by_what_lies_in_host_memory(
 def test_an_engine_on_a_gpu_is_measured_when_it_starts(
     tmp_path: Path, rates_of_memory: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measure, "rates_of_memory", rates_of_memory)
+    monkeypatch.setattr(host_rates, "rates_of_memory", rates_of_memory)
     make_config(
         "llama", hidden_size=1024, intermediate_size=2752, num_attention_heads=8, num_key_value_heads=8, head_dim=128,
         max_position_embeddings=16384,
@@ -193,7 +193,7 @@ def test_an_engine_on_a_gpu_is_measured_when_it_starts(
 @pytest.mark.parametrize("linear", ["torch", "elsa"])
 def test_a_layers_products_and_attention_are_timed(linear: str) -> None:
     geometry = Geometry.from_config(make_config("llama"), torch.float32)
-    assert 0 < measure._layer_seconds(CPU, torch.float32, linear, geometry, 64) < 1
+    assert 0 < device_rates.layer_seconds(CPU, torch.float32, linear, geometry, 64) < 1
 
 
 def test_a_prompts_fixed_costs_are_not_its_activations() -> None:
@@ -257,7 +257,7 @@ def test_rates_are_measured_once_and_kept(
     assert rates(CPU, torch.float32, refresh=True).h2d == 4e9
     assert rates(CPU, torch.float32).h2d == 4e9
     assert rates(CPU, torch.bfloat16).h2d == 2e9
-    grouped = measure.Heads(32, 8)
+    grouped = Heads(32, 8)
     assert rates(CPU, torch.float32, heads=grouped).h2d == 5e9
     assert rates(CPU, torch.float32, heads=grouped).h2d == 5e9
     assert rates(CPU, torch.float32, refresh=True).h2d == 6e9
@@ -300,8 +300,8 @@ def test_a_cache_that_cannot_be_written_is_announced(
     assert rates(CPU, torch.float32) == measured
     assert "the next start measures again" in caplog.text
     folder = measure.envs.cache_dir()
-    assert measure._disk_rate(1 << 20, folder) == Rates().disk
-    assert measure.disk_write_rate(folder, torch.device("cpu"), 1 << 20) == Rates().disk_write
+    assert disk_rates.folder_rate(1 << 20, folder) == Rates().disk
+    assert disk_rates.write_rate(folder, torch.device("cpu"), 1 << 20) == Rates().disk_write
     assert "its rate is assumed" in caplog.text
 
 
@@ -328,7 +328,7 @@ def test_the_gpu_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
         probe_hidden=256,
         probe_prompt=256,
     )
-    monkeypatch.setattr(measure, "BESIDE_S", 0.05)
+    monkeypatch.setattr(host_rates, "BESIDE_S", 0.05)
     before = torch.cuda.memory_allocated()
     found = measure.measure_rates(torch.device("cuda"), torch.float16, sizes=small)
     # What it timed with is given back: no more stays than cuBLAS's workspaces on the streams that it has seen.
@@ -349,8 +349,8 @@ def test_what_no_graph_holds_is_timed_with_its_issue(monkeypatch: pytest.MonkeyP
     def work() -> None:
         pass
 
-    monkeypatch.setattr(measure, "Capturing", Refusing)
-    assert measure._as_a_graph(CPU, work) is work
+    monkeypatch.setattr(device_rates, "Capturing", Refusing)
+    assert device_rates.as_a_graph(CPU, work) is work
 
 
 def test_a_graph_that_is_timed_keeps_alive_what_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -364,8 +364,8 @@ def test_a_graph_that_is_timed_keeps_alive_what_it_reads(monkeypatch: pytest.Mon
     def capturing(device: torch.device) -> Any:
         return lambda work: (lambda: replays.append(alive() is not None), work())
 
-    monkeypatch.setattr(measure, "Capturing", capturing)
-    timed = measure._as_a_graph(CPU, work)
+    monkeypatch.setattr(device_rates, "Capturing", capturing)
+    timed = device_rates.as_a_graph(CPU, work)
     del work, read
     gc.collect()
     timed()

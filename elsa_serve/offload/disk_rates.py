@@ -1,0 +1,86 @@
+"""Rates of a disk: reads past the page cache, and copies from the device into a file's new pages."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from elsa_serve.errors import BudgetError
+from elsa_serve.offload.disk import PIECE, THREADS, Bounce, DirectFile
+from elsa_serve.offload.host import FileBuffer
+from elsa_serve.offload.machine import Rates
+
+MEASURED, MEASURED_S = 4 << 30, 1.5  # bytes read to measure a disk, or seconds: one that others use, too, has moods
+WRITTEN, RUN = 1 << 30, 1 << 20  # bytes written to measure a disk, and of a head's tokens that go to it in one run
+
+logger = logging.getLogger(__name__)
+
+
+def read_rate(file: DirectFile, nbytes: int, seconds: float = MEASURED_S) -> float:
+    """Bytes per second of THREADS threads reading the first bytes of a file, or what they read of them in so many
+    seconds. Raises OSError."""
+    nbytes = min(nbytes, file.size)
+    starts = range(0, nbytes, PIECE)
+    bounces = [Bounce() for _ in range(THREADS)]
+
+    def share(index: int) -> int:
+        read = 0
+        for start in starts[index::THREADS]:
+            if read and time.perf_counter() > began + seconds:
+                break
+            read += file.read(start, min(PIECE, nbytes - start), bounces[index]).numel()
+        return read
+
+    with ThreadPoolExecutor(THREADS) as threads:
+        began = time.perf_counter()
+        read = sum(threads.map(share, range(THREADS)))
+        return read / (time.perf_counter() - began)
+
+
+def checkpoint_rate(directory: Path) -> float | None:
+    """Bytes per second at which a checkpoint's largest file is read; None, announced, where that cannot be measured."""
+    try:
+        largest = max(directory.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+        with DirectFile(largest) as file:
+            return read_rate(file, MEASURED)
+    except (OSError, ValueError) as error:
+        logger.warning("the disk of %s cannot be measured (%s)", directory, error)
+        return None
+
+
+def folder_rate(nbytes: int, folder: Path) -> float:
+    """Reads of a file written for it; the assumed rate where no such file can be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix="elsa-disk-") as file:
+            block = b"\x01" * (1 << 20)
+            for _ in range(max(1, nbytes >> 20)):
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+            with DirectFile(Path(file.name)) as opened:
+                return read_rate(opened, opened.size)
+    except OSError as error:
+        logger.warning("the disk of %s cannot be measured (%s): its rate is assumed", folder, error)
+        return Rates().disk
+
+
+def write_rate(folder: Path, device: torch.device, nbytes: int = WRITTEN, run: int = RUN) -> float:
+    """Copies from the device into a new mapped file, in runs of so many bytes, as KV on disk is written; the assumed
+    rate where no such file can be."""
+    try:
+        file = FileBuffer(nbytes, folder)
+    except BudgetError as error:
+        logger.warning("writes to the disk of %s cannot be measured (%s): their rate is assumed", folder, error)
+        return Rates().disk_write
+    source = torch.ones(min(run, nbytes), dtype=torch.uint8, device=device)
+    began = time.perf_counter()
+    for place in file.tensor.split(run):
+        place.copy_(source[: place.numel()])
+    return nbytes / (time.perf_counter() - began)
