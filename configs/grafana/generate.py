@@ -222,8 +222,8 @@ def offload() -> list[dict[str, Any]]:
                     "{{phase}}",
                 )
             ],
-            "The planner's prediction of each pass, before it ran: from rates measured on this machine, and the pace "
-            "of the host's attention in the passes before. 100 % is as predicted.",
+            "The planner's prediction of each pass, before it ran: from rates measured on this machine, and the "
+            "host's pace in the passes before. 100 % is as predicted.",
         ),
         panel(
             "Beside the passes: CPU attention and disk",
