@@ -175,6 +175,11 @@ def overview() -> list[dict[str, Any]]:
 
 
 def offload() -> list[dict[str, Any]]:
+    return [*passes(), *memory()]
+
+
+def passes() -> list[dict[str, Any]]:
+    """What moves and computes in a pass, and what it waits for."""
     transfer = "elsa_offload_transfer_{}_total"
     return [
         panel(
@@ -233,6 +238,12 @@ def offload() -> list[dict[str, Any]]:
                 (rate("elsa_disk_stall_seconds_total"), "compute waited for the disk, s/s"),
             ],
         ),
+    ]
+
+
+def memory() -> list[dict[str, Any]]:
+    """What lies where, what of it is used again, and what computes it."""
+    return [
         panel("KV memory in use", "percentunit", [(f"elsa:kv_cache_used:ratio{ON}", "{{instance}} {{tier}}")], max=1),
         panel("KV memory", "bytes", [(f"sum by (tier) (elsa_kv_cache_used_bytes{ON})", "{{tier}}")]),
         panel(

@@ -81,7 +81,7 @@ def layer_seconds(device: torch.device, dtype: torch.dtype, linear: str, geometr
     that can be."""
     on_gpu = device.type == "cuda"
     options: dict[str, Any] = {"dtype": dtype, "device": device}
-    heads, hidden, ffn = Heads(geometry.heads, geometry.kv_heads, geometry.head_dim), geometry.hidden, geometry.ffn
+    heads, hidden, ffn = geometry.attention_heads, geometry.hidden, geometry.ffn
     inner, keys_and_values = heads.queries * heads.dim, [heads.keys * heads.dim] * 2
     into, gates = [inner, *keys_and_values], [ffn] * 2
     if on_gpu and linear == "torch":  # fused: what has the same input is one product

@@ -17,7 +17,7 @@ from elsa_serve.offload.host import FileBuffer
 from elsa_serve.offload.machine import Rates
 
 MEASURED, MEASURED_S = 4 << 30, 1.5  # bytes read to measure a disk, or seconds: one that others use, too, has moods
-WRITTEN, RUN = 1 << 30, 1 << 20  # bytes written to measure a disk, and of a head's tokens that go to it in one run
+WRITTEN, RUN = 1 << 30, 1 << 20  # most bytes written to measure a disk, and of a head's tokens that go in one run
 
 logger = logging.getLogger(__name__)
 
@@ -71,9 +71,10 @@ def folder_rate(nbytes: int, folder: Path) -> float:
         return Rates().disk
 
 
-def write_rate(folder: Path, device: torch.device, nbytes: int = WRITTEN, run: int = RUN) -> float:
-    """Copies from the device into a new mapped file, in runs of so many bytes, as KV on disk is written; the assumed
-    rate where no such file can be."""
+def write_rate(folder: Path, device: torch.device, nbytes: int, run: int = RUN) -> float:
+    """Copies from the device into a new mapped file of `nbytes`, or as large as is measured, in runs of so many bytes,
+    as KV on disk is written; the assumed rate where no such file can be."""
+    nbytes = min(nbytes, WRITTEN)
     try:
         file = FileBuffer(nbytes, folder)
     except BudgetError as error:

@@ -20,7 +20,7 @@ from elsa_serve.offload.graphs import slack_bytes
 from elsa_serve.offload.host import FileBuffer, HostBuffer
 from elsa_serve.offload.in_place import InPlace
 from elsa_serve.offload.kv import ALIGNMENT, KVPool, KVShape, RequestKV
-from elsa_serve.offload.machine import Heads, Rates
+from elsa_serve.offload.machine import Rates
 from elsa_serve.offload.output import eos_token_ids
 from elsa_serve.offload.plan import Geometry, Plan, check_rope, make_plan, with_rates
 from elsa_serve.offload.predict import in_place_limit
@@ -185,8 +185,9 @@ def _plan(options: EngineOptions, device: torch.device, config: Any, dtype: torc
     geometry = Geometry.from_config(config, dtype)
     rates = options.rates
     if rates is None and here:
-        heads = Heads(geometry.heads, geometry.kv_heads, geometry.head_dim)
-        rates = measure.rates(device, dtype, attention=options.attention, linear=options.linear, heads=heads)
+        rates = measure.rates(
+            device, dtype, attention=options.attention, linear=options.linear, heads=geometry.attention_heads
+        )
     disk = options.load_format != "dummy" and options.linear == "torch" and options.weights is None
 
     def plan(rates: Rates | None) -> Plan:
@@ -217,11 +218,9 @@ def _plan(options: EngineOptions, device: torch.device, config: Any, dtype: torc
     if chosen.disk_layers:
         rates = replace(rates, disk=disk_rates.checkpoint_rate(options.model_dir) or rates.disk)
     if chosen.kv_disk_bytes:
-        nbytes, run = (
-            min(disk_rates.WRITTEN, chosen.kv_disk_bytes),
-            chosen.chunk_tokens * geometry.head_dim * dtype.itemsize,
-        )
-        rates = replace(rates, disk_write=disk_rates.write_rate(_kv_folder(options), device, nbytes, run))
+        run = chosen.chunk_tokens * geometry.head_dim * dtype.itemsize
+        written = disk_rates.write_rate(_kv_folder(options), device, chosen.kv_disk_bytes, run)
+        rates = replace(rates, disk_write=written)
     return plan(rates) if rates is not chosen.rates else chosen
 
 
@@ -313,7 +312,7 @@ def with_rates_now(plan: Plan, weights: ModelWeights, kv: torch.Tensor, threads:
         return plan
     elsewhere = {*plan.resident_layers, *plan.disk_layers}
     streamed = [store.layers[index] for index in range(geometry.layers) if index not in elsewhere]
-    heads = Heads(geometry.heads, geometry.kv_heads, geometry.head_dim)
+    heads = geometry.attention_heads
     try:
         rates = host_rates.rates_of_memory(
             plan.rates, weights.device, weights.dtype, heads, kv, layer, streamed, threads=threads

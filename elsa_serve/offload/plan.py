@@ -20,7 +20,7 @@ import torch
 
 from elsa_serve.errors import BudgetError, UsageError
 from elsa_serve.offload.disk_layers import BUFFERS
-from elsa_serve.offload.machine import Rates, assumed_rates
+from elsa_serve.offload.machine import Heads, Rates, assumed_rates
 from elsa_serve.offload.predict import Share, pass_time
 from elsa_serve.offload.rounds import rounds_of
 from elsa_serve.offload.units import format_size
@@ -82,6 +82,10 @@ class Geometry:
             outside_bytes=outside,
             dtype=dtype,
         )
+
+    @property
+    def attention_heads(self) -> Heads:
+        return Heads(self.heads, self.kv_heads, self.head_dim)
 
     @property
     def head_bytes(self) -> int:

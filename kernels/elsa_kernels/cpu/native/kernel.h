@@ -91,6 +91,7 @@ inline void dots(const float *q, const T *k, int64_t stride, const T *ahead, int
         }
     }
     constexpr int TOGETHER = N >= 4 ? 1 : 2;  // rows of one sum4
+    static_assert(R % TOGETHER == 0 && (N == 2 || N % 4 == 0), "sum4 takes four sums");
 #pragma GCC unroll 8
     for (int r = 0; r < R; r += TOGETHER)
 #pragma GCC unroll 2
