@@ -1,4 +1,4 @@
-"""Rates of a disk: reads past the page cache, and copies from the device into a file's new pages."""
+"""Rates of a disk: reads past the page cache, and copies from the device into a file."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ import torch
 
 from elsa_serve.errors import BudgetError
 from elsa_serve.offload.disk import PIECE, THREADS, Bounce, DirectFile
+from elsa_serve.offload.file_lane import FileLane
 from elsa_serve.offload.host import FileBuffer
 from elsa_serve.offload.machine import Rates
+from elsa_serve.offload.streams import make_streams
 
 MEASURED, MEASURED_S = 4 << 30, 1.5  # bytes read to measure a disk, or seconds: one that others use, too, has moods
 WRITTEN, RUN = 1 << 30, 1 << 20  # most bytes written to measure a disk, and of a head's tokens that go in one run
@@ -71,17 +73,24 @@ def folder_rate(nbytes: int, folder: Path) -> float:
         return Rates().disk
 
 
-def write_rate(folder: Path, device: torch.device, nbytes: int, run: int = RUN) -> float:
-    """Copies from the device into a new mapped file of `nbytes`, or as large as is measured, in runs of so many bytes,
-    as KV on disk is written; the assumed rate where no such file can be."""
+def write_rate(folder: Path, device: torch.device, nbytes: int) -> float:
+    """A copy from the device into a new file of `nbytes`, or as large as is measured, as KV on disk is written; the
+    assumed rate where no such file can be."""
     nbytes = min(nbytes, WRITTEN)
+    streams = make_streams(device)
     try:
         file = FileBuffer(nbytes, folder)
-    except BudgetError as error:
+        lane = FileLane(file, streams)
+        source = torch.ones(min(RUN, nbytes), dtype=torch.uint8, device=streams.device)
+        began = time.perf_counter()
+        lane.submit([(place, source[: place.numel()]) for place in file.tensor.split(RUN)], [streams.record()])
+        errors, seconds = lane.end(), time.perf_counter() - began
+        lane.close()
+        if errors:
+            raise errors[0]
+        return nbytes / seconds
+    except (OSError, BudgetError) as error:
         logger.warning("writes to the disk of %s cannot be measured (%s): their rate is assumed", folder, error)
         return Rates().disk_write
-    source = torch.ones(min(run, nbytes), dtype=torch.uint8, device=device)
-    began = time.perf_counter()
-    for place in file.tensor.split(run):
-        place.copy_(source[: place.numel()])
-    return nbytes / (time.perf_counter() - began)
+    finally:
+        streams.close()

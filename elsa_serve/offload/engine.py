@@ -18,9 +18,10 @@ from elsa_serve.errors import BudgetError, ContextTooLong, EngineDraining, Engin
 from elsa_serve.offload import attention as attentions
 from elsa_serve.offload import checksums
 from elsa_serve.offload import device as devices
+from elsa_serve.offload.kv import RequestKV
 from elsa_serve.offload.loading import EngineOptions, LoadedModel, load
 from elsa_serve.offload.output import OutputText
-from elsa_serve.offload.plan import Plan
+from elsa_serve.offload.plan import ALIKE_ROWS, Plan
 from elsa_serve.offload.predict import Pace, Prediction, Share, pass_time, running_shares
 from elsa_serve.offload.prefix import PrefixCache
 from elsa_serve.offload.rounds import pass_tokens
@@ -61,7 +62,7 @@ MAX_FAILURES = 3  # passes in a row that fail for another reason than memory: th
 JOIN_S = 60.0  # for the engine's thread to end
 DRAFT_LOGITS = 64 << 20  # bytes that the logits of all drafted tokens of a pass may take
 LOGIT_BYTES = 10  # of a logit: in 16 bits as the model gives it, in FP32, and on its way to the host
-DRAFT_TOKENS = 15  # guessed at once at most: 16 rows, a tile of the tensor cores
+DRAFT_TOKENS = ALIKE_ROWS - 1  # guessed at once at most: with the token before them a tile of the tensor cores
 
 OUTCOMES: dict[FinishReason, Outcome] = {
     "stop": "ok", "length": "length", "cancelled": "cancelled", "timeout": "timeout", "error": "server_error",
@@ -116,7 +117,7 @@ class OffloadEngine:
             max_batch=self._options.max_batch,
             max_queue=max_queue,
             pass_tokens=pass_tokens(plan, self._options.prefill_round_tokens, self._options.max_num_batched_tokens),
-            together=self._loaded.tiers.without_moving,
+            together=self._together,
             draft_rows=DRAFT_LOGITS // (self._loaded.vocab_size * LOGIT_BYTES),
             cache=PrefixCache(self._loaded.pool, self._identity()) if self._options.prefix_caching else None,
         )
@@ -280,6 +281,14 @@ class OffloadEngine:
                 self._work.wait()
             self._alive = time.monotonic()
             return not self._scheduler.idle()
+
+    def _together(self, kv: RequestKV, new: int) -> int:
+        """How many of so many new tokens of a request are computed as cheaply as one. One that is replayed from a graph
+        is cheapest alone, and rounds otherwise: beside it no drafts are made that nobody asked for."""
+        replayed = self.plan.graphs and not kv.host_tokens(kv.length + new)
+        if replayed and self._options.num_speculative_tokens is None:
+            return 1
+        return self._loaded.tiers.without_moving(kv, new)
 
     def _poll(self) -> None:
         """Between two chunks of a layer: a sign of life, and the end of waiting requests that were given up."""

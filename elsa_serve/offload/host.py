@@ -10,6 +10,7 @@ import mmap
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -66,10 +67,12 @@ class FileBuffer:
     """
 
     def __init__(self, nbytes: int, directory: Path) -> None:
+        self._fd = -1
         try:
             with tempfile.TemporaryFile(dir=directory) as file:
                 os.posix_fallocate(file.fileno(), 0, max(nbytes, 1))
                 memory = mmap.mmap(file.fileno(), max(nbytes, 1))
+                self._fd = os.dup(file.fileno())
         except OSError as error:
             raise BudgetError(
                 f"{format_size(nbytes)} for KV cannot be had in {directory} ({error.strerror}): "
@@ -78,9 +81,24 @@ class FileBuffer:
         self.nbytes = nbytes
         self.tensor = torch.frombuffer(memory, dtype=torch.uint8)[:nbytes]
 
+    def write(self, place: torch.Tensor, values: torch.Tensor) -> None:
+        """Write values, contiguous bytes of host memory, to where `place` is, a view of as many bytes of the tensor,
+        which shows them then: without the fault a page that touching new ones costs. From any thread. Raises OSError.
+        """
+        bytes_: Any = values.numpy()
+        left, at = memoryview(bytes_), place.data_ptr() - self.tensor.data_ptr()
+        while left:
+            written = os.pwrite(self._fd, left, at)
+            left, at = left[written:], at + written
+
     def close(self) -> None:
         """Give the disk's space back once no view of the tensor is left. Idempotent."""
-        self.tensor = torch.empty(0, dtype=torch.uint8)
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd, self.tensor = -1, torch.empty(0, dtype=torch.uint8)
+
+    def __del__(self) -> None:
+        self.close()
 
 
 class _DeviceView:

@@ -15,6 +15,7 @@ from elsa_serve.offload import attention as attentions
 from elsa_serve.offload import device as devices
 from elsa_serve.offload import disk_rates, host_rates, machine, measure
 from elsa_serve.offload.checkpoint import Checkpoint, load_config
+from elsa_serve.offload.file_lane import FileLane
 from elsa_serve.offload.fused import Fused, fuse
 from elsa_serve.offload.graphs import slack_bytes
 from elsa_serve.offload.host import FileBuffer, HostBuffer
@@ -22,7 +23,7 @@ from elsa_serve.offload.in_place import InPlace
 from elsa_serve.offload.kv import ALIGNMENT, KVPool, KVShape, RequestKV
 from elsa_serve.offload.machine import Rates
 from elsa_serve.offload.output import eos_token_ids
-from elsa_serve.offload.plan import Geometry, Plan, check_rope, make_plan, with_rates
+from elsa_serve.offload.plan import Geometry, Plan, check_rope, make_plan, row_multiple, with_rates
 from elsa_serve.offload.predict import in_place_limit
 from elsa_serve.offload.ring import WeightStream
 from elsa_serve.offload.split import check_linear, split_linears
@@ -218,9 +219,7 @@ def _plan(options: EngineOptions, device: torch.device, config: Any, dtype: torc
     if chosen.disk_layers:
         rates = replace(rates, disk=disk_rates.checkpoint_rate(options.model_dir) or rates.disk)
     if chosen.kv_disk_bytes:
-        run = chosen.chunk_tokens * geometry.head_dim * dtype.itemsize
-        written = disk_rates.write_rate(_kv_folder(options), device, chosen.kv_disk_bytes, run)
-        rates = replace(rates, disk_write=written)
+        rates = replace(rates, disk_write=disk_rates.write_rate(_kv_folder(options), device, chosen.kv_disk_bytes))
     return plan(rates) if rates is not chosen.rates else chosen
 
 
@@ -275,7 +274,7 @@ def _assemble(
     gpu_pool = torch.empty(plan.kv_gpu_bytes + slack, dtype=torch.uint8, device=device)[: plan.kv_gpu_bytes]
     disk = FileBuffer(plan.kv_disk_bytes, _kv_folder(options)) if plan.kv_disk_bytes else None
     pool = KVPool(shape, gpu_pool, host_buffer.tensor, host_buffer.mapped(), disk.tensor if disk else None)
-    tiers = _tiers(options, plan, shape, streams)
+    tiers = _tiers(options, plan, shape, streams, FileLane(disk, streams) if disk else None)
     fused = _fuse(options, weights)
     runner = PassRunner(
         weights.model,
@@ -285,6 +284,7 @@ def _assemble(
         streams,
         chunk_tokens=plan.chunk_tokens,
         graphs=plan.graphs,
+        multiple=row_multiple(device.type, weights.dtype),
     )
     return LoadedModel(
         plan=plan,
@@ -340,11 +340,12 @@ def _may_be_graphs(options: EngineOptions) -> bool:
     return not options.serial and options.graphs is not False and options.attention in attentions.IN_GRAPHS
 
 
-def _tiers(options: EngineOptions, plan: Plan, shape: KVShape, streams: Streams) -> Tiers:
+def _tiers(options: EngineOptions, plan: Plan, shape: KVShape, streams: Streams, file: FileLane | None) -> Tiers:
     on_host = bool(plan.kv_host_bytes or plan.kv_disk_bytes)
     attend_state = attentions.ATTEND_STATE.get(options.attention)
     geometry = plan.geometry
     weights = geometry.streamed_bytes(len(plan.resident_layers))
+    multiple = row_multiple(streams.device.type, geometry.dtype)
 
     def limit(kv: RequestKV) -> int:
         tokens = kv.host_tokens(kv.length)
@@ -353,12 +354,14 @@ def _tiers(options: EngineOptions, plan: Plan, shape: KVShape, streams: Streams)
         return in_place_limit(plan.rates, weights_bytes=weights, kv_bytes=kv_bytes, flops_per_token=flops)
 
     return Tiers(
-        WorkingKV(shape, streams, capacity=plan.context if on_host else 0),
+        WorkingKV(shape, streams, capacity=plan.context if on_host else 0, file=file),
         InPlace(streams, options.host_threads) if on_host else None,
         streams,
         attentions.ATTEND[options.attention],
         attend_state,
         limit,
+        # With the heads of a group, a tile of so many rows: another one sums in another order.
+        max(1, multiple * geometry.kv_heads // geometry.heads) if multiple > 1 else None,
     )
 
 

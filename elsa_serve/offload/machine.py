@@ -54,7 +54,7 @@ class Rates:
     h2d_beside_cpu_attention: float = 50e9  # copies to the device while the CPU kernel runs
     cpu_attention_flops: float = 1e12  # the CPU kernel where many query tokens share the reading of K and V
     disk: float = 2e9  # sequential reads that bypass the page cache
-    disk_write: float = 6e8  # copies from the device into new pages of a mapped file
+    disk_write: float = 6e8  # copies from the device into a file's new pages
     activations: float = 150e9  # a layer's activations, counted once, in all that is neither product nor attention
     layer_s: float = 5e-4  # seconds of one decoder layer of a decode pass whose bytes cost nothing: the host's issue
     pass_s: float = 1e-3  # seconds of a pass outside its layers

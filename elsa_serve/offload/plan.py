@@ -20,6 +20,7 @@ import torch
 
 from elsa_serve.errors import BudgetError, UsageError
 from elsa_serve.offload.disk_layers import BUFFERS
+from elsa_serve.offload.file_lane import staging_bytes
 from elsa_serve.offload.machine import Heads, Rates, assumed_rates
 from elsa_serve.offload.predict import Share, pass_time
 from elsa_serve.offload.rounds import rounds_of
@@ -35,6 +36,7 @@ CUDA_CONTEXT = int(0.85 * 2**30)  # the context and kernels' code, outside torch
 HOST_PROCESS = int(1.6 * 2**30)  # of host memory, beside a GPU: libraries, CUDA's own, kernels: 1.5 GiB seen
 CUBLAS_WORKSPACE = 32 << 20  # what torch gives cuBLAS on Hopper; less elsewhere
 MIB = 1 << 20
+ALIKE_ROWS = 16
 GRAPHS = 128 << 20  # CUDA graphs of decode passes, and cuBLAS's workspace on the stream that captures them
 ALLOCATOR_SLACK = 10  # the caching allocator's fragmentation: one part in so many of the activations
 
@@ -488,7 +490,7 @@ def _host_layers(request: _Request, resident: int, kv: int) -> tuple[int, int]:
 def _process_bytes(request: _Request) -> int:
     """Host memory of this process beside weights and KV; without a GPU it is small, and the budget is what is given to
     them alone."""
-    return HOST_PROCESS if request.device_type == "cuda" else 0
+    return HOST_PROCESS + staging_bytes(request.kv_disk) if request.device_type == "cuda" else 0
 
 
 def _fixed_items(request: _Request, context: int, chunk: int) -> dict[str, int]:
@@ -496,15 +498,24 @@ def _fixed_items(request: _Request, context: int, chunk: int) -> dict[str, int]:
     geometry = request.geometry
     hidden = hidden_bytes(geometry, min(context, request.round_tokens))
     activations = chunk_bytes(geometry, chunk, context)
+    rows = max(request.batch, row_multiple(request.device_type, geometry.dtype))
     return {
         "CUDA context": CUDA_CONTEXT if request.device_type == "cuda" else 0,
         "cuBLAS workspace": CUBLAS_WORKSPACE if request.device_type == "cuda" else 0,
         "embeddings and head": geometry.outside_bytes,
         "hidden states of the prompt": hidden,
         "activations of a chunk": activations,
-        "logits": request.batch * geometry.vocab * (geometry.dtype.itemsize + 8),
+        "logits": rows * geometry.vocab * (geometry.dtype.itemsize + 8),
         "allocator slack": (hidden + activations) // ALLOCATOR_SLACK,
     }
+
+
+def row_multiple(device_type: str, dtype: torch.dtype) -> int:
+    """Of which the rows of decode passes are. A library's product of one row may round otherwise than that of several,
+    and in 16 bits that is enough for another token, which must depend neither on what is drafted nor on who shares the
+    pass. A GPU's product of 16 rows reads the same bytes; in float32 it takes twice as long, and rounding decides
+    nothing."""
+    return ALIKE_ROWS if device_type == "cuda" and dtype.itemsize < 4 else 1
 
 
 def hidden_bytes(geometry: Geometry, context: int) -> int:

@@ -68,7 +68,7 @@ class _Work:
 
     to_device: float
     to_host: float
-    to_disk: float  # bytes of KV that the device waits for, since no copy engine writes a file's pages
+    to_disk: float
     fetched: float  # bytes of KV, of those to the device, for which a layer's first chunk waits
     fetch_hidden_s: float  # for which the device computes meanwhile
     from_disk: float  # bytes that are read ahead, beside everything else
@@ -316,7 +316,6 @@ def _time(work: _Work, rates: Rates, one_memory: bool) -> Prediction:
         copying = work.to_device / _between(rates.h2d, rates.h2d_beside_cpu_attention, beside_attention)
         reading = _between(rates.cpu_attention, rates.cpu_attention_beside_h2d, beside_copies)
         attending = math.hypot(work.in_place / reading, flops_s)  # fits 1 to 32 rows within 5 % on a Xeon of 16 cores
-    issued = own if one_memory else max(work.device_s, work.issue_s)
     paging = work.mapped / rates.disk
     fetching = work.fetched / rates.h2d - work.fetch_hidden_s
     chain, attending = HOST_ATTENTION if attending >= paging else DISK_ATTENTION, attending + paging
@@ -327,8 +326,8 @@ def _time(work: _Work, rates: Rates, one_memory: bool) -> Prediction:
         ISSUE: work.issue_s,
         FETCH: work.device_s + fetching if fetching > 0 else 0.0,
         TO_HOST: work.to_host / rates.d2h,
-        # Python waits for these writes, and issues nothing meanwhile.
-        TO_DISK: issued + work.to_disk / rates.disk_write if work.to_disk else 0.0,
+        # Threads write it while a GPU computes, but use the cores that else do.
+        TO_DISK: (own if one_memory else 0.0) + work.to_disk / rates.disk_write if work.to_disk else 0.0,
         DISK: (work.from_disk + work.mapped) / rates.disk,
     }
     found = {name: value for name, value in pipes.items() if value}

@@ -68,16 +68,21 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Rows [low, high) of the packed batch that pass a layer together."""
+    """Rows [low, high) of the packed batch that pass a layer together. Those behind the last segment are nobody's."""
 
     low: int
     high: int
     segments: tuple[Segment, ...]
 
     @property
+    def whole(self) -> bool:
+        """Whether all rows are one part's."""
+        return len(self.segments) == 1 and self.segments[0].high == self.high - self.low
+
+    @property
     def wanted(self) -> int:
         """So many of the last rows include all of which logits are wanted."""
-        return self.segments[0].wanted if len(self.segments) == 1 else self.high - self.low
+        return self.segments[0].wanted if self.whole else self.high - self.low
 
     def given_up(self) -> bool:
         return all(segment.part.given_up() for segment in self.segments)
@@ -85,7 +90,8 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """A pass's metadata, built once. `wanted` are the packed rows whose logits are wanted, part by part."""
+    """A pass's metadata, built once. `wanted` are the packed rows whose logits are wanted, part by part, and perhaps
+    the last of them some times more."""
 
     parts: tuple[Part, ...]
     chunks: tuple[Chunk, ...]
@@ -94,32 +100,47 @@ class StepPlan:
     wanted: list[int]
 
     @staticmethod
-    def build(parts: Sequence[Part], chunk_tokens: int) -> StepPlan:
-        """Short parts (decode) come first and share chunks; each longer part is chunked by itself, in order."""
+    def build(parts: Sequence[Part], chunk_tokens: int, multiple: int = 1) -> StepPlan:
+        """Short parts (decode) come first and share chunks; each longer part is chunked by itself, in order. Chunks of
+        short parts, and the wanted rows, are filled up to a multiple of so many."""
         ordered = sorted(parts, key=lambda part: len(part.tokens) > SHORT_TOKENS)
         # Tensors at once: lists of a long prompt's tokens and positions take 10 ms, in which the device waits.
-        token_ids = torch.cat([torch.tensor(part.tokens, dtype=torch.int64) for part in ordered])
-        positions = torch.cat([part.kv.length + torch.arange(len(part.tokens)) for part in ordered])
+        token_ids: list[torch.Tensor] = []
+        positions: list[torch.Tensor] = []
         chunks: list[Chunk] = []
         wanted: list[int] = []
-        low = row = 0
         shared: list[Segment] = []
+        low = row = 0
+
+        def cut(multiple: int = 1) -> None:
+            nonlocal low, row, shared
+            filled = row + -(row - low) % multiple
+            for rows in (token_ids, positions):
+                rows.append(torch.zeros(filled - row, dtype=torch.int64))
+            chunks.append(Chunk(low, filled, tuple(shared)))
+            low, row, shared = filled, filled, []
+
         for part in ordered:
             total = len(part.tokens)
             # Chunks of about one size: where the last is long, KV for the next layer comes while it is computed.
             even = -(-total // -(-total // chunk_tokens))
             most = min(chunk_tokens, -(-even // TILE) * TILE)
+            short = total <= SHORT_TOKENS
+            if shared and not (short and row + min(total, most) - low <= chunk_tokens):
+                cut(multiple)
+            token_ids.append(torch.tensor(part.tokens, dtype=torch.int64))
+            positions.append(part.kv.length + torch.arange(total))
             for start in range(0, total, most):
                 size = min(most, total - start)
-                if shared and (total > SHORT_TOKENS or row + size - low > chunk_tokens):
-                    chunks.append(Chunk(low, row, tuple(shared)))
-                    low, shared = row, []
                 shared.append(Segment(part, row - low, row - low + size, start, start + size == total))
                 row += size
+                if not short or start + size < total:
+                    cut()
             wanted += range(row - part.rows, row)
         if shared:
-            chunks.append(Chunk(low, row, tuple(shared)))
-        return StepPlan(tuple(ordered), tuple(chunks), token_ids, positions, wanted)
+            cut(multiple)
+        wanted += wanted[-1:] * (-len(wanted) % multiple)
+        return StepPlan(tuple(ordered), tuple(chunks), torch.cat(token_ids), torch.cat(positions), wanted)
 
 
 @dataclass(slots=True)
@@ -142,11 +163,13 @@ class PassRunner:
         *,
         chunk_tokens: int,
         graphs: bool = False,
+        multiple: int = 1,
     ) -> None:
-        """`graphs`: decode passes are replayed from CUDA graphs, which takes all layers to be resident."""
+        """`graphs`: decode passes are replayed from CUDA graphs, which takes all layers to be resident. `multiple`: of
+        which the rows of chunks of short parts are (`plan.row_multiple`)."""
         self._model, self._layers = model, list(layers)
         self._weights, self._tiers, self._streams = weights, tiers, streams
-        self._chunk_tokens = chunk_tokens
+        self._chunk_tokens, self._multiple = chunk_tokens, multiple
         # Called before each chunk of each layer: the engine's heartbeat, and its look at cancellations.
         self.poll: Callable[[], None] = lambda: None
         self._running: _Running | None = None
@@ -161,7 +184,7 @@ class PassRunner:
         Parts given up on the way are left out and keep their length. Raises PassAbandoned when none is left. After any
         exception the KV of all parts is as before the pass.
         """
-        plan = StepPlan.build(parts, self._chunk_tokens)
+        plan = StepPlan.build(parts, self._chunk_tokens, self._multiple)
         self._running = _Running(plan)
         try:
             with torch.inference_mode():
@@ -190,7 +213,7 @@ class PassRunner:
         """Logits [wanted rows, V] on the device."""
         device = self._streams.device
         ids, positions = (rows[None].to(device) for rows in (plan.token_ids, plan.positions))
-        return self._logits(ids, positions)
+        return self._logits(ids, positions)[: sum(part.rows for part in plan.parts)]
 
     def _logits(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         return self._model(input_ids=ids, position_ids=positions, use_cache=False).logits[0]
@@ -294,11 +317,11 @@ class _ChunkAttention:
     def __call__(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: AttentionOptions
     ) -> torch.Tensor:
-        """Queries of fewer than the chunk's tokens are of its only segment's last ones."""
+        """Queries of fewer than the chunk's tokens are of its only segment's last ones. Nobody's rows get zeros."""
         segments = [segment for segment in self._chunk_of.segments if not segment.part.given_up()]
         pieces = [_piece(segment, q, k, v) for segment in segments]
         outs = [out.transpose(1, 2) for out in self._tiers.attend(layer, pieces, options)]
-        if len(self._chunk_of.segments) == len(outs) == 1:
+        if self._chunk_of.whole and outs:
             return outs[0]
         result = q.new_zeros(1, q.shape[2], q.shape[1], q.shape[3])
         for segment, out in zip(segments, outs):

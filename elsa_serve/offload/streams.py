@@ -224,9 +224,10 @@ class _CudaCopy(Copy):
         return True
 
     def synchronize(self) -> None:
-        if self.end is not None:
-            self.end.synchronize()
-            self._finish()
+        """From any thread."""
+        end = self.end
+        if end is not None:
+            end.synchronize()
 
     def _finish(self) -> None:
         assert self.end is not None
@@ -234,8 +235,8 @@ class _CudaCopy(Copy):
         self._pairs = self.end = None
 
     def seconds(self) -> float:
-        if self._seconds is None:
-            self.synchronize()
+        self.synchronize()
+        self.query()
         return self._seconds or 0.0
 
 

@@ -95,11 +95,13 @@ class Tiers:
         attend: Attend,
         attend_state: AttendState | None,
         limit: Callable[[RequestKV], int],
+        alike: int | None = None,
     ) -> None:
-        """Without `in_place` or `attend_state`, KV on the host is always brought to the device."""
+        """Without `in_place` or `attend_state`, KV on the host is always brought to the device. `alike`: queries up to
+        which the device's attention gives each the bits that it would get alone; few others take several calls."""
         self._working, self._in_place, self._streams = working, in_place, streams
         self._attend, self._attend_state = attend, attend_state
-        self._limit = limit
+        self._limit, self._alike = limit, alike
         self._roads: dict[int, Road] = {}
 
     def use(self, attend: Attend, attend_state: AttendState | None) -> None:
@@ -196,11 +198,15 @@ class Tiers:
             else:
                 spans = kv.spans_of(0, last)
                 block = torch.cat([span.extent.layers[layer][:, :, span.within(0, last)] for span in spans], 2)
-            return self._attend(piece.q, block[None, 0, :, :last], block[None, 1, :, :last], options)
+            outs = [
+                self._attend(piece.q[:, :, rows], *_keys_and_values(block, last - piece.rows + rows.stop), options)
+                for rows in self._alone(piece.rows)
+            ]
+            return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
         block = self._working.write(kv, layer, piece.first, piece.k, piece.v)
         out = piece.q
         if piece.rows:
-            out = self._attend(piece.q, block[None, 0, :, :last], block[None, 1, :, :last], options)
+            out = self._attend(piece.q, *_keys_and_values(block, last), options)
         if piece.final:
             self._working.give()
         return out
@@ -213,8 +219,20 @@ class Tiers:
 
     def _device_state(self, layer: int, job: _Job, pieces: dict[int, Piece], options: AttentionOptions) -> State:
         assert self._attend_state is not None
-        block = job.extent.layers[layer][:, :, job.low : job.high]
-        return self._attend_state(_queries(job, pieces), block[None, 0], block[None, 1], options, job.q_start)
+        keys, values = _keys_and_values(job.extent.layers[layer][:, :, job.low : job.high])
+        q = _queries(job, pieces)
+        states = [
+            self._attend_state(q[:, :, rows], keys, values, options, job.q_start + rows.start)
+            for rows in self._alone(q.shape[2])
+        ]
+        if len(states) == 1:
+            return states[0]
+        return State(*(torch.cat([getattr(state, part) for state in states], 2) for part in ("m", "S", "W")))
+
+    def _alone(self, rows: int) -> list[slice]:
+        """Ranges of so many rows that are attended in calls of their own."""
+        most = self._alike if self._alike is not None and rows <= SHARED_ROWS else rows
+        return [slice(low, min(low + most, rows)) for low in range(0, rows, most)]
 
     def _in_rows(self, layer: int, piece: Piece, options: AttentionOptions) -> torch.Tensor:
         """Attention over several spans on the device, some rows at a time, because states are in float32."""
@@ -247,6 +265,11 @@ class Tiers:
         self._working.close()
         if self._in_place is not None:
             self._in_place.close()
+
+
+def _keys_and_values(block: torch.Tensor, tokens: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first `tokens` of a layer's block [2, Hkv, N, D], all by default, as k and v [1, Hkv, tokens, D]."""
+    return block[None, 0, :, :tokens], block[None, 1, :, :tokens]
 
 
 def _queries(job: _Job, pieces: dict[int, Piece]) -> torch.Tensor:

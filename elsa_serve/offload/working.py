@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from elsa_kernels.elementwise import copy_heads
 
+from elsa_serve.offload.file_lane import FileLane
 from elsa_serve.offload.kv import KVShape, RequestKV
 from elsa_serve.offload.streams import Copy, Event, Pairs, Streams
 
@@ -54,9 +55,10 @@ class WorkingKV:
     calls `write` for every chunk, then `give`, and ends with `end`, after which the host holds everything.
     """
 
-    def __init__(self, shape: KVShape, streams: Streams, *, capacity: int) -> None:
-        """`capacity`: tokens of the largest request; 0 when no KV will ever lie on the host."""
-        self._shape, self._streams = shape, streams
+    def __init__(self, shape: KVShape, streams: Streams, *, capacity: int, file: FileLane | None = None) -> None:
+        """`capacity`: tokens of the largest request; 0 when no KV will ever lie on the host. `file`: of the disk tier,
+        where there is one."""
+        self._shape, self._streams, self._file = shape, streams, file
         self._up, self._down = streams.lane("kv-h2d"), streams.lane("kv-d2h")
         nbytes = shape.block_nbytes(capacity) if capacity else 0
         self._storage = torch.empty(nbytes, dtype=torch.uint8, device=streams.device)
@@ -106,9 +108,12 @@ class WorkingKV:
             elif new.shape[2] <= SMALL_TOKENS and span.extent.tier == "host":
                 write_mapped(span.extent.mapped[layer][:, :, places], new)
             else:
-                pairs = runs_of(span.extent.layers[layer][:, :, places], new)
-                copy = self._down.submit(pairs, object="kv", direction="d2h", after=(self._streams.record(),))
-                self._pass.leaving.append(_Leaving(kv, low, low + new.shape[2], copy))
+                pairs, after = runs_of(span.extent.layers[layer][:, :, places], new), (self._streams.record(),)
+                if span.extent.tier == "disk" and self._file is not None:
+                    copies = self._file.submit(pairs, after)
+                else:
+                    copies = [self._down.submit(pairs, object="kv", direction="d2h", after=after)]
+                self._pass.leaving += [_Leaving(kv, low, low + new.shape[2], copy) for copy in copies]
         return buffer
 
     def give(self) -> None:
@@ -123,6 +128,8 @@ class WorkingKV:
         self._pass = _Pass()
         self._streams.synchronize()
         errors = [error for copy in copies if (error := _outcome(copy)) is not None]
+        if self._file is not None:
+            errors += self._file.end()
         if errors:
             raise errors[0]
 
@@ -135,6 +142,8 @@ class WorkingKV:
         """Let go of the buffer. Idempotent."""
         self.abandon()
         self._storage = torch.empty(0, dtype=torch.uint8)
+        if self._file is not None:
+            self._file.close()
 
     def _view(self, kv: RequestKV) -> torch.Tensor:
         return self._shape.view(self._storage, kv.capacity)

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 from engine_models import generate, make_engine, prompt_of, tokens_of
+from transformers import LlamaConfig
 
 from elsa_serve.errors import UsageError
+from elsa_serve.offload import loading
 from elsa_serve.offload.engine import OffloadEngine
 from elsa_serve.offload.sampling import Sampler
 from elsa_serve.offload.scheduler import Sequence
@@ -186,6 +188,64 @@ def test_drafts_of_several_requests_share_a_pass(
     with ThreadPoolExecutor(3) as clients:
         together = list(clients.map(lambda p: tokens_of(generate(drafting, p, max_tokens=40)), prompts))
     assert together == alone
+
+
+def test_rows_that_are_nobodys_change_no_token(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decode passes filled up to 16 rows, as on a GPU: with KV on both tiers, with drafts, and with shared passes."""
+    prompts = [prompt_of(length, seed=length) for length in (30, 5, 17)]
+    options: dict[str, Any] = {"resident_layers": 0, "chunk_tokens": 16, "context": 200, "gpu_memory": "1000KiB"}
+    plain = make_engine(checkpoint, **options, num_speculative_tokens=0)
+    alone = [tokens_of(generate(plain, prompt, max_tokens=40)) for prompt in prompts]
+    plain.shutdown()
+    monkeypatch.setattr(loading, "row_multiple", lambda device_type, dtype: 16)
+    filled = make_engine(checkpoint, **options)
+    try:
+        assert [tokens_of(generate(filled, prompt, max_tokens=40)) for prompt in prompts] == alone
+        monkeypatch.setattr(PromptLookup, "draft", oracle(*(p + t for p, t in zip(prompts, alone))))
+        with ThreadPoolExecutor(3) as clients:
+            together = list(clients.map(lambda p: tokens_of(generate(filled, p, max_tokens=40)), prompts))
+        assert together == alone
+    finally:
+        filled.shutdown()
+
+
+WIDE = {
+    "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 6, "vocab_size": 4096, "head_dim": 128,
+    "max_position_embeddings": 4096,
+}  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(("heads", "gpu_memory"), [((8, 8), "1100MiB"), ((8, 2), "1060MiB"), ((8, 2), "1500MiB")])
+def test_in_16_bits_tokens_depend_neither_on_drafts_nor_on_company(
+    dtype: str, heads: tuple[int, int], gpu_memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Near ties included: a row of a pass of 16 has the bits that it would have alone. (Of requests in company where KV
+    is on the device alone: they share its room, so that elsewhere other tokens lie on the host.)"""
+    config = LlamaConfig(num_attention_heads=heads[0], num_key_value_heads=heads[1], **WIDE)
+    config.save_pretrained(tmp_path)
+    engine = make_engine(
+        tmp_path, device="cuda", dtype=dtype, load_format="dummy", context=2048, max_batch=3, resident_layers=2,
+        gpu_memory=gpu_memory, host_memory="3GiB", prefix_caching=False, max_num_batched_tokens=4096,
+    )  # fmt: skip
+    prompts = [torch.randint(4096, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (1500, 700, 333)]
+
+    def answers(clients: int) -> list[list[int]]:
+        with ThreadPoolExecutor(clients) as pool:
+            return list(pool.map(lambda prompt: tokens_of(generate(engine, prompt, max_tokens=300)), prompts))
+
+    try:
+        on_host = engine.plan.kv_host_bytes > 0
+        assert on_host == (gpu_memory != "1500MiB")
+        monkeypatch.setattr(PromptLookup, "draft", lambda self, limit: [])
+        alone = answers(1)
+        assert all(len(set(tokens)) > 50 for tokens in alone)
+        assert on_host or answers(3) == alone
+        monkeypatch.setattr(PromptLookup, "draft", oracle(*(p + t for p, t in zip(prompts, alone))))
+        assert answers(1) == alone
+    finally:
+        engine.shutdown()
 
 
 @pytest.mark.parametrize("count", [-1, 32])

@@ -43,6 +43,20 @@ def test_more_short_parts_than_a_chunk_holds_take_several() -> None:
     assert [c.low for c in StepPlan.build([Part(kv(), [1] * 7)], chunk_tokens=3).chunks] == [0, 3, 6]
 
 
+def test_chunks_of_short_parts_are_filled_up_to_whole_tiles() -> None:
+    parts = [Part(kv(), long(1)), Part(kv(7), [2, 3], rows=2), Part(kv(9), [4])]
+    plan = StepPlan.build(parts, chunk_tokens=20, multiple=8)
+    assert plan.token_ids.tolist() == [2, 3, 4, 0, 0, 0, 0, 0, *long(1)]
+    assert plan.positions.tolist() == [7, 8, 9, 0, 0, 0, 0, 0, *range(40)]
+    assert [(c.low, c.high) for c in plan.chunks] == [(0, 8), (8, 28), (28, 48)]
+    assert [(s.low, s.high) for s in plan.chunks[0].segments] == [(0, 2), (2, 3)]
+    assert plan.chunks[0].wanted == 8  # all that are wanted are among them
+    assert plan.wanted == [0, 1, 2, 47, 47, 47, 47, 47]
+    single = StepPlan.build([Part(kv(7), [5])], chunk_tokens=20, multiple=8)
+    assert [(c.wanted, c.whole) for c in single.chunks] == [(8, False)]
+    assert [c.whole for c in StepPlan.build([Part(kv(), [1] * 8)], chunk_tokens=20, multiple=8).chunks] == [True]
+
+
 def test_an_unfinished_prompt_wants_no_logits() -> None:
     plan = StepPlan.build([Part(kv(), [1] * 5, rows=0), Part(kv(3), [2])], chunk_tokens=8)
     assert plan.wanted == [5]

@@ -15,6 +15,7 @@ from elsa_kernels.cpu import native
 
 from elsa_serve.offload import tiers
 from elsa_serve.offload.attention import AttentionOptions, elsa_attend, elsa_attend_state
+from elsa_serve.offload.file_lane import FileLane
 from elsa_serve.offload.host import FileBuffer, HostBuffer
 from elsa_serve.offload.in_place import InPlace
 from elsa_serve.offload.kv import KVPool, KVShape, RequestKV, Span
@@ -40,20 +41,33 @@ class World:
     """Tiers over one device, and what every request was given so far."""
 
     def __init__(
-        self, device: str, *, dtype: torch.dtype = torch.float32, serial: bool = False, limit: int = 8
+        self,
+        device: str,
+        *,
+        dtype: torch.dtype = torch.float32,
+        serial: bool = False,
+        limit: int = 8,
+        alike: int | None = None,
+        disk: tuple[Path, int] | None = None,
     ) -> None:
+        """`disk`: where the file of the last tier lies, and how many tokens it holds."""
         self.streams: Streams = make_streams(device, serial=serial)
         self.shape = KVShape(LAYERS, KV_HEADS, D, dtype)
         self.in_place = InPlace(self.streams, threads=2)
         self.limit = limit
-        working = WorkingKV(self.shape, self.streams, capacity=600)
-        self.tiers = Tiers(working, self.in_place, self.streams, elsa_attend, elsa_attend_state, lambda kv: self.limit)
+        self.disk = FileBuffer(disk[1] * LAYERS * self.shape.block_nbytes(1), disk[0]) if disk else None
+        lane = FileLane(self.disk, self.streams) if self.disk else None
+        working = WorkingKV(self.shape, self.streams, capacity=600, file=lane)
+        self.tiers = Tiers(
+            working, self.in_place, self.streams, elsa_attend, elsa_attend_state, lambda kv: self.limit, alike
+        )
         self.given: dict[int, torch.Tensor] = {}
         self.buffers: list[Any] = []
 
-    def request(self, capacity: int, split: int, disk: torch.Tensor | None = None) -> RequestKV:
-        """`split` of its tokens on the device, the rest in host memory but for what goes to `disk`."""
+    def request(self, capacity: int, split: int) -> RequestKV:
+        """`split` of its tokens on the device, the rest in host memory but for what the file holds."""
         on_gpu = self.streams.device.type == "cuda"
+        disk = self.disk.tensor if self.disk else None
         on_disk = 0 if disk is None else disk.numel() // (LAYERS * self.shape.block_nbytes(1))
         host = HostBuffer(LAYERS * self.shape.block_nbytes(capacity - split - on_disk), pin=on_gpu)
         host.tensor.fill_(255)  # NaN
@@ -240,12 +254,33 @@ def test_tokens_on_disk_are_attended_like_the_others(
     split: int, long_run: int, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tiers, "LONG_RUN", long_run)
-    world = World(device)
-    file = FileBuffer(60 * LAYERS * world.shape.block_nbytes(1), tmp_path)
-    kv = world.request(200, split, file.tensor)
+    world = World(device, disk=(tmp_path, 60))
+    kv = world.request(200, split)
     assert [span.extent.tier for span in kv.spans][-2:] == ["host", "disk"]
     for new in (110, 1, 8, 66, 1, 1):  # the last ones, whole and in part, go to disk
         world.run([kv], [new])
+    world.tiers.close()
+
+
+@pytest.mark.parametrize("road", ["resident", "in place"])
+def test_few_rows_are_attended_as_each_would_be_alone(road: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In calls of at most so many rows, and outputs as ever."""
+    world = World(device, alike=3, limit=8)
+    kv = world.request(300, 300 if road == "resident" else 100)
+    world.run([kv], [200])
+    rows: list[int] = []
+
+    def spy(attend: Any) -> Any:
+        def counted(q: torch.Tensor, *rest: Any) -> Any:
+            rows.append(q.shape[2])
+            return attend(q, *rest)
+
+        return counted
+
+    world.tiers.use(spy(elsa_attend), spy(elsa_attend_state))
+    world.run([kv], [7])
+    world.run([kv], [1])
+    assert rows == [3, 3, 1] * LAYERS + [1] * LAYERS
 
 
 @pytest.mark.skipif(native.unavailable() is not None, reason=f"no native CPU attention: {native.unavailable()}")
