@@ -7,7 +7,8 @@ One engine with random weights (load_tests.offload_bench) runs, over one documen
   copy-heavy text. A random model copies nothing, so the guesses are its own tokens, known from the first run, up to
   where lookup would have gone wrong in writing TRACE again with the changes of EDITS: the cost of verifying is real,
   the hits are those of that text. Where other tokens come out, `differs_at` is the first such place, `margin` by how
-  many nats the best two lay apart.
+  many nats the best two lay apart. `each_pass` lists rows, and seconds as planned, as expected live, and as measured;
+  of passes that differ so, `s_per_pass` and its predictions are means.
 - `shared document`: `--requests` questions at once, whose KV of the document is one and the same; tokens a second while
   they decode. Its `floor_s` is offload_bench's: the streamed weights over PCIe, the document's KV in host memory, read
   once, or both out of that memory.
@@ -188,11 +189,14 @@ def speculation(bench: Bench) -> Iterator[dict[str, Any]]:
     (again,), _, passes = bench.run([prompt], len(tokens))
     bench.engine.make_lookup = NoGuesses
     drafted, accepted = (sum(getattr(one, name) for one in passes) for name in ("drafted_tokens", "accepted_tokens"))
+    each = [[1 + one.drafted_tokens, one.planned_s, one.predicted_s, one.duration_s] for one in passes]
+    _, planned, live, measured = (statistics.fmean(column) for column in zip(*each))
     yield bench.row | {
         "case": "speculation, copy-heavy trace", "batch": 1, "tokens_per_s": tokens_per_s(passes),
-        "speedup": tokens_per_s(passes) / plain, "s_per_pass": statistics.median(one.duration_s for one in passes),
-        **predicted(passes, "s_per_pass"), "passes": len(passes), "drafted_tokens": drafted,
+        "speedup": tokens_per_s(passes) / plain, "s_per_pass": measured, "predicted_s_per_pass": planned,
+        "live_predicted_s_per_pass": live, "passes": len(passes), "drafted_tokens": drafted,
         "accepted_tokens": accepted, "tokens_equal": again == tokens, **difference(bench, prompt, tokens, again),
+        "each_pass": each,
     }  # fmt: skip
 
 

@@ -136,6 +136,10 @@ def load(options: EngineOptions) -> LoadedModel:
     try:
         loaded = _assemble(options, plan, tokenizer, eos_ids, weights, allocator_bytes)
         _try_out(loaded)
+        read = weights.drain_disk()
+        if options.rates is None and read is not None and read.bytes:
+            # As the passes read it, and for longer than it is measured before there is a plan: disks have moods.
+            loaded.plan = with_rates(loaded.plan, replace(loaded.plan.rates, disk=read.bytes / read.seconds))
         return loaded
     except BaseException:
         if options.weights is None:

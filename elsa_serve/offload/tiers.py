@@ -28,6 +28,7 @@ from elsa_serve.stats import HostAttention
 Road = Literal["resident", "in place", "over the device"]
 SHARED_ROWS = 64  # pieces of so few rows are computed together where they share KV
 LONG_RUN = 64 << 10  # bytes of a head from which heads are copied to a file one by one
+KEY_TILE = 32  # keys: every tile of the device's attention is of a multiple
 STATE_ROWS = 1024  # query rows whose float32 states over several spans are alive at once
 
 
@@ -200,7 +201,7 @@ class Tiers:
                 block = torch.cat([span.extent.layers[layer][:, :, span.within(0, last)] for span in spans], 2)
             outs = [
                 self._attend(piece.q[:, :, rows], *_keys_and_values(block, last - piece.rows + rows.stop), options)
-                for rows in self._alone(piece.rows)
+                for rows in self._alone(piece.rows, piece.first_row)
             ]
             return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
         block = self._working.write(kv, layer, piece.first, piece.k, piece.v)
@@ -223,16 +224,24 @@ class Tiers:
         q = _queries(job, pieces)
         states = [
             self._attend_state(q[:, :, rows], keys, values, options, job.q_start + rows.start)
-            for rows in self._alone(q.shape[2])
+            for rows in self._alone(q.shape[2], job.q_start if job.q_start < keys.shape[2] else None)
         ]
         if len(states) == 1:
             return states[0]
         return State(*(torch.cat([getattr(state, part) for state in states], 2) for part in ("m", "S", "W")))
 
-    def _alone(self, rows: int) -> list[slice]:
-        """Ranges of so many rows that are attended in calls of their own."""
-        most = self._alike if self._alike is not None and rows <= SHARED_ROWS else rows
-        return [slice(low, min(low + most, rows)) for low in range(0, rows, most)]
+    def _alone(self, rows: int, first: int | None) -> list[slice]:
+        """Ranges of so many rows that are attended in calls of their own. The first row is at key `first`, None where
+        all see every key: a tile of keys that only some rows of a call see whole is summed otherwise."""
+        if self._alike is None or rows > SHARED_ROWS:
+            return [slice(0, rows)]
+        ranges, low = [], 0
+        for row in range(1, rows + 1):
+            edge = first is not None and (first + row + 1) % KEY_TILE == 0
+            if row == rows or row - low == self._alike or edge:
+                ranges.append(slice(low, row))
+                low = row
+        return ranges
 
     def _in_rows(self, layer: int, piece: Piece, options: AttentionOptions) -> torch.Tensor:
         """Attention over several spans on the device, some rows at a time, because states are in float32."""

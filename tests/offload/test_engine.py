@@ -625,7 +625,7 @@ def test_the_device_budget_is_enforced_and_given_back(checkpoint: Path) -> None:
     from elsa_serve.offload.plan import CUDA_CONTEXT
 
     budget = 128 << 20
-    engine = make_engine(checkpoint, device="cuda", gpu_memory=CUDA_CONTEXT + budget)
+    engine = make_engine(checkpoint, device="cuda", gpu_memory=CUDA_CONTEXT + budget, host_memory="4GiB")
     generate(engine, prompt_of(100))
     assert 0 < engine.memory().peak_reserved <= engine.memory().budget == budget
     with pytest.raises(torch.cuda.OutOfMemoryError):

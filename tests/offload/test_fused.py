@@ -102,7 +102,9 @@ def test_tokens_are_those_of_transformers_modules(family, device, tmp_path, capl
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     directory = save_checkpoint(family, tmp_path / family)
-    where = {"device": device, "gpu_memory": "2GiB" if device == "cuda" else "64MiB"}
+    where = {"device": device}
+    if device == "cuda":
+        where |= {"gpu_memory": "2GiB", "host_memory": "4GiB"}
     plain, none = tokens(directory, fused=False, **where)
     assert none is None
     with caplog.at_level(logging.INFO, logger="elsa_serve.offload.loading"):
