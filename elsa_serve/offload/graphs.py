@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
-from elsa_kernels import State, attention, attention_paged, reshape_and_cache
+from elsa_kernels import State, attention, attention_paged, merged_output, reshape_and_cache
 from elsa_kernels.paged import decode_counters
 
 from elsa_serve.offload.attention import AttentionOptions, ChunkAttention
 from elsa_serve.offload.kv import RequestKV, Span
-from elsa_serve.offload.tiers import merged
 
 PAGE = 16  # keys; the attention sees an extent as pages of so many, one behind the other
 KEPT = 8  # graphs, the latest used
@@ -219,7 +218,7 @@ class GraphAttention:
 
         states = [state(span.extent.layers[layer][:, :, : span.tokens]) for span in self._full[i]]
         states.append(state(self._growing[i].layers[layer], self._ranges[i : i + 1]))
-        return merged(states, q.dtype)[:, :, 0]
+        return merged_output(states, q.dtype)[:, :, 0]
 
 
 def _pages(layer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

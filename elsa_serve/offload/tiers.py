@@ -9,7 +9,6 @@ Each request takes one of three roads through a pass:
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
@@ -147,7 +146,7 @@ class Tiers:
         for job, state in (*zip(here, states), *((job, share.state) for job, share in zip(there, shares))):
             for i, part in zip(job.pieces, _of_each(state, [parts[i] for i in job.pieces])):
                 found[i].append(part)
-        outs |= {i: merged(found[i], piece.q.dtype) for i, piece in parts.items()}
+        outs |= {i: merged_output(found[i], piece.q.dtype) for i, piece in parts.items()}
         return [outs[i] for i in range(len(pieces))]
 
     def _in_parts(self, piece: Piece) -> bool:
@@ -251,7 +250,7 @@ class Tiers:
             sunk: set[int] = set()
             jobs = self._jobs(part, options, on_device=True)
             states = [self._device_state(layer, job, part, self._sinks(job, options, sunk)) for job in jobs]
-            outs.append(merged(states, piece.q.dtype))
+            outs.append(merged_output(states, piece.q.dtype))
         return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
 
     def end(self) -> None:
@@ -292,13 +291,6 @@ def _of_each(state: State, pieces: Sequence[Piece]) -> list[State]:
         return [state]
     sizes = [piece.rows for piece in pieces]
     return [State(*parts) for parts in zip(*(t.split(sizes, 2) for t in (state.m, state.S, state.W)))]
-
-
-def merged(states: Sequence[State], dtype: torch.dtype) -> torch.Tensor:
-    """One output of one or more states, merged in their order."""
-    if len(states) == 1:
-        return states[0].finalize(dtype)
-    return merged_output(functools.reduce(State.merge, states[:-1]), states[-1], dtype)
 
 
 def _write_file(places: torch.Tensor, new: torch.Tensor) -> None:

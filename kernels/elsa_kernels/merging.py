@@ -1,9 +1,12 @@
-"""The output over two sets of keys whose states lie on one device, in one kernel where there is one.
+"""The output over several sets of keys whose states lie on one device, in one kernel where there is one.
 
-Either state may lie in page-locked host memory that the device addresses: the kernel reads it through PCIe, once.
+Some states may lie in page-locked host memory that the device addresses: the kernel reads them through PCIe, once.
 """
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
 
 import torch
 
@@ -11,13 +14,12 @@ from elsa_kernels import triton as triton_form
 from elsa_kernels.state import State
 
 
-def merged_output(first: State, second: State, dtype: torch.dtype) -> torch.Tensor:
-    """`first.merge(second).finalize(dtype)`: [B, H, Nq, D], contiguous. States are float32 and contiguous."""
-    tensors = (first.m, first.S, first.W, second.m, second.S, second.W)
-    if not triton_form.runs_on(first.m.device) or any(
-        t.dtype != torch.float32 or not t.is_contiguous() for t in tensors
-    ):
-        return first.merge(second).finalize(dtype)
-    from elsa_kernels.triton.launch import merge_pair
+def merged_output(states: Sequence[State], dtype: torch.dtype) -> torch.Tensor:
+    """The states merged in their order, then `finalize(dtype)`: [B, H, Nq, D], contiguous. At least one state, all of
+    one shape."""
+    float32 = all(x.dtype == torch.float32 for state in states for x in (state.m, state.S, state.W))
+    if not float32 or not triton_form.runs_on(states[0].m.device):
+        return functools.reduce(State.merge, states).finalize(dtype).contiguous()
+    from elsa_kernels.triton.launch import joined_output
 
-    return merge_pair(first, second, dtype)
+    return joined_output(states, dtype)

@@ -81,6 +81,15 @@ def careful_variant(target: str, D: int, features: dict, dtype: str, tile: tiles
     return compile_kernel(forward.careful_kernel, pointers, constants, target, tile.options())
 
 
+def join_variant(target: str, D: int, count: int, state: bool):
+    """The kernel that merges so many states, to a state or to an output in float16."""
+    pointers = {f"{name}{i}": "*fp32" for i in range(count) for name in "MSW"} | {"OUT": "*fp32" if state else "*fp16"}
+    pointers |= {"M_OUT": "*fp32", "S_OUT": "*fp32"} if state else {}
+    constants = {"COUNT": count, "D": D, "BD": triton.next_power_of_2(D), "STATE": state}
+    integers = ["Nq", *(f"sh{i}" for i in range(4))]
+    return compile_kernel(forward.join_states_kernel, pointers, constants, target, {"num_warps": 1}, [], integers)
+
+
 def planes_variants(target: str, D: int, ranges: bool = False, packed: bool = False) -> list:
     """The two kernels that split K and V, for a tile of 64 rows."""
     BD = triton.next_power_of_2(D)

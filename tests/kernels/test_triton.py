@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 import elsa_kernels
@@ -205,21 +206,30 @@ def test_packed_sequences(name: str, dtype: torch.dtype, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_two_states_become_one_output(dtype: torch.dtype) -> None:
-    """The kernel against the monoid's own operations, with rows that are empty on either side, both, or not finite."""
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize(("B", "Nq"), [(1, 5), (2, 5), (1, 1)])
+def test_states_become_one_output(dtype: torch.dtype, count: int, B: int, Nq: int) -> None:
+    """The kernel against the monoid's own operations, with rows that are empty in some states or in all, or not finite,
+    and with states that are parts of larger ones."""
     torch.manual_seed(0)
-    B, H, Nq, D = 1, 3, 5, 48
-    first, second = (
+    H, D = 3, 48
+    states = [
         elsa_kernels.State(torch.randn(B, H, Nq), torch.rand(B, H, Nq) + 0.5, torch.randn(B, H, Nq, D))
-        for _ in range(2)
-    )
-    for state, empty in ((first, [0, 2]), (second, [1, 2])):
+        for _ in range(count)
+    ]
+    for i, state in enumerate(states):
+        empty = [0, i % Nq]
         state.m[0, 0, empty], state.S[0, 0, empty], state.W[0, 0, empty] = -torch.inf, 0.0, 0.0
-    first.m[0, 1, 0] = 80.0
-    second.m[0, 1, 1] = NAN
-    first.W[0, 1, 2, 3] = torch.inf
-    out = elsa_kernels.merged_output(first.to(DEVICE), second.to(DEVICE), dtype)
-    truth = first.merge(second).finalize(dtype)
+    states[0].m[0, 1, 0] = 80.0
+    states[-1].m[-1, 2, -1] = NAN
+    states[0].W[0, 1, Nq // 2, 3] = torch.inf
+    here = [state.to(DEVICE) for state in states]
+    for i in range(1, count, 2):  # the middle of a state of more queries
+        wider = [torch.cat([x, x, x], 2).split(Nq, 2)[1] for x in (here[i].m, here[i].S, here[i].W)]
+        here[i] = elsa_kernels.State(*wider)
+    out = elsa_kernels.merged_output(here, dtype)
+    truth = functools.reduce(elsa_kernels.State.merge, states).finalize(dtype)
+    assert out.is_contiguous()
     tolerance = 2e-6 if dtype == torch.float32 else 1e-3
     torch.testing.assert_close(out.cpu(), truth, rtol=tolerance, atol=tolerance, equal_nan=True)
 

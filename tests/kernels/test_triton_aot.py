@@ -47,6 +47,17 @@ def test_the_hot_loop_for_hopper_uses_tensor_cores_and_no_local_memory(D: int) -
     assert aot.count(loops[0], "FADD") >= (64 if D == 128 else 32)
 
 
+@pytest.mark.parametrize("target", list(SHARED))
+@pytest.mark.parametrize(("count", "state"), [(1, False), (3, False), (4, True)])
+def test_states_are_merged_in_registers(target: str, count: int, state: bool) -> None:
+    compiled = aot.join_variant(target, 128, count, state)
+    assert compiled.metadata.shared == 0
+    if target == "sm_90":
+        code = aot.machine_code(compiled)
+        assert not re.search(r"\b(LDL|STL)\b", code)
+        assert len(re.findall(r"\bLDG\.E\.128\b", code)) == count  # a row of W, at once
+
+
 def test_ieee_touches_no_tensor_core() -> None:
     compiled = aot.forward_variant("sm_90", "ieee", 64, aot.PLAIN, "fp32")
     assert not re.search(r"\b[HQI]G?MMA\b", aot.machine_code(compiled))

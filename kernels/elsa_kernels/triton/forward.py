@@ -571,22 +571,45 @@ def careful_kernel(
 
 
 @triton.jit
-def merge_pair_kernel(
-    M0, S0, W0, M1, S1, W1, OUT,
-    D: tl.constexpr, BD: tl.constexpr,
+def join_state(m, l, w, M, S, W, place, cols, D: tl.constexpr):
+    """(m, l, w) of a row, merged with its state that lies at `place` of M and S, as State.merge has it."""
+    m_more, l_more = tl.load(M + place), tl.load(S + place)
+    w_more = tl.load(W + place * D + cols, mask=cols < D, other=0.0)
+    top = tl.maximum(m, m_more, propagate_nan=tl.PropagateNan.ALL)
+    a = tl.where(m == float("-inf"), 0.0, tl.exp(m - top))
+    b = tl.where(m_more == float("-inf"), 0.0, tl.exp(m_more - top))
+    return top, l * a + l_more * b, w * a + w_more * b
+
+
+# A part of a state begins anywhere: no variant for each way in which its scalars may be aligned.
+@triton.jit(
+    do_not_specialize=["Nq", "sh0", "sh1", "sh2", "sh3"],
+    do_not_specialize_on_alignment=["M0", "S0", "M1", "S1", "M2", "S2", "M3", "S3"],
+)
+def join_states_kernel(
+    M0, S0, W0, M1, S1, W1, M2, S2, W2, M3, S3, W3, M_OUT, S_OUT, OUT, Nq, sh0, sh1, sh2, sh3,
+    COUNT: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, STATE: tl.constexpr,
 ):  # fmt: skip
-    """The output of a row over two sets of keys, as State.merge and State.finalize have it. One program a row."""
+    """The output, or the state, of a row over COUNT sets of keys, from its states in their order. One program a row: of
+    head h and query n at h·sh + n of M and S, and D times that of W."""
     row = tl.program_id(0).to(tl.int64)
+    head, n = row // Nq, row % Nq
     cols = tl.arange(0, BD)
-    m0, m1 = tl.load(M0 + row), tl.load(M1 + row)
-    m = tl.maximum(m0, m1, propagate_nan=tl.PropagateNan.ALL)
-    a = tl.where(m0 == float("-inf"), 0.0, tl.exp(m0 - m))
-    b = tl.where(m1 == float("-inf"), 0.0, tl.exp(m1 - m))
-    total = tl.load(S0 + row) * a + tl.load(S1 + row) * b
-    w0 = tl.load(W0 + row * D + cols, mask=cols < D, other=0.0)
-    w1 = tl.load(W1 + row * D + cols, mask=cols < D, other=0.0)
-    out = tl.where(total == 0.0, 0.0, (w0 * a + w1 * b) / tl.where(total == 0.0, 1.0, total))
-    tl.store(OUT + row * D + cols, out.to(OUT.dtype.element_ty), mask=cols < D)
+    place = head * sh0 + n
+    m, l = tl.load(M0 + place), tl.load(S0 + place)
+    w = tl.load(W0 + place * D + cols, mask=cols < D, other=0.0)
+    if COUNT > 1:
+        m, l, w = join_state(m, l, w, M1, S1, W1, head * sh1 + n, cols, D)
+    if COUNT > 2:
+        m, l, w = join_state(m, l, w, M2, S2, W2, head * sh2 + n, cols, D)
+    if COUNT > 3:
+        m, l, w = join_state(m, l, w, M3, S3, W3, head * sh3 + n, cols, D)
+    if STATE:
+        tl.store(M_OUT + row, m)
+        tl.store(S_OUT + row, l)
+    else:
+        w = tl.where(l == 0.0, 0.0, w / tl.where(l == 0.0, 1.0, l))
+    tl.store(OUT + row * D + cols, w.to(OUT.dtype.element_ty), mask=cols < D)
 
 
 @triton.jit(do_not_specialize=["chunks", "rows", "Nq", "H"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ CAREFUL_TILE = tiles.Tile(BM=16, BN=16, num_warps=4, num_stages=1)
 INLINE_KEYS = {"sm_90": 256}
 INLINE_HEAD_DIM = 64
 MERGE_CHUNKS = 16  # chunk states that `merge_kernel` holds at once
+JOINED = 4  # states that `join_states_kernel` merges at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,11 +198,39 @@ def _merge(
     return out[0].transpose(0, 1).contiguous() if problem.packed else out[0]
 
 
-def merge_pair(first: State, second: State, dtype: torch.dtype) -> torch.Tensor:
-    """The output over both; see elsa_kernels.merging."""
-    D = first.W.shape[-1]
-    out = torch.empty(first.W.shape, dtype=dtype, device=first.W.device)
-    forward.merge_pair_kernel[(first.m.numel(),)](
-        first.m, first.S, first.W, second.m, second.S, second.W, out, D=D, BD=triton.next_power_of_2(D), num_warps=1
-    )
+def joined_output(states: Sequence[State], dtype: torch.dtype) -> torch.Tensor:
+    """The output over all states' keys; see elsa_kernels.merging."""
+    while len(states) > JOINED:
+        first = states[0]
+        joined = State(*(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (first.m, first.S, first.W)))
+        _join(states[:JOINED], joined.W, joined)
+        states = [joined, *states[JOINED:]]
+    out = torch.empty(states[0].W.shape, dtype=dtype, device=states[0].W.device)
+    _join(states, out)
     return out
+
+
+def _join(states: Sequence[State], out: torch.Tensor, into: State | None = None) -> None:
+    """Write the states' output to `out`, or their state to `into`, whose W is `out`. Both contiguous."""
+    rows = [_in_rows(state) for state in states]
+    missing = JOINED - len(rows)
+    m, S = (into.m, into.S) if into is not None else (None, None)
+    forward.join_states_kernel[(states[0].m.numel(),)](
+        *(x for state in rows for x in (state.m, state.S, state.W)), *[None] * 3 * missing, m, S, out, out.shape[2],
+        *(state.m.stride(1) for state in rows), *[0] * missing,
+        COUNT=len(rows), D=out.shape[3], BD=triton.next_power_of_2(out.shape[3]), STATE=into is not None, num_warps=1,
+    )  # fmt: skip
+
+
+def _in_rows(state: State) -> State:
+    """The state itself where heads are some rows apart and their queries lie one behind the other, as in a part of a
+    larger state; else a compact copy."""
+    (B, H, Nq), D = state.m.shape, state.W.shape[-1]
+    heads = state.m.stride(1)
+    in_rows = all(
+        (B == 1 or x.stride(0) == H * heads * unit) and x.stride(1) == heads * unit and (Nq == 1 or x.stride(2) == unit)
+        for x, unit in ((state.m, 1), (state.S, 1), (state.W, D))
+    )
+    if in_rows and state.W.stride(3) == 1:
+        return state
+    return State(state.m.contiguous(), state.S.contiguous(), state.W.contiguous())
