@@ -73,17 +73,17 @@ def folder_rate(nbytes: int, folder: Path) -> float:
         return Rates().disk
 
 
-def write_rate(folder: Path, device: torch.device, nbytes: int) -> float:
-    """A copy from the device into a new file of `nbytes`, or as large as is measured, as KV on disk is written; the
-    assumed rate where no such file can be."""
+def write_rate(folder: Path, device: torch.device, nbytes: int, run: int = RUN) -> float:
+    """Copies from the device into a new file of `nbytes`, or as large as is measured, in runs of so many bytes, as KV
+    on disk is written; the assumed rate where no such file can be."""
     nbytes = min(nbytes, WRITTEN)
     streams = make_streams(device)
     try:
         file = FileBuffer(nbytes, folder)
         lane = FileLane(file, streams)
-        source = torch.ones(min(RUN, nbytes), dtype=torch.uint8, device=streams.device)
+        source = torch.ones(min(run, nbytes), dtype=torch.uint8, device=streams.device)
         began = time.perf_counter()
-        lane.submit([(place, source[: place.numel()]) for place in file.tensor.split(RUN)], [streams.record()])
+        lane.submit([(place, source[: place.numel()]) for place in file.tensor.split(run)], [streams.record()])
         errors, seconds = lane.end(), time.perf_counter() - began
         lane.close()
         if errors:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import statistics
 import tempfile
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from elsa_serve.offload.kv import ALIGNMENT, KVPool, KVShape, RequestKV
 from elsa_serve.offload.machine import Rates
 from elsa_serve.offload.output import eos_token_ids
 from elsa_serve.offload.plan import Geometry, Plan, check_rope, make_plan, row_multiple, with_rates
-from elsa_serve.offload.predict import in_place_limit
+from elsa_serve.offload.predict import ISSUE, Share, in_place_limit, pass_time
 from elsa_serve.offload.ring import WeightStream
 from elsa_serve.offload.split import check_linear, split_linears
 from elsa_serve.offload.step import Part, PassRunner
@@ -35,10 +37,11 @@ from elsa_serve.offload.units import parse_size
 from elsa_serve.offload.weights import LoadFormat, ModelWeights, choose_dtype, load_model
 from elsa_serve.offload.working import WorkingKV
 from elsa_serve.protocol import Tokenizer
+from elsa_serve.stats import DiskReads
 
 logger = logging.getLogger(__name__)
 
-TRY_OUT_TOKENS = 16
+TRY_OUT_TOKENS, ISSUED_PASSES = 16, 5
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -135,11 +138,9 @@ def load(options: EngineOptions) -> LoadedModel:
     weights = options.weights or _weights(options, device, dtype, plan)
     try:
         loaded = _assemble(options, plan, tokenizer, eos_ids, weights, allocator_bytes)
-        _try_out(loaded)
-        read = weights.drain_disk()
-        if options.rates is None and read is not None and read.bytes:
-            # As the passes read it, and for longer than it is measured before there is a plan: disks have moods.
-            loaded.plan = with_rates(loaded.plan, replace(loaded.plan.rates, disk=read.bytes / read.seconds))
+        issue_s = _try_out(loaded)
+        if options.rates is None and not options.serial:
+            loaded.plan = _with_rates_tried(loaded.plan, weights.drain_disk(), issue_s)
         return loaded
     except BaseException:
         if options.weights is None:
@@ -223,7 +224,9 @@ def _plan(options: EngineOptions, device: torch.device, config: Any, dtype: torc
     if chosen.disk_layers:
         rates = replace(rates, disk=disk_rates.checkpoint_rate(options.model_dir) or rates.disk)
     if chosen.kv_disk_bytes:
-        rates = replace(rates, disk_write=disk_rates.write_rate(_kv_folder(options), device, chosen.kv_disk_bytes))
+        run = chosen.chunk_tokens * geometry.head_dim * dtype.itemsize
+        written = disk_rates.write_rate(_kv_folder(options), device, chosen.kv_disk_bytes, run)
+        rates = replace(rates, disk_write=written)
     return plan(rates) if rates is not chosen.rates else chosen
 
 
@@ -382,15 +385,23 @@ def _check_interface(weights: ModelWeights) -> None:
         )
 
 
-def _try_out(loaded: LoadedModel) -> None:
-    """Two short passes before the first request: kernels are built, and a model that cannot run is refused here."""
-    name = type(loaded.weights.model).__name__
-    kv = loaded.pool.allocate(min(TRY_OUT_TOKENS + 1, loaded.plan.context))
+def _try_out(loaded: LoadedModel) -> float | None:
+    """Short passes before the first request: kernels are built, and a model that cannot run is refused here.
+
+    Returns the seconds of a pass of one token where the host's issue of layers sets its time, else None.
+    """
+    plan, name = loaded.plan, type(loaded.weights.model).__name__
+    kv = loaded.pool.allocate(min(TRY_OUT_TOKENS + 1, plan.context))
     if kv is None:
         raise BudgetError(f"the KV pools do not hold {TRY_OUT_TOKENS + 1} tokens; give more with --gpu-memory")
+    issued = plan.device_type == "cuda" and pass_time(plan, [Share(TRY_OUT_TOKENS, 1)]).bottleneck == ISSUE
+    taken = []
     try:
-        for count in (kv.capacity - 1, 1):
+        for count in (kv.capacity - 1, 1, *[1] * (ISSUED_PASSES if issued else 0)):
+            kv.length = min(kv.length, kv.capacity - 1)
+            begun = time.perf_counter()
             loaded.runner.run([Part(kv, [0] * count)])
+            taken.append(time.perf_counter() - begun)
     except Exception as error:
         loaded.close()
         if devices.is_out_of_memory(error):
@@ -400,6 +411,20 @@ def _try_out(loaded: LoadedModel) -> None:
         raise CheckpointError(f"{name} does not run in the offload engine: {type(error).__name__}: {error}") from error
     loaded.pool.free(kv)
     loaded.streams.drain_transfers()
+    return statistics.median(taken[2:]) if issued else None
+
+
+def _with_rates_tried(plan: Plan, read: DiskReads | None, issue_s: float | None) -> Plan:
+    """The plan with times predicted from what its first passes showed of a disk, which is read for longer then than it
+    was before there was a plan, and of Python: on a shared host both have moods. `issue_s`: of a pass of one token that
+    waits for the host's issue."""
+    rates = plan.rates
+    if read is not None and read.bytes:
+        rates = replace(rates, disk=read.bytes / read.seconds)
+    if issue_s is not None:
+        slower = issue_s / pass_time(plan, [Share(TRY_OUT_TOKENS, 1)]).seconds
+        rates = replace(rates, layer_s=slower * rates.layer_s, pass_s=slower * rates.pass_s)
+    return with_rates(plan, rates) if rates is not plan.rates else plan
 
 
 def _generation_config(directory: Path) -> Any:

@@ -13,6 +13,7 @@ from transformers import LlamaConfig
 from elsa_serve.errors import BudgetError
 from elsa_serve.offload.disk_layers import BUFFERS
 from elsa_serve.offload.kv import Extent, RequestKV, Span
+from elsa_serve.offload.loading import _with_rates_tried
 from elsa_serve.offload.machine import Rates
 from elsa_serve.offload.plan import Geometry, Plan, make_plan
 from elsa_serve.offload.plan_text import render
@@ -28,6 +29,7 @@ from elsa_serve.offload.predict import (
     running_shares,
 )  # fmt: skip
 from elsa_serve.offload.rounds import rounds_of
+from elsa_serve.stats import DiskReads
 
 GIB = 2**30
 RATES = Rates(
@@ -334,6 +336,21 @@ def test_without_a_gpu_writes_to_a_file_take_turns_with_all_else() -> None:
     in_memory = plan(host_budget=60 * GIB, gpu_budget=4 * GIB, **own)
     assert made.kv_disk_tokens > 0
     assert made.ttft_s > in_memory.ttft_s + 0.9 * made.kv_disk_tokens * TOKEN / RATES.disk_write
+
+
+def test_the_first_passes_tell_of_python_and_of_a_disk() -> None:
+    """By hand: a pass that waits for 40 layers' issue took 1.5 times as long as expected; a disk gave half its rate."""
+    made = plan(gpu_budget=100 * GIB, resident_layers=40, graphs=False, rates=replace(RATES, layer_s=1e-3))
+    assert made.bottleneck["decode"] == "issue by the host"  # type: ignore[index]
+    expected = 40 * 1e-3 + RATES.pass_s
+    tried = _with_rates_tried(made, None, 1.5 * expected)
+    assert tried.s_per_token == pytest.approx(1.5 * expected)
+    assert tried.rates.layer_s == pytest.approx(1.5e-3)
+    on_disk = plan(disk=True, context=4096, host_budget=14 * GIB, resident_layers=0)
+    slow = _with_rates_tried(on_disk, DiskReads(3_000_000_000, 3.0, 0.0), None)
+    assert slow.s_per_token == pytest.approx(2 * on_disk.s_per_token)
+    assert _with_rates_tried(made, DiskReads(0, 0.0, 0.0), None) is made
+    assert _with_rates_tried(made, None, None) is made
 
 
 def test_every_run_of_a_heads_kv_is_issued() -> None:
