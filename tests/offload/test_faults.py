@@ -3,10 +3,13 @@ that raise. The others get the tokens that they get alone."""
 
 from __future__ import annotations
 
+import errno
+import os
 import random
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -126,6 +129,35 @@ def test_a_worker_killed_at_its_work_ends_the_request_that_it_worked_for(
     assert killed == [kind]
     assert (first.end(), first.tokens) == ("length", expected[0])
     again = Answer(engine, request_of(prompts[1], max_tokens=60))
+    assert (again.end(), again.tokens) == ("length", expected[1])
+    assert nothing_left(engine)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), SystemExit("killed")], ids=repr)
+def test_a_disk_that_fails_ends_the_request_whose_kv_it_was_to_hold(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    """In the pass in which a long prompt joins one that decodes, whose KV is on the other tiers."""
+    engine = make(
+        context=200, gpu_memory="880KiB", host_memory="700KiB", kv_disk="1MiB", kv_disk_dir=tmp_path, slots=2,
+        chunk_tokens=16, max_batch=2,
+    )  # fmt: skip
+    prompts = [prompt_of(20, seed=1), prompt_of(170, seed=2)]
+    expected = alone(make, prompts, max_tokens=20)
+
+    def fails(*_: Any) -> int:
+        raise error
+
+    first = Answer(engine, request_of(prompts[0], max_tokens=20))
+    while not first.tokens:
+        time.sleep(0.001)
+    with monkeypatch.context() as failing:
+        failing.setattr(os, "pwrite", fails)
+        second = Answer(engine, request_of(prompts[1], max_tokens=20))
+        assert second.end() == "error"
+        assert any(word in (second.error or "") for word in ("No space left", "killed"))
+    assert (first.end(), first.tokens) == ("length", expected[0])
+    again = Answer(engine, request_of(prompts[1], max_tokens=20))
     assert (again.end(), again.tokens) == ("length", expected[1])
     assert nothing_left(engine)
 
