@@ -93,12 +93,16 @@ class FileBuffer:
 
     def close(self) -> None:
         """Give the disk's space back once no view of the tensor is left. Idempotent."""
-        if self._fd >= 0:
-            os.close(self._fd)
-        self._fd, self.tensor = -1, torch.empty(0, dtype=torch.uint8)
+        self._close_file()
+        self.tensor = torch.empty(0, dtype=torch.uint8)
+
+    def _close_file(self) -> None:
+        file, self._fd = self._fd, -1
+        if file >= 0:
+            os.close(file)
 
     def __del__(self) -> None:
-        self.close()
+        self._close_file()
 
 
 class _DeviceView:
