@@ -2,7 +2,7 @@
 
     python -m load_tests.offload_peers --case vllm-prefetch-2:40GiB vllm-prefetch-2:24GiB accelerate:8GiB \\
         --limit 100 --output peers.json
-    python -m load_tests.offload_peers --collect peers.json --output load_tests/results/offload-h200.json
+    python -m load_tests.merge_rows peers.json --output load_tests/results/offload-h200.json
 
 All decoder layers lie in host memory, but for `vllm-prefetch-3-of-4`, where every fourth stays on the GPU. vLLM needs
 the whole KV on the GPU and refuses where the cap does not hold it; accelerate, with transformers' offloaded cache,
@@ -35,7 +35,7 @@ from elsa_serve.offload.loading import DTYPES
 from elsa_serve.offload.units import parse_size
 from kernels.bench import results_file
 from load_tests import vllm_bench
-from load_tests.offload_bench import CONFIGURATION, MODEL, host_peak, prompt_of, record, reset_host_peak
+from load_tests.offload_bench import MODEL, host_peak, prompt_of, record, reset_host_peak
 
 Row = dict[str, Any]
 WARM_UP_TOKENS = 2048
@@ -63,11 +63,6 @@ def prefetch(step: int) -> Row:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    if args.collect is not None:
-        if args.output is None:
-            raise SystemExit("--collect puts rows into a results file: name it with --output")
-        collect(args.collect, args.output)
-        return 0
     config = json.loads(args.model.read_text())
     if args.layers is not None:
         config["num_hidden_layers"] = args.layers
@@ -161,17 +156,6 @@ def keep(args: argparse.Namespace, row: Row) -> None:
         record(args.output, row | {"command": results_file.command_line()})
 
 
-def collect(file: Path, output: Path) -> None:
-    """Put another file's rows into `output`, in place of those of the same configuration; each names the machine and
-    the versions it is from, since the rest of `output` may be of others."""
-    document, known = results_file.read(file), results_file.read(output)
-    about = {key: document[key] for key in ("machine", "versions", "date")}
-    rows = [row | about for row in document["rows"]]
-    measured = [[row.get(key) for key in CONFIGURATION] for row in rows]
-    kept = [row for row in known["rows"] if [row.get(key) for key in CONFIGURATION] not in measured]
-    results_file.write_document(output, known | {"rows": kept + rows})
-
-
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -185,7 +169,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--context", type=int, default=32768, help="prompt tokens (default: 32768)")
     parser.add_argument("--decode-tokens", type=int, default=4, help="tokens after the first (default: 4)")
     parser.add_argument("--limit", type=int, metavar="SECONDS", help="of a case; then an error (default: none)")
-    parser.add_argument("--collect", type=Path, metavar="FILE", help="measure nothing: its rows go into --output")
     parser.add_argument("--output", type=Path, help="results file to put the rows into")
     return parser
 
