@@ -3,8 +3,8 @@
     python -m load_tests.merge_rows run/offload-h200.json --output load_tests/results/offload-h200.json
     python -m load_tests.merge_rows run/disk-h200.json --fresh --output load_tests/results/disk-h200.json
 
-For files of `load_tests.offload_bench`, `offload_peers`, `disk_bench` and `reuse_bench`. The head of the output stays as
-it is; each row names its own commit and date, and what else of its file's head says something different.
+For files of `load_tests.offload_bench`, `offload_peers`, `disk_bench` and `reuse_bench`. The head of the output stays
+as it is; each row names its own commit and date, and what else of its file's head says something different.
 """
 
 from __future__ import annotations
