@@ -51,10 +51,9 @@ def memory_rates(device: torch.device, dtype: torch.dtype, heads: Heads, sizes: 
         place = torch.zeros(sizes.copy, dtype=torch.uint8, device=device)
         attention = _CpuAttention(device, home.tensor, sizes.kv, dtype, heads)
         found = _shared_rates(place, copied, attention)
-        many, turns = attention.call(CPU_ROWS), itertools.cycle(copied)
+        turns = itertools.cycle(copied)
         return found | {
             "host_memory": home.nbytes / seconds(lambda: _read(home.tensor), False),
-            "cpu_attention_flops": attention.flops(CPU_ROWS) / seconds(many, False, repeats=2),
             "d2h": sizes.copy / seconds(lambda: next(turns).copy_(place, non_blocking=True), on_gpu),
         }
     finally:
@@ -96,11 +95,12 @@ def _shared_rates(place: torch.Tensor, copied: Sequence[torch.Tensor], attention
     in succession that agree. Where none do, which is announced, the median. Without copies, the attention alone."""
     one, turns = attention.call(1), itertools.cycle(copied)
     warm_up(one)
+    arithmetic = _arithmetic(place, turns if copied else None, attention)
     rounds: list[dict[str, float]] = []
     while len(rounds) < MOST_ROUNDS:
         rounds.append(_round(place, turns if copied else None, one, attention.nbytes))
         if len(rounds) > 1 and not any(_apart(value, rounds[-2][name]) for name, value in rounds[-1].items()):
-            return {name: (value + rounds[-2][name]) / 2 for name, value in rounds[-1].items()}
+            return arithmetic | {name: (value + rounds[-2][name]) / 2 for name, value in rounds[-1].items()}
     least, most = (pick(one["cpu_attention"] for one in rounds) / 1e9 for pick in (min, max))
     logger.warning(
         "host memory's rates differ by more than %.0f %% from one second to the next (CPU attention %.1f to %.1f "
@@ -109,7 +109,7 @@ def _shared_rates(place: torch.Tensor, copied: Sequence[torch.Tensor], attention
         least,
         most,
     )
-    return {name: statistics.median(one[name] for one in rounds) for name in rounds[0]}
+    return arithmetic | {name: statistics.median(one[name] for one in rounds) for name in rounds[0]}
 
 
 def _apart(a: float, b: float) -> bool:
@@ -136,6 +136,19 @@ def _round(
         "h2d_beside_cpu_attention": max(left, 0.5 * moved / taken),
         "cpu_attention_beside_h2d": nbytes * len(beside) / sum(beside),
     }
+
+
+def _arithmetic(
+    place: torch.Tensor, copied: Iterator[torch.Tensor] | None, attention: _CpuAttention
+) -> dict[str, float]:
+    """FLOP per second of attention by many query tokens."""
+    many, flops = attention.call(CPU_ROWS), attention.flops(CPU_ROWS)
+    found = {"cpu_attention_flops": flops / seconds(many, False, repeats=2)}
+    if copied is None:
+        return found
+    both = _both_cuda if place.is_cuda else _both_cpu
+    _, _, beside = both(place, copied, many, _copy_rate(place, copied))
+    return found | {"cpu_attention_flops_beside_h2d": flops * len(beside) / sum(beside)}
 
 
 def _copy_rate(place: torch.Tensor, copied: Iterator[torch.Tensor]) -> float:

@@ -52,7 +52,8 @@ class Rates:
     cpu_attention: float = 90e9  # bytes of K and V that the CPU kernel reads for one query token, alone
     cpu_attention_beside_h2d: float = 50e9  # the same while copies to the device run
     h2d_beside_cpu_attention: float = 50e9  # copies to the device while the CPU kernel runs
-    cpu_attention_flops: float = 1e12  # the CPU kernel where many query tokens share the reading of K and V
+    cpu_attention_flops: float = 1e12  # the CPU kernel where many query tokens share the reading of K and V, alone
+    cpu_attention_flops_beside_h2d: float = 0.9e12  # the same while copies to the device run
     disk: float = 2e9  # sequential reads that bypass the page cache
     disk_write: float = 6e8  # copies from the device into a file's new pages
     activations: float = 150e9  # a layer's activations, counted once, in all that is neither product nor attention

@@ -25,7 +25,7 @@ from elsa_serve.offload.device import require_exact_matmul
 from elsa_serve.offload.machine import Heads, Rates, assumed_rates, gpu_facts, host_memory
 from elsa_serve.offload.units import format_size
 
-FORM = 10  # of the measurement: what an earlier form kept is measured again
+FORM = 11  # of the measurement: what an earlier form kept is measured again
 LARGE_DEVICE = 8 << 30  # bytes free from which the full sizes are measured
 HEADS = Heads()  # where no model is named
 
@@ -145,13 +145,14 @@ def describe(rates: Rates) -> list[str]:
     """The rates for people, a line each."""
     giga, tera = 1e9, 1e12
     beside = f"{rates.cpu_attention_beside_h2d / giga:.1f}", f"{rates.h2d_beside_cpu_attention / giga:.1f}"
+    many = f"{rates.cpu_attention_flops / tera:.2f}", f"{rates.cpu_attention_flops_beside_h2d / tera:.2f}"
     return [
         rates.source,
         f"host to device {rates.h2d / giga:.1f} GB/s, device to host {rates.d2h / giga:.1f} GB/s",
         f"host memory read {rates.host_memory / giga:.1f} GB/s, the device's, by a product of one row, "
         f"{rates.device_memory / giga:.1f} GB/s",
         f"CPU attention {rates.cpu_attention / giga:.1f} GB/s of KV; beside copies to the device {beside[0]} GB/s, and "
-        f"the copies {beside[1]} GB/s; {rates.cpu_attention_flops / tera:.2f} TFLOP/s with many queries",
+        f"the copies {beside[1]} GB/s; with many queries {many[0]} TFLOP/s, beside copies {many[1]}",
         f"matrix products {rates.flops / tera:.4g} TFLOP/s, attention {rates.attention_flops / tera:.4g} TFLOP/s, "
         f"of one query {rates.device_attention / giga:.4g} GB/s of KV, in a graph {rates.graph_attention / giga:.4g}, "
         f"activations {rates.activations / giga:.1f} GB/s",

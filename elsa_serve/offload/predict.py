@@ -96,6 +96,8 @@ class Pace:
             rates,
             cpu_attention=self.attention * rates.cpu_attention,
             cpu_attention_beside_h2d=self.attention * rates.cpu_attention_beside_h2d,
+            cpu_attention_flops=self.attention * rates.cpu_attention_flops,
+            cpu_attention_flops_beside_h2d=self.attention * rates.cpu_attention_flops_beside_h2d,
             layer_s=rates.layer_s / self.issue,
             pass_s=rates.pass_s / self.issue,
             run_s=rates.run_s / self.issue,
@@ -181,11 +183,13 @@ def in_place_limit(rates: Rates, *, weights_bytes: int, kv_bytes: int, flops_per
     place, weights are copied while the host reads and computes; over the device, both share the copy engine.
     """
     over = (weights_bytes + kv_bytes) / rates.h2d
-    reading = rates.cpu_attention_beside_h2d if weights_bytes else rates.cpu_attention
+    reading, flops = rates.cpu_attention, rates.cpu_attention_flops
+    if weights_bytes:
+        reading, flops = rates.cpu_attention_beside_h2d, rates.cpu_attention_flops_beside_h2d
     left = over**2 - (kv_bytes / reading) ** 2  # reading and arithmetic add like the sides of a right angle
     if kv_bytes == 0 or left <= 0:
         return 1
-    return max(1, int(math.sqrt(left) * rates.cpu_attention_flops / flops_per_token))
+    return max(1, int(math.sqrt(left) * flops / flops_per_token))
 
 
 def whole_layers(geometry: Geometry, new: int, fused: bool) -> int:
@@ -305,8 +309,7 @@ def _beside_fetch(plan: Plan, new: int) -> float:
 
 def _time(work: _Work, rates: Rates, one_memory: bool) -> Prediction:
     """`one_memory`: the device is the host's own processor, whose copies and computing take turns at its memory."""
-    flops_s = work.in_place_flops / rates.cpu_attention_flops
-    copying, attending = work.to_device / rates.h2d, math.hypot(work.in_place / rates.cpu_attention, flops_s)
+    copying, attending = work.to_device / rates.h2d, _attending(work, rates, 0.0)
     # A GPU is issued the next layers while it computes and the host attends: only without one all of that takes turns.
     own = work.device_s + (copying + work.issue_s if one_memory else 0.0) + work.hops * HOP_S
     for _ in range(ROUNDS if copying and attending else 0):
@@ -314,8 +317,7 @@ def _time(work: _Work, rates: Rates, one_memory: bool) -> Prediction:
         whole = max(copying, own + attending)
         beside_copies, beside_attention = min(1.0, copying / whole), min(1.0, attending / whole)
         copying = work.to_device / _between(rates.h2d, rates.h2d_beside_cpu_attention, beside_attention)
-        reading = _between(rates.cpu_attention, rates.cpu_attention_beside_h2d, beside_copies)
-        attending = math.hypot(work.in_place / reading, flops_s)  # fits 1 to 32 rows within 5 % on a Xeon of 16 cores
+        attending = _attending(work, rates, beside_copies)
     paging = work.mapped / rates.disk
     fetching = work.fetched / rates.h2d - work.fetch_hidden_s
     chain, attending = HOST_ATTENTION if attending >= paging else DISK_ATTENTION, attending + paging
@@ -332,6 +334,14 @@ def _time(work: _Work, rates: Rates, one_memory: bool) -> Prediction:
     }
     found = {name: value for name, value in pipes.items() if value}
     return Prediction(max(pipes.values()), found, 0.0 if paging else attending)
+
+
+def _attending(work: _Work, rates: Rates, beside_copies: float) -> float:
+    """Seconds of the host's attention, for a part of which copies run. Reading and arithmetic add like the sides of a
+    right angle, which fits 1 to 32 rows within 10 % on a Xeon of 16 cores."""
+    reading = _between(rates.cpu_attention, rates.cpu_attention_beside_h2d, beside_copies)
+    flops = _between(rates.cpu_attention_flops, rates.cpu_attention_flops_beside_h2d, beside_copies)
+    return math.hypot(work.in_place / reading, work.in_place_flops / flops)
 
 
 def _between(alone: float, beside: float, part: float) -> float:

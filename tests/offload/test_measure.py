@@ -72,6 +72,7 @@ def rounds(monkeypatch: pytest.MonkeyPatch, *attention: float) -> dict[str, floa
     """What is made of rounds that found these rates of attention, and of none else."""
     found = iter(attention)
     monkeypatch.setattr(host_rates, "_round", lambda *_: {"h2d": 50e9, "cpu_attention": next(found)})
+    monkeypatch.setattr(host_rates, "_arithmetic", lambda *_: {})
     monkeypatch.setattr(timing, "WARM_UP_S", 0.0)
     heads = Heads(1, 1, 32)
     once = host_rates._CpuAttention(CPU, torch.zeros(4096, dtype=torch.uint8), 4096, torch.float32, heads)
@@ -109,6 +110,19 @@ def test_copies_beside_attention_are_told_from_those_in_its_pauses(monkeypatch: 
     assert host_rates._round(torch.zeros(0, dtype=torch.uint8), None, lambda: None, 20) == {"cpu_attention": 100}
 
 
+def test_arithmetic_is_measured_alone_and_beside_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: two calls beside copies that took twice and four times as long as one alone."""
+    heads = Heads(2, 2, 32)
+    attention = host_rates._CpuAttention(CPU, torch.zeros(65536, dtype=torch.uint8), 65536, torch.float32, heads)
+    monkeypatch.setattr(host_rates, "seconds", lambda *_, **__: 0.1)
+    monkeypatch.setattr(host_rates, "_copy_rate", lambda *_: 50e9)
+    monkeypatch.setattr(host_rates, "_both_cpu", lambda *_: (1, 1.0, [0.2, 0.4]))
+    flops = 4 * 2 * 32 * attention.tokens * 32
+    found = host_rates._arithmetic(torch.zeros(1, dtype=torch.uint8), iter([torch.zeros(1)]), attention)
+    assert found == pytest.approx({"cpu_attention_flops": flops / 0.1, "cpu_attention_flops_beside_h2d": flops / 0.3})
+    assert set(host_rates._arithmetic(torch.zeros(0, dtype=torch.uint8), None, attention)) == {"cpu_attention_flops"}
+
+
 def test_any_few_turns_come_to_all_regions() -> None:
     for count in (1, 2, 3, 7, 40, 64):
         order = host_rates.scattered(range(count))
@@ -129,7 +143,10 @@ def test_rates_of_an_engines_own_memory(
     known = replace(measured, cpu_attention=1.0)
     found = rates_of_memory(known, CPU, torch.float32, heads, kv, 65536, weights)
     changed = {name for name, value in asdict(found).items() if value != asdict(known)[name]}
-    assert changed == {"h2d", "cpu_attention", "h2d_beside_cpu_attention", "cpu_attention_beside_h2d", "source"}
+    assert changed == {
+        "h2d", "cpu_attention", "h2d_beside_cpu_attention", "cpu_attention_beside_h2d", "cpu_attention_flops",
+        "cpu_attention_flops_beside_h2d", "source",
+    }  # fmt: skip
     assert "other rates now" in caplog.text
     assert "cpu_attention +" in caplog.text
     alone = rates_of_memory(known, CPU, torch.float32, heads, kv, 65536, [])

@@ -36,6 +36,7 @@ RATES = Rates(
     h2d=50e9, d2h=40e9, device_memory=3e12, device_attention=2e12, host_memory=100e9, flops=500e12,
     attention_flops=400e12,
     cpu_attention=100e9, cpu_attention_beside_h2d=60e9, h2d_beside_cpu_attention=45e9, cpu_attention_flops=1e12,
+    cpu_attention_flops_beside_h2d=1e12,
     disk=2e9, activations=200e9, layer_s=1e-4, pass_s=1e-3, run_s=0.0,
     graph_attention=2e12, graph_layer_s=0.0, graph_pass_s=0.0, chunk_s=0.0, source="of this test",
 )  # fmt: skip
@@ -155,7 +156,7 @@ def test_from_the_rates_that_a_run_reached_its_time_follows(
 ) -> None:
     reached = Rates(
         h2d=54.5e9, cpu_attention=106e9, cpu_attention_beside_h2d=attention, h2d_beside_cpu_attention=copies,
-        device_memory=3.9e12, cpu_attention_flops=1.2e12,
+        device_memory=3.9e12, cpu_attention_flops=1.2e12, cpu_attention_flops_beside_h2d=1.2e12,
     )  # fmt: skip
     made = plan(gpu_budget=cap * GIB, resident_layers=resident, rates=reached)
     share = Share(32768, 1, on_device=tokens)
@@ -336,6 +337,27 @@ def test_without_a_gpu_writes_to_a_file_take_turns_with_all_else() -> None:
     in_memory = plan(host_budget=60 * GIB, gpu_budget=4 * GIB, **own)
     assert made.kv_disk_tokens > 0
     assert made.ttft_s > in_memory.ttft_s + 0.9 * made.kv_disk_tokens * TOKEN / RATES.disk_write
+
+
+def test_many_queries_are_attended_more_slowly_beside_copies() -> None:
+    """By hand: 16 rows are arithmetic alone, of which copies that run all the time leave half."""
+    slow = replace(RATES, cpu_attention_flops=4e11, cpu_attention_flops_beside_h2d=2e11, cpu_attention=1e12,
+                   cpu_attention_beside_h2d=1e12, h2d=5e9, h2d_beside_cpu_attention=5e9)  # fmt: skip
+    beside = plan(rates=slow, resident_layers=0)
+    alone = plan(rates=slow, resident_layers=40, gpu_budget=40 * GIB, graphs=False)
+    for made, rate in ((beside, 2e11), (alone, 4e11)):
+        tokens = 32768 - made.kv_gpu_tokens
+        assert tokens > 5000
+        found = pass_time(made, [Share(32752, 16)])
+        assert found.attending == pytest.approx(16 * tokens * 4 * 5120 * 40 / rate, rel=0.02)
+    assert in_place_limit(slow, weights_bytes=10**9, kv_bytes=10**9, flops_per_token=1e9) == 79
+    assert in_place_limit(slow, weights_bytes=0, kv_bytes=10**9, flops_per_token=1e9) == 79
+
+
+def test_the_pace_of_attention_is_that_of_reading_and_of_arithmetic() -> None:
+    halved = Pace(attention=0.5).of(RATES)
+    for name in ("cpu_attention", "cpu_attention_beside_h2d", "cpu_attention_flops", "cpu_attention_flops_beside_h2d"):
+        assert getattr(halved, name) == getattr(RATES, name) / 2
 
 
 def test_the_first_passes_tell_of_python_and_of_a_disk() -> None:

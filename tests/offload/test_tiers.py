@@ -318,7 +318,13 @@ def test_both_roads_agree_at_the_switch_point(device: str) -> None:
 
 
 def test_the_switch_follows_the_rates() -> None:
-    rates = Rates(h2d=50e9, cpu_attention=100e9, cpu_attention_beside_h2d=50e9, cpu_attention_flops=1e12)
+    rates = Rates(
+        h2d=50e9,
+        cpu_attention=100e9,
+        cpu_attention_beside_h2d=50e9,
+        cpu_attention_flops=1e12,
+        cpu_attention_flops_beside_h2d=1e12,
+    )
     kv_bytes, flops = 26_800_000_000, 4.0 * 40 * 40 * 128 * 32768
 
     def limit(weights: int, **changes: float) -> int:
