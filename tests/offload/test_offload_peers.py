@@ -173,22 +173,3 @@ def test_cases_of_one_system_share_a_process_until_one_fails(flags: list[str], m
     assert fresh == failed
     assert len({refused, fresh, other}) == 3
     assert not multiprocessing.active_children()
-
-
-def test_collected_rows_replace_their_own_and_keep_their_machine(
-    flags: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(offload_peers, "accelerate", lambda *_: {"prefill_s": 2.0})
-    measured = Path(flags[-1])
-    (row,) = rows_of(["--case", "accelerate:1GiB", *flags])
-    results_file.write_document(measured, results_file.read(measured) | {"machine": {"gpu": "B"}})
-    output = measured.with_name("committed.json")
-    other = {"system": "elsa-offload", "prefill_s": 1.0}
-    head = results_file.read(measured) | {"machine": {"gpu": "A"}}
-    results_file.write_document(output, head | {"rows": [row | {"prefill_s": 9.0}, other]})
-    assert offload_peers.main(["--collect", str(measured), "--output", str(output)]) == 0
-    found = results_file.read(output)
-    assert found["machine"] == {"gpu": "A"}
-    assert [(one["system"], one["prefill_s"], one.get("machine")) for one in found["rows"]] == [
-        ("elsa-offload", 1.0, None), ("hf-accelerate", 2.0, {"gpu": "B"}),
-    ]  # fmt: skip
