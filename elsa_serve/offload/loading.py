@@ -26,7 +26,7 @@ from elsa_serve.offload.kv import ALIGNMENT, KVPool, KVShape, RequestKV
 from elsa_serve.offload.machine import Rates
 from elsa_serve.offload.output import eos_token_ids
 from elsa_serve.offload.plan import Geometry, Plan, check_rope, make_plan, row_multiple, with_rates
-from elsa_serve.offload.predict import ISSUE, Share, in_place_limit, pass_time
+from elsa_serve.offload.predict import ISSUE, Pace, Share, in_place_limit, pass_time
 from elsa_serve.offload.ring import WeightStream
 from elsa_serve.offload.split import check_linear, split_linears
 from elsa_serve.offload.step import Part, PassRunner
@@ -138,9 +138,9 @@ def load(options: EngineOptions) -> LoadedModel:
     weights = options.weights or _weights(options, device, dtype, plan)
     try:
         loaded = _assemble(options, plan, tokenizer, eos_ids, weights, allocator_bytes)
-        issue_s = _try_out(loaded)
+        longer = _try_out(loaded)
         if options.rates is None and not options.serial:
-            loaded.plan = _with_rates_tried(loaded.plan, weights.drain_disk(), issue_s)
+            loaded.plan = _with_rates_tried(loaded.plan, weights.drain_disk(), longer)
         return loaded
     except BaseException:
         if options.weights is None:
@@ -388,13 +388,14 @@ def _check_interface(weights: ModelWeights) -> None:
 def _try_out(loaded: LoadedModel) -> float | None:
     """Short passes before the first request: kernels are built, and a model that cannot run is refused here.
 
-    Returns the seconds of a pass of one token where the host's issue of layers sets its time, else None.
+    Returns how many times as long as expected a pass of one token took, where the host's issue of layers sets its time.
     """
     plan, name = loaded.plan, type(loaded.weights.model).__name__
     kv = loaded.pool.allocate(min(TRY_OUT_TOKENS + 1, plan.context))
     if kv is None:
         raise BudgetError(f"the KV pools do not hold {TRY_OUT_TOKENS + 1} tokens; give more with --gpu-memory")
-    issued = plan.device_type == "cuda" and pass_time(plan, [Share(TRY_OUT_TOKENS, 1)]).bottleneck == ISSUE
+    expected = pass_time(plan, [Share(TRY_OUT_TOKENS, 1)])
+    issued = plan.device_type == "cuda" and expected.bottleneck == ISSUE
     taken = []
     try:
         for count in (kv.capacity - 1, 1, *[1] * (ISSUED_PASSES if issued else 0)):
@@ -411,20 +412,15 @@ def _try_out(loaded: LoadedModel) -> float | None:
         raise CheckpointError(f"{name} does not run in the offload engine: {type(error).__name__}: {error}") from error
     loaded.pool.free(kv)
     loaded.streams.drain_transfers()
-    return statistics.median(taken[2:]) if issued else None
+    return statistics.median(taken[2:]) / expected.seconds if issued else None
 
 
-def _with_rates_tried(plan: Plan, read: DiskReads | None, issue_s: float | None) -> Plan:
+def _with_rates_tried(plan: Plan, read: DiskReads | None, longer: float | None) -> Plan:
     """The plan with times predicted from what its first passes showed of a disk, which is read for longer then than it
-    was before there was a plan, and of Python: on a shared host both have moods. `issue_s`: of a pass of one token that
-    waits for the host's issue."""
-    rates = plan.rates
-    if read is not None and read.bytes:
-        rates = replace(rates, disk=read.bytes / read.seconds)
-    if issue_s is not None:
-        slower = issue_s / pass_time(plan, [Share(TRY_OUT_TOKENS, 1)]).seconds
-        rates = replace(rates, layer_s=slower * rates.layer_s, pass_s=slower * rates.pass_s)
-    return with_rates(plan, rates) if rates is not plan.rates else plan
+    was before there was a plan, and of Python: on a shared host both have moods. `longer`: see `_try_out`."""
+    reads = read.bytes / read.seconds / plan.rates.disk if read is not None and read.bytes else 1.0
+    pace = Pace(issue=1 / longer if longer else 1.0, reads=reads)
+    return plan if pace == Pace() else with_rates(plan, pace.of(plan.rates))
 
 
 def _generation_config(directory: Path) -> Any:

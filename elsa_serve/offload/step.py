@@ -112,9 +112,9 @@ class StepPlan:
         shared: list[Segment] = []
         low = row = 0
 
-        def cut(multiple: int = 1) -> None:
+        def cut(unit: int = 1) -> None:
             nonlocal low, row, shared
-            filled = row + -(row - low) % multiple
+            filled = row + -(row - low) % unit
             for rows in (token_ids, positions):
                 rows.append(torch.zeros(filled - row, dtype=torch.int64))
             chunks.append(Chunk(low, filled, tuple(shared)))

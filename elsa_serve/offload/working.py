@@ -109,7 +109,8 @@ class WorkingKV:
                 write_mapped(span.extent.mapped[layer][:, :, places], new)
             else:
                 pairs, after = runs_of(span.extent.layers[layer][:, :, places], new), (self._streams.record(),)
-                if span.extent.tier == "disk" and self._file is not None:
+                if span.extent.tier == "disk":
+                    assert self._file is not None
                     copies = self._file.submit(pairs, after)
                 else:
                     copies = [self._down.submit(pairs, object="kv", direction="d2h", after=after)]

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 import elsa_kernels.triton.forward as forward
+import elsa_kernels.triton.merge_kernel as merge_kernel
 import elsa_kernels.triton.split as split
 import triton
 from elsa_kernels.triton import tiles
@@ -87,7 +88,7 @@ def join_variant(target: str, D: int, count: int, state: bool):
     pointers |= {"M_OUT": "*fp32", "S_OUT": "*fp32"} if state else {}
     constants = {"COUNT": count, "D": D, "BD": triton.next_power_of_2(D), "STATE": state}
     integers = ["Nq", *(f"sh{i}" for i in range(4))]
-    return compile_kernel(forward.join_states_kernel, pointers, constants, target, {"num_warps": 1}, [], integers)
+    return compile_kernel(merge_kernel.join_states_kernel, pointers, constants, target, {"num_warps": 1}, [], integers)
 
 
 def planes_variants(target: str, D: int, ranges: bool = False, packed: bool = False) -> list:

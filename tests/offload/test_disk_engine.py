@@ -97,7 +97,10 @@ def test_the_same_tokens_from_disk(directory: Path, device: str, options: dict[s
     reads = [step.disk for step in steps.passes if step.disk is not None]
     layer = made.plan.disk_bytes / len(made.plan.disk_layers)
     assert sum(one.bytes for one in reads) >= 0.9 * len(steps.passes) * (len(made.plan.disk_layers) - 1) * layer
-    assert all(min(step.predicted_s, step.planned_s) > 0 for step in steps.passes) or options.get("serial")
+    if not options.get("serial"):
+        assert steps.passes[0].predicted_s == steps.passes[0].planned_s > 0
+        # From then on at the pace that the disk has shown, which is bounded.
+        assert all(0 < step.planned_s / 4 <= step.predicted_s <= 4 * step.planned_s for step in steps.passes)
 
 
 def test_random_weights_are_refused_with_the_memory_they_need(directory: Path) -> None:

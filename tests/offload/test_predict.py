@@ -365,7 +365,7 @@ def test_the_first_passes_tell_of_python_and_of_a_disk() -> None:
     made = plan(gpu_budget=100 * GIB, resident_layers=40, graphs=False, rates=replace(RATES, layer_s=1e-3))
     assert made.bottleneck["decode"] == "issue by the host"  # type: ignore[index]
     expected = 40 * 1e-3 + RATES.pass_s
-    tried = _with_rates_tried(made, None, 1.5 * expected)
+    tried = _with_rates_tried(made, None, 1.5)
     assert tried.s_per_token == pytest.approx(1.5 * expected)
     assert tried.rates.layer_s == pytest.approx(1.5e-3)
     on_disk = plan(disk=True, context=4096, host_budget=14 * GIB, resident_layers=0)

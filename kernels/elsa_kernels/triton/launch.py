@@ -11,7 +11,7 @@ import triton
 from elsa_kernels.devices import architecture
 from elsa_kernels.registry import Operands, Problem
 from elsa_kernels.state import State
-from elsa_kernels.triton import forward, tiles
+from elsa_kernels.triton import forward, merge_kernel, tiles
 from elsa_kernels.triton.split import split_kv
 
 CAREFUL_TILE = tiles.Tile(BM=16, BN=16, num_warps=4, num_stages=1)
@@ -187,7 +187,7 @@ def _merge(
     rows = operands.q.shape[0] * problem.H * tokens
     if problem.packed:
         out = out.view(1, problem.H, tokens, problem.D)
-    forward.merge_kernel[(rows,)](
+    merge_kernel.merge_kernel[(rows,)](
         m, S, W, operands.sinks, merged_m, merged_S, out,
         chunks=W.shape[0], rows=rows, Nq=tokens, H=problem.H,
         D=problem.D, BD=triton.next_power_of_2(problem.D), BC=MERGE_CHUNKS,
@@ -215,7 +215,7 @@ def _join(states: Sequence[State], out: torch.Tensor, into: State | None = None)
     rows = [_in_rows(state) for state in states]
     missing = JOINED - len(rows)
     m, S = (into.m, into.S) if into is not None else (None, None)
-    forward.join_states_kernel[(states[0].m.numel(),)](
+    merge_kernel.join_states_kernel[(states[0].m.numel(),)](
         *(x for state in rows for x in (state.m, state.S, state.W)), *[None] * 3 * missing, m, S, out, out.shape[2],
         *(state.m.stride(1) for state in rows), *[0] * missing,
         COUNT=len(rows), D=out.shape[3], BD=triton.next_power_of_2(out.shape[3]), STATE=into is not None, num_warps=1,
