@@ -20,6 +20,7 @@ from elsa_serve.offload.streams import make_streams
 
 MEASURED, MEASURED_S = 4 << 30, 1.5  # bytes read to measure a disk, or seconds: one that others use, too, has moods
 WRITTEN, RUN = 1 << 30, 1 << 20  # most bytes written to measure a disk, and of a head's tokens that go in one run
+HEADS = 16  # whose runs are handed over together
 
 logger = logging.getLogger(__name__)
 
@@ -81,14 +82,17 @@ def write_rate(folder: Path, device: torch.device, nbytes: int, run: int = RUN) 
     try:
         file = FileBuffer(nbytes, folder)
         lane = FileLane(file, streams)
-        source = torch.ones(min(run, nbytes), dtype=torch.uint8, device=streams.device)
+        run = min(run, nbytes)
+        places = file.tensor[: nbytes // run * run].view(1, -1, run, 1)
+        source = torch.ones(1, min(HEADS, places.shape[1]), run, 1, dtype=torch.uint8, device=streams.device)
         began = time.perf_counter()
-        lane.submit([(place, source[: place.numel()]) for place in file.tensor.split(run)], [streams.record()])
+        for place in places.split(HEADS, 1):
+            lane.submit(place, source[:, : place.shape[1]], [streams.record()])
         errors, seconds = lane.end(), time.perf_counter() - began
         lane.close()
         if errors:
             raise errors[0]
-        return nbytes / seconds
+        return places.numel() / seconds
     except (OSError, BudgetError) as error:
         logger.warning("writes to the disk of %s cannot be measured (%s): their rate is assumed", folder, error)
         return Rates().disk_write

@@ -263,6 +263,11 @@ class OffloadEngine:
                 self._scheduler.forget_prefixes("")
                 self._loaded.close()
 
+    @property
+    def decoder_layers(self) -> tuple[torch.nn.Module, ...]:
+        """In order. What a hook on one of them does takes part in every pass that no graph replays."""
+        return tuple(self._loaded.weights.decoder_layers)
+
     # --- the engine's thread --------------------------------------------------------------------------------------
 
     def _run(self) -> None:

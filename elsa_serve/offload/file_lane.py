@@ -13,12 +13,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 
 from elsa_serve.offload.host import FileBuffer, HostBuffer
-from elsa_serve.offload.streams import Copy, Event, Pairs, Streams, of_worker
+from elsa_serve.offload.streams import Copy, Event, Streams, of_worker
 
 THREADS = 4  # that write at once: as many as the page cache of an H200's host took more from (5.5 GB/s, 4 of one)
 SLOT, SLOTS = 8 << 20, 8  # bytes of page-locked memory that are written at once, and how many of them
-
-Runs = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 def staging_bytes(file_bytes: int) -> int:
@@ -43,42 +41,35 @@ class FileLane:
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="elsa-kv-file")
         self._writes: list[Future[None]] = []
 
-    def submit(self, pairs: Pairs, after: Sequence[Event]) -> list[Copy]:
-        """Copy each (place in the file, values on the device), both contiguous, once every event of `after` has been
-        reached. Returns copies after which the values may change; the file has them after `end`. Blocks while all
-        page-locked memory waits to be written."""
+    def submit(self, place: torch.Tensor, values: torch.Tensor, after: Sequence[Event]) -> list[Copy]:
+        """Copy values on the device to a place in the file, both [2, Hkv, n, D] and contiguous per head, once every
+        event of `after` has been reached. Returns copies after which the values may change; the file has them after
+        `end`. Blocks while all page-locked memory waits to be written."""
         copies = []
-        for runs in self._slots_of(pairs):
+        for there, here in self._pieces(place, values):
             slot = self._free.get()
             try:
-                parts = slot.split([values.numel() for _, values in runs] + [slot.numel() - _nbytes(runs)])
-                staged = [(part, values) for part, (_, values) in zip(parts, runs)]
-                copies.append(self._lane.submit(staged, object="kv", direction="d2h", after=after))
+                staged = slot[: here.numel()].view(here.shape)
+                copies.append(self._lane.submit([(staged, here)], object="kv", direction="d2h", after=after))
             except BaseException:
                 self._free.put(slot)
                 raise
-            places = [(place, part) for part, (place, _) in zip(parts, runs)]
-            self._writes.append(self._threads.submit(self._write, slot, copies[-1], places))
+            self._writes.append(self._threads.submit(self._write, slot, copies[-1], there, staged))
         return copies
 
-    def _slots_of(self, pairs: Pairs) -> Iterator[Runs]:
-        """The pairs' bytes, as many together as a slot holds."""
-        runs: Runs = []
-        for place, values in pairs:
-            flat = (x.view(-1).view(torch.uint8).split(self._slot_bytes) for x in (place, values))
-            for run in zip(*flat):
-                if _nbytes(runs) + run[0].numel() > self._slot_bytes:
-                    yield runs
-                    runs = []
-                runs.append(run)
-        if runs:
-            yield runs
+    def _pieces(self, place: torch.Tensor, values: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Both as bytes [1, heads, …], as many together as a slot holds: several heads, or a part of one."""
+        place, values = (x.view(x.shape[0] * x.shape[1], -1).view(torch.uint8) for x in (place, values))
+        heads = max(1, self._slot_bytes // values.shape[1])
+        for low in range(0, len(values), heads):
+            some = place[None, low : low + heads], values[None, low : low + heads]
+            yield from zip(*(x.split(self._slot_bytes, 2) for x in some))
 
-    def _write(self, slot: torch.Tensor, copy: Copy, places: Runs) -> None:
+    def _write(self, slot: torch.Tensor, copy: Copy, place: torch.Tensor, staged: torch.Tensor) -> None:
         try:
             copy.synchronize()
-            for place, values in places:
-                self._file.write(place, values)
+            for run, values in zip(place[0], staged[0]):
+                self._file.write(run, values)
         finally:
             self._free.put(slot)
 
@@ -93,7 +84,3 @@ class FileLane:
         for buffer in self._buffers:
             buffer.close()
         self._file.close()
-
-
-def _nbytes(runs: Runs) -> int:
-    return sum(values.numel() for _, values in runs)

@@ -24,7 +24,6 @@ from elsa_serve.offload.in_place import worker_threads
 from elsa_serve.offload.machine import Heads, Rates
 from elsa_serve.offload.streams import make_streams
 from elsa_serve.offload.timing import paused, repeated, seconds, warm_up
-from elsa_serve.offload.working import runs_of
 
 if TYPE_CHECKING:
     from elsa_serve.offload.measure import Sizes
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
 BESIDE_S = 0.4  # seconds for which copies and CPU attention run beside each other; half of them each runs alone
 AGREE = 0.1  # two rounds of host memory's rates are within this part of each other, or there is another round
 MOST_ROUNDS = 5
-SHORT_RUN = 64  # tokens
+SHORT_RUN, COPIES = 64, 32  # tokens of a short copy, and how many are issued one after the other
 CPU_ROWS = 32  # query tokens that bind the CPU kernel by arithmetic
 
 logger = logging.getLogger(__name__)
@@ -251,8 +250,8 @@ def _read(data: torch.Tensor) -> object:
     return data[: data.numel() // 8 * 8].view(torch.int64).sum()
 
 
-def run_seconds(device: torch.device, heads: Heads, dtype: torch.dtype) -> float:
-    """What the copy of a run takes the host to issue, of short ones that the copy engines do not wait for."""
+def copy_seconds(device: torch.device, heads: Heads, dtype: torch.dtype) -> float:
+    """What the copy of a chunk's KV takes the host to issue: of short ones that the copy engines do not wait for."""
     capacity, streams = 2 * SHORT_RUN, make_streams(device)
     home = HostBuffer(heads.token_bytes(dtype) * capacity, pin=device.type == "cuda")
     try:
@@ -261,9 +260,11 @@ def run_seconds(device: torch.device, heads: Heads, dtype: torch.dtype) -> float
         lane = streams.lane("measure")
 
         def issue() -> None:
-            lane.submit(runs_of(place, new), object="kv", direction="d2h").synchronize()
+            for _ in range(COPIES):
+                copy = lane.submit([(place, new)], object="kv", direction="d2h", after=[streams.record()])
+            copy.synchronize()
 
-        return seconds(issue, device.type == "cuda") / (2 * heads.keys)
+        return seconds(issue, device.type == "cuda") / COPIES
     finally:
         streams.close()
         home.close()

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import statistics
 import tempfile
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,7 @@ from elsa_serve.offload.kv import ALIGNMENT, KVPool, KVShape, RequestKV
 from elsa_serve.offload.machine import Rates
 from elsa_serve.offload.output import eos_token_ids
 from elsa_serve.offload.plan import Geometry, Plan, check_rope, make_plan, row_multiple, with_rates
-from elsa_serve.offload.predict import ISSUE, Pace, Share, in_place_limit, pass_time
+from elsa_serve.offload.predict import in_place_limit
 from elsa_serve.offload.ring import WeightStream
 from elsa_serve.offload.split import check_linear, split_linears
 from elsa_serve.offload.step import Part, PassRunner
@@ -41,7 +39,7 @@ from elsa_serve.stats import DiskReads
 
 logger = logging.getLogger(__name__)
 
-TRY_OUT_TOKENS, ISSUED_PASSES = 16, 5
+TRY_OUT_TOKENS = 16
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -138,9 +136,10 @@ def load(options: EngineOptions) -> LoadedModel:
     weights = options.weights or _weights(options, device, dtype, plan)
     try:
         loaded = _assemble(options, plan, tokenizer, eos_ids, weights, allocator_bytes)
-        longer = _try_out(loaded)
-        if options.rates is None and not options.serial:
-            loaded.plan = _with_rates_tried(loaded.plan, weights.drain_disk(), longer)
+        _try_out(loaded)
+        read = weights.drain_disk()
+        if options.rates is None:
+            loaded.plan = _with_disk_tried(loaded.plan, read)
         return loaded
     except BaseException:
         if options.weights is None:
@@ -385,24 +384,15 @@ def _check_interface(weights: ModelWeights) -> None:
         )
 
 
-def _try_out(loaded: LoadedModel) -> float | None:
-    """Short passes before the first request: kernels are built, and a model that cannot run is refused here.
-
-    Returns how many times as long as expected a pass of one token took, where the host's issue of layers sets its time.
-    """
-    plan, name = loaded.plan, type(loaded.weights.model).__name__
-    kv = loaded.pool.allocate(min(TRY_OUT_TOKENS + 1, plan.context))
+def _try_out(loaded: LoadedModel) -> None:
+    """Two short passes before the first request: kernels are built, and a model that cannot run is refused here."""
+    name = type(loaded.weights.model).__name__
+    kv = loaded.pool.allocate(min(TRY_OUT_TOKENS + 1, loaded.plan.context))
     if kv is None:
         raise BudgetError(f"the KV pools do not hold {TRY_OUT_TOKENS + 1} tokens; give more with --gpu-memory")
-    expected = pass_time(plan, [Share(TRY_OUT_TOKENS, 1)])
-    issued = plan.device_type == "cuda" and expected.bottleneck == ISSUE
-    taken = []
     try:
-        for count in (kv.capacity - 1, 1, *[1] * (ISSUED_PASSES if issued else 0)):
-            kv.length = min(kv.length, kv.capacity - 1)
-            begun = time.perf_counter()
+        for count in (kv.capacity - 1, 1):
             loaded.runner.run([Part(kv, [0] * count)])
-            taken.append(time.perf_counter() - begun)
     except Exception as error:
         loaded.close()
         if devices.is_out_of_memory(error):
@@ -412,15 +402,14 @@ def _try_out(loaded: LoadedModel) -> float | None:
         raise CheckpointError(f"{name} does not run in the offload engine: {type(error).__name__}: {error}") from error
     loaded.pool.free(kv)
     loaded.streams.drain_transfers()
-    return statistics.median(taken[2:]) / expected.seconds if issued else None
 
 
-def _with_rates_tried(plan: Plan, read: DiskReads | None, longer: float | None) -> Plan:
-    """The plan with times predicted from what its first passes showed of a disk, which is read for longer then than it
-    was before there was a plan, and of Python: on a shared host both have moods. `longer`: see `_try_out`."""
-    reads = read.bytes / read.seconds / plan.rates.disk if read is not None and read.bytes else 1.0
-    pace = Pace(issue=1 / longer if longer else 1.0, reads=reads)
-    return plan if pace == Pace() else with_rates(plan, pace.of(plan.rates))
+def _with_disk_tried(plan: Plan, read: DiskReads | None) -> Plan:
+    """The plan with times predicted from what its first passes read from a disk, for longer than it was read before
+    there was a plan: on a shared host it has moods."""
+    if read is None or not read.bytes:
+        return plan
+    return with_rates(plan, replace(plan.rates, disk=read.bytes / read.seconds))
 
 
 def _generation_config(directory: Path) -> Any:

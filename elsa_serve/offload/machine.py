@@ -59,7 +59,7 @@ class Rates:
     activations: float = 150e9  # a layer's activations, counted once, in all that is neither product nor attention
     layer_s: float = 5e-4  # seconds of one decoder layer of a decode pass whose bytes cost nothing: the host's issue
     pass_s: float = 1e-3  # seconds of a pass outside its layers
-    run_s: float = 1e-5  # seconds in which the host issues the copy of one run: a head's keys, or values, of a chunk
+    copy_s: float = 3e-5  # seconds in which the host issues the copy of a chunk's keys and values in a layer
     graph_layer_s: float = 4e-5  # the same two of a decode pass from a CUDA graph: the device's own small kernels,
     graph_pass_s: float = 5e-4  # and what the host does before and after
     chunk_s: float = 2.5e-4  # seconds of the device that one more chunk of a prompt costs in a layer

@@ -25,7 +25,7 @@ from elsa_serve.offload.device import require_exact_matmul
 from elsa_serve.offload.machine import Heads, Rates, assumed_rates, gpu_facts, host_memory
 from elsa_serve.offload.units import format_size
 
-FORM = 11  # of the measurement: what an earlier form kept is measured again
+FORM = 12  # of the measurement: what an earlier form kept is measured again
 LARGE_DEVICE = 8 << 30  # bytes free from which the full sizes are measured
 HEADS = Heads()  # where no model is named
 
@@ -158,7 +158,7 @@ def describe(rates: Rates) -> list[str]:
         f"activations {rates.activations / giga:.1f} GB/s",
         f"a layer of a decode pass {rates.layer_s * 1e3:.3f} ms, a pass besides {rates.pass_s * 1e3:.3f} ms; from a "
         f"graph {rates.graph_layer_s * 1e3:.3f} and {rates.graph_pass_s * 1e3:.3f} ms; a prompt's chunk costs a layer "
-        f"{rates.chunk_s * 1e3:.3f} ms, a run of KV copied {rates.run_s * 1e6:.1f} µs",
+        f"{rates.chunk_s * 1e3:.3f} ms, a copy of its KV {rates.copy_s * 1e6:.1f} µs",
         f"disk, past the page cache {rates.disk / giga:.2f} GB/s, to new pages of a file {rates.disk_write / giga:.2f} "
         "GB/s",
     ]
@@ -178,7 +178,7 @@ def measure_rates(
     sizes = sizes or sizes_for(device, dtype)
     found: dict[str, Any] = {"source": f"measured on {_machine_key(device).partition(', torch')[0]}"}
     found |= host_rates.memory_rates(device, dtype, heads, sizes)
-    found |= {"run_s": host_rates.run_seconds(device, heads, dtype)}
+    found |= {"copy_s": host_rates.copy_seconds(device, heads, dtype)}
     folder = envs.cache_dir()
     found |= {
         "disk": disk_rates.folder_rate(sizes.file, folder),

@@ -100,7 +100,7 @@ class Pace:
             cpu_attention_flops_beside_h2d=self.attention * rates.cpu_attention_flops_beside_h2d,
             layer_s=rates.layer_s / self.issue,
             pass_s=rates.pass_s / self.issue,
-            run_s=rates.run_s / self.issue,
+            copy_s=rates.copy_s / self.issue,
             disk=self.reads * rates.disk,
             disk_write=self.writes * rates.disk_write,
         )
@@ -285,8 +285,7 @@ def _work(plan: Plan, shares: Sequence[Share]) -> _Work:
     if plan.kv_disk_cached:
         from_disk, in_place, mapped = float(plan.disk_bytes), in_place + mapped, 0.0
     chunks = max(1, -(-sum(share.new for share in shares) // plan.chunk_tokens))
-    # KV goes and comes head by head, keys and values apart, and every run is a copy for the host to issue.
-    issue = geometry.layers * (chunks * rates.layer_s + copies * 2 * geometry.kv_heads * rates.run_s) + rates.pass_s
+    issue = geometry.layers * (chunks * rates.layer_s + copies * rates.copy_s) + rates.pass_s
     if fused:
         device_s += small_seconds(geometry.layers, rates, chunks)
     if replayed:

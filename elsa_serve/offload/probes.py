@@ -6,7 +6,8 @@ import logging
 import math
 import statistics
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ import torch
 from elsa_serve.errors import ElsaError
 from elsa_serve.offload import attention as attentions
 from elsa_serve.offload.machine import Rates
-from elsa_serve.offload.predict import Share, device_seconds, small_seconds, whole_layers
+from elsa_serve.offload.predict import Share, device_seconds
 from elsa_serve.protocol import GenerationRequest, SamplingParams, stream
 from elsa_serve.stats import Record, StepStats
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from elsa_serve.offload.measure import Sizes
     from elsa_serve.offload.plan import Geometry
 
-WIDE = 4  # layers of the probe of a prompt's activations, all but the last of which its tokens pass whole
+WIDE = 4  # layers of the probe of a prompt's activations, of which those between the first and the last are timed
 PROMPTS = 3  # that a probe is timed over, and DECODES passes
 SHALLOW, DEEP = 2, 10  # layers of the other probes: their difference is a layer's issue, the rest is the pass's
 SHORT = 64  # tokens of their prompts, on a CPU
@@ -55,8 +56,10 @@ def engine_rates(
         return _probe(device, dtype, attention, linear, rates, hidden, layers, prompt, **options)
 
     try:
-        wide = probe(hidden, WIDE, prompt, chunk_tokens=prompt)
-        halves = probe(hidden, WIDE, prompt, chunk_tokens=prompt // 2)
+        wide, halves = (
+            probe(hidden, WIDE, prompt, timed=True, chunk_tokens=tokens, graphs=False)
+            for tokens in (prompt, prompt // 2)
+        )
         deep, flat = (probe(hidden // 4, layers, short, graphs=False) for layers in (DEEP, SHALLOW))
         deep_graph, flat_graph = deep, flat
         if on_gpu:
@@ -74,27 +77,25 @@ def engine_rates(
         "pass_s": max(1e-6, flat.decode_s - SHALLOW * layer_s),
         "graph_layer_s": max(1e-6, in_graph - known),
         "graph_pass_s": max(1e-6, flat_graph.decode_s - SHALLOW * in_graph),
-        "chunk_s": max(1e-6, (halves.prefill_s - wide.prefill_s) / WIDE),
+        "chunk_s": max(1e-6, halves.prompt_layer_s - wide.prompt_layer_s),
     }
     return found | {"activations": _activations(wide, replace(rates, **found), prompt, on_gpu)}
 
 
 def _activations(probe: _Probe, rates: Rates, prompt: int, on_gpu: bool) -> float:
-    """Bytes per second: what is left of a prompt's time besides all that is counted elsewhere. A long prompt has some
-    fifty times the activations of the probe's, so what is not theirs must not be taken for it."""
-    geometry = probe.plan.geometry
-    rest = probe.prefill_s - device_seconds(geometry, replace(rates, activations=math.inf), [Share(0, prompt)], on_gpu)
-    rest -= rates.pass_s + (small_seconds(geometry.layers, rates, 1) if on_gpu else geometry.layers * rates.layer_s)
-    # Never less than a twentieth of the prefill: rates measured a moment apart may leave nothing of it.
-    nbytes = geometry.activation_bytes() * whole_layers(geometry, prompt, on_gpu) * prompt
-    return nbytes / max(rest, 0.05 * probe.prefill_s)
+    """Bytes per second: what is left of a layer's time besides all that is counted elsewhere."""
+    geometry, counted = probe.plan.geometry, replace(rates, activations=math.inf)
+    rest = probe.prompt_layer_s - device_seconds(geometry, counted, [Share(0, prompt)]) / geometry.layers
+    rest -= rates.graph_layer_s if on_gpu else rates.layer_s
+    # Never less than a twentieth of the time: rates measured a moment apart may leave nothing of it.
+    return geometry.activation_bytes() * prompt / max(rest, 0.05 * probe.prompt_layer_s)
 
 
 @dataclass(frozen=True, slots=True)
 class _Probe:
     plan: Any
-    prefill_s: float
     decode_s: float  # a pass of one token
+    prompt_layer_s: float = 0.0  # of a layer that a prompt passes whole, where that was timed
 
 
 class _Passes:
@@ -103,6 +104,35 @@ class _Passes:
 
     def record(self, *stats: Record) -> None:
         self.steps += [one for one in stats if isinstance(one, StepStats)]
+
+
+class _LayerTimes:
+    """Seconds between the ends of layers that all tokens of a prompt have passed, by the device's own clock: what
+    Python takes before the first of them changes from minute to minute on a shared host."""
+
+    def __init__(self, layers: Sequence[torch.nn.Module], prompt: int, on_gpu: bool) -> None:
+        self._layers, self._prompt, self._on_gpu = len(layers), prompt, on_gpu
+        self._ends: list[Any] = []
+        for layer in layers:
+            layer.register_forward_hook(self._passed)
+
+    def _passed(self, _: torch.nn.Module, inputs: tuple[torch.Tensor, ...], __: object) -> None:
+        if inputs[0].shape[1] != self._prompt:
+            return
+        if self._on_gpu:
+            self._ends.append(torch.cuda.Event(enable_timing=True))
+            self._ends[-1].record()
+        else:
+            self._ends.append(time.perf_counter())
+
+    def median(self) -> float:
+        """Of the prompts behind the first. The last layer computes one token whole; the first may wait for Python."""
+        whole = self._layers - 2
+        firsts = range(self._layers, len(self._ends), self._layers)
+        return statistics.median(self._between(self._ends[i], self._ends[i + whole]) / whole for i in firsts)
+
+    def _between(self, first: Any, last: Any) -> float:
+        return first.elapsed_time(last) / 1e3 if self._on_gpu else last - first
 
 
 def _probe(
@@ -114,9 +144,13 @@ def _probe(
     hidden: int,
     layers: int,
     prompt: int,
+    timed: bool = False,
     **options: Any,
 ) -> _Probe:
-    """A LLaMA of this width through the engine: a prompt some times over, the last with tokens after it."""
+    """A LLaMA of this width through the engine: a prompt some times over, the last with tokens after it.
+
+    timed: the layers of its prompts, too, which no graph may hold then.
+    """
     from transformers import LlamaConfig
 
     from elsa_serve.offload.engine import OffloadEngine
@@ -134,6 +168,7 @@ def _probe(
             context=prompt + WARM_UP_TOKENS + DECODES + 2, max_batch=1, resident_layers=layers, load_format="dummy",
             prefix_caching=False, num_speculative_tokens=0, prefill_round_tokens=prompt, progress=False, **options,
         )  # fmt: skip
+        times = _LayerTimes(engine.decoder_layers, prompt, device.type == "cuda") if timed else None
         try:
             # One to warm up; in the last, passes that warm decoding up, and those that are timed.
             for seed, count in enumerate((2, *[1] * (PROMPTS - 1), 1 + WARM_UP_TOKENS + DECODES)):
@@ -145,6 +180,5 @@ def _probe(
                     pass
         finally:
             engine.shutdown()
-    prefill = [step.duration_s for step in passes.steps if step.prompt_tokens]
     decode = [step.duration_s for step in passes.steps if not step.prompt_tokens and step.generated_tokens == 1]
-    return _Probe(engine.plan, statistics.median(prefill), statistics.median(decode[WARM_UP_TOKENS:]))
+    return _Probe(engine.plan, statistics.median(decode[WARM_UP_TOKENS:]), times.median() if times else 0.0)

@@ -26,7 +26,9 @@ from elsa_kernels.cuda import driver
 
 from elsa_serve.stats import Direction, Transfer, TransferObject
 
-Pairs = Sequence[tuple[torch.Tensor, torch.Tensor]]  # (destination, source): equal shapes and dtypes
+# (destination, source): equal shapes and dtypes. Each contiguous, or of so many heads, [2, Hkv, …], that are contiguous
+# and follow each other at one distance.
+Pairs = Sequence[tuple[torch.Tensor, torch.Tensor]]
 
 
 class Event(ABC):
@@ -263,10 +265,20 @@ class _CudaLane(Lane):
         with torch.cuda.stream(stream), torch.inference_mode():
             copy = _CudaCopy(pairs, object, direction, _CudaEvent(pool, stream))
             for dst, src in pairs:
-                dst.copy_(src, non_blocking=True)
+                _copy(dst, src, stream)
             copy.end = _CudaEvent(pool, stream)
         self._owner.submitted(copy)
         return copy
+
+
+def _copy(dst: torch.Tensor, src: torch.Tensor, stream: torch.cuda.Stream) -> None:
+    """One call, also of many heads, which torch would first copy to a contiguous tensor of its own."""
+    if dst.is_contiguous() and src.is_contiguous():
+        dst.copy_(src, non_blocking=True)
+        return
+    dst, src = (x.view(x.shape[0] * x.shape[1], -1) for x in (dst, src))
+    pitches = (x.stride(0) * x.itemsize for x in (dst, src))
+    driver.copy_rows(stream.cuda_stream, (dst.data_ptr(), src.data_ptr()), pitches, dst[0].nbytes, len(dst))
 
 
 def _wait_on(stream: torch.cuda.Stream, event: Event) -> None:

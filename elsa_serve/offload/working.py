@@ -19,7 +19,7 @@ from elsa_serve.offload.file_lane import FileLane
 from elsa_serve.offload.kv import KVShape, RequestKV
 from elsa_serve.offload.streams import Copy, Event, Pairs, Streams
 
-# So few tokens go home by a kernel that writes host memory; more by the copy engines, in runs of a head.
+# So few tokens go home by a kernel that writes host memory; more by the copy engines.
 SMALL_TOKENS = 64
 
 
@@ -108,12 +108,12 @@ class WorkingKV:
             elif new.shape[2] <= SMALL_TOKENS and span.extent.tier == "host":
                 write_mapped(span.extent.mapped[layer][:, :, places], new)
             else:
-                pairs, after = runs_of(span.extent.layers[layer][:, :, places], new), (self._streams.record(),)
+                home, after = span.extent.layers[layer][:, :, places], (self._streams.record(),)
                 if span.extent.tier == "disk":
                     assert self._file is not None
-                    copies = self._file.submit(pairs, after)
+                    copies = self._file.submit(home, new, after)
                 else:
-                    copies = [self._down.submit(pairs, object="kv", direction="d2h", after=after)]
+                    copies = [self._down.submit([(home, new)], object="kv", direction="d2h", after=after)]
                 self._pass.leaving += [_Leaving(kv, low, low + new.shape[2], copy) for copy in copies]
         return buffer
 
@@ -161,7 +161,9 @@ class WorkingKV:
         for span in kv.spans_of(0, kv.length, on_device=False):
             places = span.within(0, kv.length)
             here = self._view(kv)[:, :, span.first : span.first + places.stop]
-            pairs += runs_of(here, span.extent.layers[run.current.layer][:, :, places])
+            there = span.extent.layers[run.current.layer][:, :, places]
+            # A file's pages are copied by the host itself, and run by run without a temporary.
+            pairs += runs_of(here, there) if span.extent.tier == "disk" else [(here, there)]
         if pairs:
             after = [*busy, *(left.copy for left in run.leaving)]
             run.filled = self._up.submit(pairs, object="kv", direction="h2d", after=after)

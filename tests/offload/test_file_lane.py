@@ -18,7 +18,8 @@ from elsa_serve.offload.host import FileBuffer
 from elsa_serve.offload.streams import Streams, make_streams
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-RUNS, ROW = 40, (700, 16)  # runs of float32 rows: 1.8 MB in all
+HEADS, TOKENS, D = 5, 175, 16  # of a place in the file; four of them make a block of float32
+NBYTES = 4 * 2 * HEADS * 4 * TOKENS * D
 
 
 @pytest.fixture(params=[False, True], ids=["overlapped", "serial"])
@@ -33,40 +34,46 @@ def streams(request: pytest.FixtureRequest, serial: bool) -> Iterator[Streams]:
     made.close()
 
 
-@pytest.fixture
-def lane(streams: Streams, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FileLane]:
-    monkeypatch.setattr(file_lane, "SLOT", 100_000)  # two runs and a part of the third
-    made = FileLane(FileBuffer(RUNS * 4 * ROW[0] * ROW[1] + 52, tmp_path), streams)
+@pytest.fixture(params=[25_000, 5_000], ids=["two heads a slot", "half a head"])
+def lane(
+    request: pytest.FixtureRequest, streams: Streams, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[FileLane]:
+    monkeypatch.setattr(file_lane, "SLOT", request.param)
+    made = FileLane(FileBuffer(NBYTES + 52, tmp_path), streams)
     yield made
     made.close()
 
 
-def runs(lane: FileLane, streams: Streams) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Places in the file and values for them, the last place first."""
-    places = lane._file.tensor[52:].view(torch.float32).view(RUNS, *ROW)
-    values = torch.randn(RUNS, *ROW, device=streams.device)
-    return [(places[i], values[i]) for i in reversed(range(RUNS))]
+def blocks(lane: FileLane, streams: Streams) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Places in the file, [2, 5, 175, 16] of a block of 700 tokens, and values for them, the last place first."""
+    block = lane._file.tensor[52:].view(torch.float32).view(2, HEADS, 4 * TOKENS, D)
+    values = torch.randn(block.shape, device=streams.device)
+    return [(x, y) for x, y in zip(block.split(TOKENS, 2), values.split(TOKENS, 2))][::-1]
+
+
+def submit(lane: FileLane, streams: Streams, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    for place, values in pairs:
+        lane.submit(place, values, [streams.record()])
 
 
 def test_everything_arrives_where_it_belongs_and_nothing_else_changes(lane: FileLane, streams: Streams) -> None:
-    pairs = runs(lane, streams)
+    pairs = blocks(lane, streams)
     expected = [values.clone().cpu() for _, values in pairs]
-    for low in range(0, RUNS, 10):
-        for copy in lane.submit(pairs[low : low + 10], [streams.record()]):
+    for place, values in pairs:
+        for copy in lane.submit(place, values, [streams.record()]):
             streams.wait(copy)
-        for _, values in pairs[low : low + 10]:
-            values.zero_()  # copied already, although not yet written
+        values.zero_()  # copied already, although not yet written
     assert lane.end() == []
     assert all(torch.equal(place, values) for (place, _), values in zip(pairs, expected))
     assert not lane._file.tensor[:52].any()
-    assert sum(one.bytes for one in streams.drain_transfers()) == RUNS * 4 * ROW[0] * ROW[1]
+    assert sum(one.bytes for one in streams.drain_transfers()) == NBYTES
 
 
 def test_writes_that_stop_short_go_on(lane: FileLane, streams: Streams, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = os.pwrite
-    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: whole(fd, data[:30_001], at))
-    pairs = runs(lane, streams)
-    lane.submit(pairs, [streams.record()])
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: whole(fd, data[:3_001], at))
+    pairs = blocks(lane, streams)
+    submit(lane, streams, pairs)
     assert lane.end() == []
     assert all(torch.equal(place, values.cpu()) for place, values in pairs)
 
@@ -78,15 +85,15 @@ def test_a_write_that_fails_is_told_and_the_next_ones_go_on(
     def fails(*_: Any) -> int:
         raise error
 
-    pairs = runs(lane, streams)
+    pairs = blocks(lane, streams)
     with monkeypatch.context() as full:
         full.setattr(os, "pwrite", fails)
-        lane.submit(pairs, [streams.record()])
+        submit(lane, streams, pairs)
         found = lane.end()
     assert len(found) > SLOTS  # none of the page-locked memory is lost
     assert all(isinstance(one, Exception) for one in found)
     assert any(word in str(found[0]) for word in ("No space left", "killed"))
-    lane.submit(pairs, [streams.record()])
+    submit(lane, streams, pairs)
     assert lane.end() == []
     assert all(torch.equal(place, values.cpu()) for place, values in pairs)
 
@@ -100,13 +107,13 @@ def test_what_waits_to_be_written_is_bounded(lane: FileLane, streams: Streams, m
         return whole(*arguments)
 
     monkeypatch.setattr(os, "pwrite", waits)
-    pairs, taken = runs(lane, streams), threading.Event()
+    pairs, taken = blocks(lane, streams), threading.Event()
 
-    def submit() -> None:
-        lane.submit(pairs, [streams.record()])
+    def hand_over() -> None:
+        submit(lane, streams, pairs)
         taken.set()
 
-    thread = threading.Thread(target=submit)
+    thread = threading.Thread(target=hand_over)
     thread.start()
     assert not taken.wait(0.3)
     assert len(lane._writes) <= SLOTS

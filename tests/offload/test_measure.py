@@ -213,22 +213,32 @@ def test_a_layers_products_and_attention_are_timed(linear: str) -> None:
     assert 0 < device_rates.layer_seconds(CPU, torch.float32, linear, geometry, 64) < 1
 
 
-def test_a_prompts_fixed_costs_are_not_its_activations() -> None:
-    """By hand: 1 s of prefill, of which products, attention, small kernels and the host's part of a pass take 0.6 s."""
+def test_activations_are_what_a_layer_takes_besides() -> None:
+    """By hand: 0.2 s of a layer, of which products of 0.05 s and small kernels of 0.05 s are not theirs."""
     geometry = replace(Geometry.from_config(make_config("llama"), torch.float16), weights_bytes=2 * 10**9, layers=4)
     rates = Rates(flops=1e13, attention_flops=1e30, device_memory=1e30, device_attention=1e30, graph_layer_s=0.05,
-                  chunk_s=9.0, pass_s=0.1)  # fmt: skip
-    probe = probes._Probe(SimpleNamespace(geometry=geometry), prefill_s=1.0, decode_s=0.0)
-    tokens, parameters = 1000, 10**9 / 4  # of a layer, three of which all tokens pass whole
-    keys = 2 * geometry.kv_heads * geometry.head_dim * geometry.hidden
-    products = 2 * (3 * parameters + keys) * tokens / 1e13
-    expected = geometry.activation_bytes() * 3 * tokens / (1.0 - products - 4 * 0.05 - 0.1)
-    assert probes._activations(probe, rates, tokens, on_gpu=True) == pytest.approx(expected)
-    # Without a GPU the issue of every layer is part of it; all layers are passed whole, and nothing is fused.
-    expected = geometry.activation_bytes() * 4 * tokens / (1.0 - 2 * 4 * parameters * tokens / 1e13 - 4 * 0.03 - 0.1)
-    assert probes._activations(probe, replace(rates, layer_s=0.03), tokens, on_gpu=False) == pytest.approx(expected)
+                  chunk_s=9.0, pass_s=9.0, layer_s=0.03)  # fmt: skip
+    probe = probes._Probe(SimpleNamespace(geometry=geometry), decode_s=9.0, prompt_layer_s=0.2)
+    tokens = 1000  # through 10**9 / 4 parameters a layer
+    nbytes = geometry.activation_bytes() * tokens
+    assert probes._activations(probe, rates, tokens, on_gpu=True) == pytest.approx(nbytes / (0.2 - 0.05 - 0.05))
+    # Without a GPU the issue of a layer is part of its time.
+    assert probes._activations(probe, rates, tokens, on_gpu=False) == pytest.approx(nbytes / (0.2 - 0.05 - 0.03))
     slow = replace(rates, flops=1e12)  # nothing is left
-    assert probes._activations(probe, slow, tokens, on_gpu=True) == geometry.activation_bytes() * 3 * tokens / 0.05
+    assert probes._activations(probe, slow, tokens, on_gpu=True) == pytest.approx(nbytes / 0.01)
+
+
+def test_a_prompts_layers_are_timed_between_the_first_and_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: four layers of 1 s, the first of 5 s, the last of 0.1; the first prompt is to warm up."""
+    layers = [torch.nn.Identity() for _ in range(4)]
+    clock = 0.0
+    monkeypatch.setattr(probes, "time", SimpleNamespace(perf_counter=lambda: clock))
+    times = probes._LayerTimes(layers, 8, on_gpu=False)
+    for tokens, slower in ((8, 10.0), (1, 50.0), (8, 1.0), (8, 3.0), (8, 2.0)):
+        for layer, seconds in zip(layers, (5.0, 1.0, 1.0, 0.1)):
+            clock += slower * seconds
+            layer(torch.zeros(1, tokens, 2))
+    assert times.median() == pytest.approx(2.0)
 
 
 def test_a_probe_that_cannot_run_leaves_its_rates_assumed(

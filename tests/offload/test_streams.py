@@ -153,6 +153,27 @@ def test_tensors_of_inference_mode_can_be_copied(device: str) -> None:
     streams.close()
 
 
+@pytest.mark.parametrize("serial", [False, True])
+def test_heads_that_lie_apart_are_one_copy(device: str, serial: bool) -> None:
+    """Tokens in the middle of a block of 9, there and back, between two of another block; nothing else changes."""
+    streams = make_streams(device, serial=serial)
+    source, home = host(2, 3, 9, 4), host(2, 3, 5, 4)
+    there = torch.zeros(2, 3, 7, 4, device=device)
+    before = home.clone()
+    some, after = (there[:, :, 2:5], source[:, :, 3:6]), [streams.record()]
+    up = streams.lane("kv").submit([some], object="kv", direction="h2d", after=after)
+    back = (home[:, :, 1:4], there[:, :, 2:5])
+    streams.lane("kv").submit([back], object="kv", direction="d2h", after=[up]).synchronize()
+    assert torch.equal(home[:, :, 1:4], source[:, :, 3:6])
+    assert torch.equal(home[:, :, [0, 4]], before[:, :, [0, 4]])
+    assert not there[:, :, [0, 1, 5, 6]].any()
+    whole = torch.empty(2, 3, 3, 4, device=device)  # contiguous on one side alone
+    streams.lane("kv").submit([(whole, source[:, :, 6:])], object="kv", direction="h2d").synchronize()
+    assert torch.equal(whole.cpu(), source[:, :, 6:])
+    assert sum(one.bytes for one in streams.drain_transfers()) == 3 * whole.nbytes
+    streams.close()
+
+
 def test_close_ends_the_worker_threads() -> None:
     streams = make_streams("cpu")
     streams.lane("closing")

@@ -1,17 +1,19 @@
 """The few calls of the CUDA driver that torch does not offer: launching a compiled kernel, or a C function of the host,
-on torch's context and streams."""
+and copying rows, on torch's context and streams."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
 import sys
+from collections.abc import Iterable
 
 import torch
 
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _DEFAULT_SHARED = 48 * 1024  # beyond it a kernel has to opt in
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_…
+_UNIFIED = 4  # CU_MEMORYTYPE_UNIFIED: the address says which memory it is
 _EARLY_LAUNCHES_IN_GRAPHS = 12030  # the version from which on a CUDA graph can hold them
 
 
@@ -106,3 +108,29 @@ def launch_host_function(stream: int, function: int, argument: int) -> None:
     """
     pointers = (ctypes.c_void_p(stream), ctypes.c_void_p(function), ctypes.c_void_p(argument))
     _check(_library().cuLaunchHostFunc(*pointers), "launching a host function")
+
+
+class _Side(ctypes.Structure):
+    """Of a copy, where it comes from or where it goes: a half of `CUDA_MEMCPY2D`."""
+
+    _fields_ = [
+        ("x", ctypes.c_size_t), ("y", ctypes.c_size_t), ("memory", ctypes.c_int), ("host", ctypes.c_void_p),
+        ("device", ctypes.c_void_p), ("array", ctypes.c_void_p), ("pitch", ctypes.c_size_t),
+    ]  # fmt: skip
+
+
+class _Copy2D(ctypes.Structure):
+    """`CUDA_MEMCPY2D`."""
+
+    _fields_ = [("source", _Side), ("target", _Side), ("width", ctypes.c_size_t), ("height", ctypes.c_size_t)]
+
+
+def copy_rows(stream: int, addresses: Iterable[int], pitches: Iterable[int], width: int, rows: int) -> None:
+    """Have a stream copy `rows` runs of `width` bytes, of device memory or page-locked host memory.
+
+    addresses: of the first run, where it goes and where it comes from; pitches: bytes from one run to the next, there
+    and here.
+    """
+    target, source = (_Side(memory=_UNIFIED, device=at, pitch=pitch) for at, pitch in zip(addresses, pitches))
+    copy = ctypes.byref(_Copy2D(source, target, width, rows))
+    _check(_library().cuMemcpy2DAsync_v2(copy, ctypes.c_void_p(stream)), f"copying {rows} × {width} bytes")
