@@ -5,11 +5,11 @@
 
 Every --run changes some of the flags for one configuration; without any, the flags are the one configuration. All runs
 of a process share the loaded and page-locked weights. Each run warms up on a shorter prompt first; prefill is one pass
-over the prompt, decode the median over the passes after it. `predicted_…` is what the planner said from the `rates` of
-the row, all measured before the run's first pass; `live_predicted_…` is what the server's metrics say, where each
-pass is predicted by what the ones before it showed of the host. `floor_s` is what this machine allows for the
-placement: the KV in host memory, read once a pass by all cores, the weights over PCIe, or both out of one memory,
-whichever takes the longest.
+over the prompt, decode the median over the passes after it: from the third on where a CUDA graph replays them, in which
+the second is captured. `predicted_…` is what the planner said from the `rates` of the row, all measured before the
+run's first pass; `live_predicted_…` is what the server's metrics say, where each pass is predicted by what the ones
+before it showed of the host. `floor_s` is what this machine allows for the placement: the KV in host memory, read once
+a pass by all cores, the weights over PCIe, or both out of one memory, whichever takes the longest.
 
 The model has LLaMA-13B's geometry with its positions stretched from 4,096 to 131,072 (linear rope scaling by 32).
 """
@@ -62,6 +62,7 @@ HEAD = ("commit", "date", "command", "machine", "versions")  # of a file: a row'
 # Recorded where set by hand.
 PLANNED = ("graphs", "host_memory", "resident_layers", "slots", "chunk_tokens", "prefill_round_tokens", "host_threads")
 WARM_UP_TOKENS = 3
+CAPTURED_BY = 2  # decode passes of a request, of which the first is issued and the second captured in a graph
 READ_LAYERS = 8  # to find the host's bandwidth
 
 
@@ -254,7 +255,7 @@ def measure(
     compared = min(len(same), len(tokens))
     streamed = weights.store.nbytes * plan.streamed_layers // plan.geometry.layers
     kv_on_host = max(0, run.context - plan.kv_gpu_tokens) * plan.geometry.layers * plan.geometry.kv_token_bytes()
-    rates, used, timed = plan.rates, host_peak(), timings(steps.passes)
+    rates, used, timed = plan.rates, host_peak(), timings(steps.passes, CAPTURED_BY if plan.graphs else 0)
     own = timed["decode_h2d_bytes_per_s"] or 0.0, timed.get("host_attention_bytes_per_s") or 0.0
     # The shared weights lie in host memory whole, whatever the placement.
     asked = HOST_PROCESS + weights.store.host_nbytes + plan.kv_host_bytes
@@ -349,10 +350,13 @@ def base_row(args: argparse.Namespace, run: argparse.Namespace, weights: ModelWe
     }
 
 
-def timings(passes: list[StepStats]) -> dict[str, Any]:
-    """Seconds of the prefill's rounds together, of the median decode pass, and of their copies: stalled and hidden."""
+def timings(passes: list[StepStats], unlike: int = 0) -> dict[str, Any]:
+    """Seconds of the prefill's rounds together, of the median decode pass, and of their copies: stalled and hidden.
+
+    unlike: so many decode passes, the first ones, are not like those that follow, and do not count.
+    """
     prefills = [one for one in passes if one.phase == "prefill"]
-    decodes = [one for one in passes if one.phase == "decode"]
+    decodes = [one for one in passes if one.phase == "decode"][unlike:]
     transfers = [transfer for one in passes for transfer in one.transfers]
     decode_transfers = [transfer for one in decodes for transfer in one.transfers]
     return {

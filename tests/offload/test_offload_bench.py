@@ -54,6 +54,13 @@ def test_what_was_predicted_first_stands_beside_what_followed() -> None:
     assert (row["live_predicted_prefill_s"], row["live_predicted_decode_s_per_token"]) == (1.5, 0.28)
 
 
+def test_passes_before_a_graph_replays_them_do_not_count() -> None:
+    passes = [StepStats("decode", seconds, 0, 1, "elsa") for seconds in (0.1, 0.16, 0.027, 0.029, 0.028)]
+    assert offload_bench.timings(passes)["decode_s_per_token"] == 0.029
+    assert offload_bench.timings(passes, unlike=2)["decode_s_per_token"] == 0.028
+    assert offload_bench.timings(passes, unlike=2)["decode_s_max"] == 0.029
+
+
 def test_older_rows_keep_what_their_files_head_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "rows.json"
 
