@@ -38,8 +38,9 @@ from elsa_load.scrapes import FILE
 
 from elsa_serve.errors import ElsaError
 from elsa_serve.offload.checkpoint import load_config
+from elsa_serve.offload.geometry import Geometry
 from elsa_serve.offload.loading import DTYPES
-from elsa_serve.offload.plan import Geometry, make_plan
+from elsa_serve.offload.plan import make_plan
 from elsa_serve.offload.split import CHOICES
 from elsa_serve.offload.units import parse_size
 from kernels.bench import results_file

@@ -17,8 +17,8 @@ from elsa_serve.offload.machine import Heads
 from elsa_serve.offload.timing import repeated, seconds, sustained
 
 if TYPE_CHECKING:
+    from elsa_serve.offload.geometry import Geometry
     from elsa_serve.offload.measure import Sizes
-    from elsa_serve.offload.plan import Geometry
 
 ROWS, WEIGHTS = 48, 3  # products of one row in a timed run, and matrices that they take in turn
 LAYERS = 8  # whose products are timed in turn: together more than a cache holds

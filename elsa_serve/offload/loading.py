@@ -17,13 +17,14 @@ from elsa_serve.offload import disk_rates, host_rates, machine, measure
 from elsa_serve.offload.checkpoint import Checkpoint, load_config
 from elsa_serve.offload.file_lane import FileLane
 from elsa_serve.offload.fused import Fused, fuse
+from elsa_serve.offload.geometry import Geometry, check_rope
 from elsa_serve.offload.graphs import slack_bytes
 from elsa_serve.offload.host import FileBuffer, HostBuffer
 from elsa_serve.offload.in_place import InPlace
 from elsa_serve.offload.kv import ALIGNMENT, KVPool, KVShape, RequestKV
 from elsa_serve.offload.machine import Rates
 from elsa_serve.offload.output import eos_token_ids
-from elsa_serve.offload.plan import Geometry, Plan, check_rope, make_plan, row_multiple, with_rates
+from elsa_serve.offload.plan import Plan, make_plan, row_multiple, with_rates
 from elsa_serve.offload.predict import in_place_limit
 from elsa_serve.offload.ring import WeightStream
 from elsa_serve.offload.split import check_linear, split_linears

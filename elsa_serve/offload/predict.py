@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING
 from elsa_serve.offload.machine import Rates
 
 if TYPE_CHECKING:
+    from elsa_serve.offload.geometry import Geometry
     from elsa_serve.offload.kv import RequestKV
-    from elsa_serve.offload.plan import Geometry, Plan
+    from elsa_serve.offload.plan import Plan
 
 HOP_S = 60e-6  # seconds a layer waits for queries to reach the host and for its state to come back
 FEW = 32  # tokens of a share up to which all of them pass every layer: a decode pass's, drafted ones included

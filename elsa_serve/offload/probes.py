@@ -21,8 +21,8 @@ from elsa_serve.protocol import GenerationRequest, SamplingParams, stream
 from elsa_serve.stats import Record, StepStats
 
 if TYPE_CHECKING:
+    from elsa_serve.offload.geometry import Geometry
     from elsa_serve.offload.measure import Sizes
-    from elsa_serve.offload.plan import Geometry
 
 WIDE = 4  # layers of the probe of a prompt's activations, of which those between the first and the last are timed
 PROMPTS = 3  # that a probe is timed over, and DECODES passes

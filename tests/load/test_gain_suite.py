@@ -14,8 +14,9 @@ from transformers import AutoTokenizer
 
 from elsa_serve import results_file
 from elsa_serve.offload.checkpoint import load_config
+from elsa_serve.offload.geometry import Geometry
 from elsa_serve.offload.loading import DTYPES
-from elsa_serve.offload.plan import Geometry, make_plan
+from elsa_serve.offload.plan import make_plan
 from load_tests import gain_suite, tables
 from load_tests.gain_suite import SuiteCell
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from elsa_serve.offload.engine import OffloadEngine
-from elsa_serve.offload.plan import CUDA_CONTEXT, Geometry, Plan, make_plan
+from elsa_serve.offload.geometry import Geometry
+from elsa_serve.offload.plan import CUDA_CONTEXT, Plan, make_plan
 from elsa_serve.protocol import GenerationRequest, SamplingParams, TokenEvent, stream
 
 VOCAB = 384  # 256 bytes and room for special tokens

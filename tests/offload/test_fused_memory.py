@@ -9,7 +9,8 @@ from transformers import AutoConfig
 
 from elsa_serve.offload import attention as attentions
 from elsa_serve.offload import fused
-from elsa_serve.offload.plan import Geometry, chunk_bytes
+from elsa_serve.offload.geometry import Geometry
+from elsa_serve.offload.plan import chunk_bytes
 from elsa_serve.offload.weights import build_meta_model, find_decoder_layers
 
 CHUNK = 64

@@ -17,8 +17,8 @@ from engine_models import make_config, make_engine
 
 from elsa_serve.errors import BudgetError
 from elsa_serve.offload import device_rates, disk_rates, host_rates, loading, measure, probes, timing
+from elsa_serve.offload.geometry import Geometry
 from elsa_serve.offload.machine import Heads, Rates, assumed_rates
-from elsa_serve.offload.plan import Geometry
 
 CPU = torch.device("cpu")
 TINY = measure.Sizes(

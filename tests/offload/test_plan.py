@@ -15,9 +15,10 @@ from offload_models import make_config
 from transformers import LlamaConfig
 
 from elsa_serve.errors import BudgetError
+from elsa_serve.offload.geometry import Geometry, max_context
 from elsa_serve.offload.kv import KVPool, KVShape
 from elsa_serve.offload.machine import Rates
-from elsa_serve.offload.plan import Geometry, Plan, make_plan, max_context
+from elsa_serve.offload.plan import Plan, make_plan
 from elsa_serve.offload.plan_text import render
 from elsa_serve.offload.ring import WeightStream
 from elsa_serve.offload.streams import make_streams

@@ -12,10 +12,11 @@ from transformers import LlamaConfig
 
 from elsa_serve.errors import BudgetError
 from elsa_serve.offload.disk_layers import BUFFERS
+from elsa_serve.offload.geometry import Geometry
 from elsa_serve.offload.kv import Extent, RequestKV, Span
 from elsa_serve.offload.loading import _with_disk_tried
 from elsa_serve.offload.machine import Rates
-from elsa_serve.offload.plan import Geometry, Plan, make_plan
+from elsa_serve.offload.plan import Plan, make_plan
 from elsa_serve.offload.plan_text import render
 from elsa_serve.offload.predict import (
     HOP_S,

@@ -16,8 +16,9 @@ from transformers import AutoConfig
 
 from elsa_serve.errors import UsageError
 from elsa_serve.offload.engine import OffloadEngine
+from elsa_serve.offload.geometry import Geometry
 from elsa_serve.offload.machine import assumed_rates
-from elsa_serve.offload.plan import ROUND_TOKENS, Geometry, make_plan
+from elsa_serve.offload.plan import ROUND_TOKENS, make_plan
 from elsa_serve.offload.rounds import pass_tokens
 from elsa_serve.offload.scheduler import PassTokens
 from elsa_serve.protocol import Event, TokenEvent
