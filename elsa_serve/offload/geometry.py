@@ -10,7 +10,8 @@ import torch
 
 from elsa_serve.errors import UsageError
 from elsa_serve.offload.machine import Heads
-from elsa_serve.offload.weights import ALIGNMENT, build_meta_model, find_decoder_layers, make_layout
+from elsa_serve.offload.units import ALIGNMENT, aligned
+from elsa_serve.offload.weights import build_meta_model, find_decoder_layers, make_layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,7 @@ class Geometry:
 
     def kv_layer_bytes(self, tokens: int) -> int:
         """Keys and values of so many tokens in one layer, as one block."""
-        return _aligned(self.kv_token_bytes() * tokens)
+        return aligned(self.kv_token_bytes() * tokens)
 
     def kv_bytes(self, tokens: int) -> int:
         return self.layers * self.kv_layer_bytes(tokens)
@@ -118,7 +119,3 @@ def check_rope(text_config: Any, context: int) -> None:
                 f"results would depend on the batch. Pass --context {original} or less, or use rope_type "
                 "yarn or linear"
             )
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT

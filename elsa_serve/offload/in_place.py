@@ -27,12 +27,12 @@ from elsa_serve.offload.attention import AttentionOptions
 from elsa_serve.offload.host import HostBuffer
 from elsa_serve.offload.machine import usable_cores
 from elsa_serve.offload.streams import Event, HostFunctions, Streams
+from elsa_serve.offload.units import aligned
 from elsa_serve.offload.working import write_mapped
 from elsa_serve.stats import HostAttention
 
 logger = logging.getLogger(__name__)
 
-ALIGNMENT = 256
 FIRST_STAGING = 1 << 20  # bytes
 SPARE_CORES = 1  # beside a GPU: what its driver's threads and Python need of the host
 
@@ -74,7 +74,7 @@ class Staging:
         if self._used + nbytes > self._buffers[-1].nbytes:
             self._grow(max(nbytes, 2 * self._buffers[-1].nbytes))
         piece = slice(self._used, self._used + nbytes)
-        self._used += -(-nbytes // ALIGNMENT) * ALIGNMENT
+        self._used += aligned(nbytes)
         host, mapped = self._buffers[-1].tensor[piece], self._mapped[piece]
         return host.view(dtype).view(*shape), mapped.view(dtype).view(*shape)
 

@@ -17,9 +17,7 @@ from typing import Literal
 import torch
 
 from elsa_serve.errors import BudgetError
-from elsa_serve.offload.units import format_size
-
-ALIGNMENT = 256  # bytes: what vector loads and the copy engines like
+from elsa_serve.offload.units import aligned, format_size
 
 Tier = Literal["gpu", "host", "disk"]  # in the order in which requests fill them
 
@@ -35,16 +33,12 @@ class KVShape:
 
     def block_nbytes(self, capacity: int) -> int:
         """Bytes of one layer's block for `capacity` tokens, padded to the alignment."""
-        return _aligned(2 * self.kv_heads * capacity * self.head_dim * self.dtype.itemsize)
+        return aligned(2 * self.kv_heads * capacity * self.head_dim * self.dtype.itemsize)
 
     def view(self, storage: torch.Tensor, capacity: int) -> torch.Tensor:
         """The first bytes of a flat uint8 tensor as [2, Hkv, capacity, D]."""
         nbytes = 2 * self.kv_heads * capacity * self.head_dim * self.dtype.itemsize
         return storage[:nbytes].view(self.dtype).view(2, self.kv_heads, capacity, self.head_dim)
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -65,7 +59,7 @@ class Arena:
 
     def allocate(self, nbytes: int) -> Block | None:
         """A block of `nbytes` rounded up to the alignment; None when no free block is that large."""
-        nbytes = _aligned(nbytes)
+        nbytes = aligned(nbytes)
         for i, block in enumerate(self._free):
             if block.nbytes >= nbytes:
                 rest = Block(block.offset + nbytes, block.nbytes - nbytes)
@@ -76,7 +70,7 @@ class Arena:
 
     def room_for(self, nbytes: int) -> int:
         """How many blocks of `nbytes` could be allocated now."""
-        return sum(block.nbytes // _aligned(nbytes) for block in self._free) if nbytes else sys.maxsize
+        return sum(block.nbytes // aligned(nbytes) for block in self._free) if nbytes else sys.maxsize
 
     def free(self, block: Block) -> None:
         i = bisect.bisect(self._free, block)

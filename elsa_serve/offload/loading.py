@@ -21,7 +21,7 @@ from elsa_serve.offload.geometry import Geometry, check_rope
 from elsa_serve.offload.graphs import slack_bytes
 from elsa_serve.offload.host import FileBuffer, HostBuffer
 from elsa_serve.offload.in_place import InPlace
-from elsa_serve.offload.kv import ALIGNMENT, KVPool, KVShape, RequestKV
+from elsa_serve.offload.kv import KVPool, KVShape, RequestKV
 from elsa_serve.offload.machine import Rates
 from elsa_serve.offload.output import eos_token_ids
 from elsa_serve.offload.plan import Plan, make_plan, row_multiple, with_rates
@@ -32,7 +32,7 @@ from elsa_serve.offload.step import Part, PassRunner
 from elsa_serve.offload.streams import Streams, make_streams
 from elsa_serve.offload.tiers import Tiers
 from elsa_serve.offload.tokenizer import load_tokenizer
-from elsa_serve.offload.units import parse_size
+from elsa_serve.offload.units import aligned, parse_size
 from elsa_serve.offload.weights import LoadFormat, ModelWeights, choose_dtype, load_model
 from elsa_serve.offload.working import WorkingKV
 from elsa_serve.protocol import Tokenizer
@@ -270,7 +270,7 @@ def _assemble(
 ) -> LoadedModel:
     device, geometry = weights.device, plan.geometry
     _check_interface(weights)
-    host_buffer = HostBuffer(_padded(plan.kv_host_bytes), pin=device.type == "cuda")
+    host_buffer = HostBuffer(aligned(plan.kv_host_bytes), pin=device.type == "cuda")
     # Without a GPU nothing runs beside the host's attention; the twin of one stream is not predicted.
     if device.type == "cuda" and options.rates is None and not options.serial:
         plan = with_rates_now(plan, weights, host_buffer.tensor, options.host_threads)
@@ -370,10 +370,6 @@ def _tiers(options: EngineOptions, plan: Plan, shape: KVShape, streams: Streams,
         # With the heads of a group, a tile of so many rows: another one sums in another order.
         max(1, multiple * geometry.kv_heads // geometry.heads) if multiple > 1 else None,
     )
-
-
-def _padded(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def _check_interface(weights: ModelWeights) -> None:

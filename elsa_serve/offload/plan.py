@@ -23,8 +23,7 @@ from elsa_serve.offload.geometry import Geometry
 from elsa_serve.offload.machine import Rates, assumed_rates
 from elsa_serve.offload.predict import Share, pass_time
 from elsa_serve.offload.rounds import rounds_of
-from elsa_serve.offload.units import format_size
-from elsa_serve.offload.weights import ALIGNMENT
+from elsa_serve.offload.units import ALIGNMENT, format_size
 
 MIN_CHUNK, SMALL_CHUNK = 64, 4096  # tokens; up to the larger, matrix products gain much
 DECODE_SHARE = 100  # still larger chunks may slow a token down by one part in so many

@@ -1,4 +1,4 @@
-"""Sizes as people write them."""
+"""Sizes as people write them, and as memory is given out."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import re
 
 from elsa_serve.errors import UsageError
 
+# Bytes: what CUDA's own allocator gives, and what every vector load, TMA descriptor and copy engine likes.
+ALIGNMENT = 256
 _FACTORS = {
     "": 1, "b": 1,
     "k": 1000, "kb": 1000, "kib": 1024,
@@ -32,3 +34,8 @@ def format_size(nbytes: float) -> str:
             break
         value /= 1024
     return f"{value:.0f} B" if unit == "B" else f"{value:.{1 if abs(value) < 100 else 0}f} {unit}"
+
+
+def aligned(nbytes: int) -> int:
+    """Rounded up to a multiple of ALIGNMENT."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT

@@ -21,18 +21,17 @@ from elsa_serve.errors import CheckpointError
 from elsa_serve.offload.checkpoint import Checkpoint, load_config
 from elsa_serve.offload.disk_layers import DiskLayers, Extent
 from elsa_serve.offload.host import HostBuffer
-from elsa_serve.offload.units import format_size
+from elsa_serve.offload.units import aligned, format_size
 from elsa_serve.stats import DiskReads
 
 LoadFormat = Literal["auto", "safetensors", "dummy"]
-ALIGNMENT = 256  # bytes; what CUDA's own allocator gives, and what every vector load and TMA descriptor needs
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """Where a parameter lies in its layer's flat buffer. `offset` in bytes, a multiple of ALIGNMENT."""
+    """Where a parameter lies in its layer's flat buffer. `offset` in bytes, a multiple of `units.ALIGNMENT`."""
 
     offset: int
     shape: torch.Size
@@ -53,7 +52,7 @@ def make_layout(layer: nn.Module) -> tuple[dict[str, TensorSpec], int]:
     for name, parameter in layer.named_parameters():
         spec = TensorSpec(end, parameter.shape, parameter.dtype)
         layout[name] = spec
-        end = spec.offset + -(-spec.nbytes // ALIGNMENT) * ALIGNMENT
+        end = spec.offset + aligned(spec.nbytes)
     return layout, end
 
 

@@ -12,8 +12,9 @@ import torch
 
 from elsa_serve.errors import BudgetError
 from elsa_serve.offload.host import FileBuffer
-from elsa_serve.offload.kv import ALIGNMENT, Arena, Block, KVPool, KVShape, RequestKV
+from elsa_serve.offload.kv import Arena, Block, KVPool, KVShape, RequestKV
 from elsa_serve.offload.streams import Streams, make_streams
+from elsa_serve.offload.units import ALIGNMENT
 from elsa_serve.offload.working import Visit, WorkingKV
 
 SHAPE = KVShape(layers=3, kv_heads=2, head_dim=8, dtype=torch.float32)

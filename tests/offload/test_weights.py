@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM
 from elsa_serve.errors import CheckpointError
 from elsa_serve.offload.ring import WeightStream
 from elsa_serve.offload.streams import make_streams
-from elsa_serve.offload.weights import ALIGNMENT, ModelWeights, load_model
+from elsa_serve.offload.units import ALIGNMENT
+from elsa_serve.offload.weights import ModelWeights, load_model
 
 IDS = torch.arange(24).view(2, 12)
 
