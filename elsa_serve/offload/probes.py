@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 WIDE = 4  # layers of the probe of a prompt's activations, of which those between the first and the last are timed
 PROMPTS = 3  # that a probe is timed over, and DECODES passes
-SHALLOW, DEEP = 2, 10  # layers of the other probes: their difference is a layer's issue, the rest is the pass's
+DEEP = 10  # layers of the other probes; from graphs, which have no hooks, beside one of SHALLOW layers
+SHALLOW = 2
 SHORT = 64  # tokens of their prompts, on a CPU
 LONG = 1024  # on a GPU: so many keys are attended by as many kernels as any larger number
 DECODES = 12
@@ -57,28 +58,28 @@ def engine_rates(
 
     try:
         wide, halves = (
-            probe(hidden, WIDE, prompt, timed=True, chunk_tokens=tokens, graphs=False)
-            for tokens in (prompt, prompt // 2)
+            probe(hidden, WIDE, prompt, decodes=0, chunk_tokens=tokens, graphs=False) for tokens in (prompt, prompt // 2)
         )
-        deep, flat = (probe(hidden // 4, layers, short, graphs=False) for layers in (DEEP, SHALLOW))
-        deep_graph, flat_graph = deep, flat
+        deep = probe(hidden // 4, DEEP, short, graphs=False)
+        graph_layer_s, graph_pass_s = deep.decode_layer_s, deep.decode_rest_s
         if on_gpu:
             # The small kernels are the same with any attention; what no graph holds would be timed with its issue.
             name = attention if attention in attentions.IN_GRAPHS else "elsa"
             deep_graph, flat_graph = (probe(hidden // 4, layers, short, name) for layers in (DEEP, SHALLOW))
-        known = counted(flat_graph.plan.geometry, short)
+            graph_layer_s = (deep_graph.decode_s - flat_graph.decode_s) / (DEEP - SHALLOW)
+            graph_pass_s = flat_graph.decode_s - SHALLOW * graph_layer_s
+        known = counted(deep.plan.geometry, short)
     except (ElsaError, torch.cuda.OutOfMemoryError) as error:
         logger.warning("the engine's own share of a pass cannot be measured (%s): it is assumed", error)
         return {}
-    layer_s = max(1e-6, (deep.decode_s - flat.decode_s) / (DEEP - SHALLOW))
-    in_graph = (deep_graph.decode_s - flat_graph.decode_s) / (DEEP - SHALLOW)
     found: dict[str, Any] = {
-        "layer_s": layer_s,
-        "pass_s": max(1e-6, flat.decode_s - SHALLOW * layer_s),
-        "graph_layer_s": max(1e-6, in_graph - known),
-        "graph_pass_s": max(1e-6, flat_graph.decode_s - SHALLOW * in_graph),
-        "chunk_s": max(1e-6, halves.prompt_layer_s - wide.prompt_layer_s),
+        "layer_s": deep.decode_layer_s,
+        "pass_s": deep.decode_rest_s,
+        "graph_layer_s": graph_layer_s - known,
+        "graph_pass_s": graph_pass_s,
+        "chunk_s": halves.prompt_layer_s - wide.prompt_layer_s,
     }
+    found = {name: max(1e-6, seconds) for name, seconds in found.items()}
     return found | {"activations": _activations(wide, replace(rates, **found), prompt, on_gpu)}
 
 
@@ -94,8 +95,10 @@ def _activations(probe: _Probe, rates: Rates, prompt: int, on_gpu: bool) -> floa
 @dataclass(frozen=True, slots=True)
 class _Probe:
     plan: Any
-    decode_s: float  # a pass of one token
-    prompt_layer_s: float = 0.0  # of a layer that a prompt passes whole, where that was timed
+    prompt_layer_s: float = math.nan  # of a layer that a prompt passes whole; where graphs are, layers are not timed
+    decode_s: float = math.nan  # of a pass of one token
+    decode_layer_s: float = math.nan  # of a layer's issue in it
+    decode_rest_s: float = math.nan  # of such a pass without its layers
 
 
 class _Passes:
@@ -107,32 +110,43 @@ class _Passes:
 
 
 class _LayerTimes:
-    """Seconds between the ends of layers that all tokens of a prompt have passed, by the device's own clock: what
-    Python takes before the first of them changes from minute to minute on a shared host."""
+    """Seconds from the first layer's end to that of the last but one, pass by pass, as one layer's.
+
+    Of a prompt by the device's own clock: what Python takes before the first layer changes from minute to minute on a
+    shared host. Of other passes by the host's, which is Python's share. The last layer waits for the device, and
+    computes one token alone.
+    """
 
     def __init__(self, layers: Sequence[torch.nn.Module], prompt: int, on_gpu: bool) -> None:
         self._layers, self._prompt, self._on_gpu = len(layers), prompt, on_gpu
-        self._ends: list[Any] = []
+        self._prompt_ends: list[Any] = []
+        self._decode_ends: list[Any] = []
         for layer in layers:
             layer.register_forward_hook(self._passed)
 
     def _passed(self, _: torch.nn.Module, inputs: tuple[torch.Tensor, ...], __: object) -> None:
         if inputs[0].shape[1] != self._prompt:
-            return
-        if self._on_gpu:
-            self._ends.append(torch.cuda.Event(enable_timing=True))
-            self._ends[-1].record()
+            self._decode_ends.append(time.perf_counter())
+        elif self._on_gpu:
+            self._prompt_ends.append(torch.cuda.Event(enable_timing=True))
+            self._prompt_ends[-1].record()
         else:
-            self._ends.append(time.perf_counter())
+            self._prompt_ends.append(time.perf_counter())
 
-    def median(self) -> float:
-        """Of the prompts behind the first. The last layer computes one token whole; the first may wait for Python."""
-        whole = self._layers - 2
-        firsts = range(self._layers, len(self._ends), self._layers)
-        return statistics.median(self._between(self._ends[i], self._ends[i + whole]) / whole for i in firsts)
+    def prompts(self) -> list[float]:
+        return self._per_layer(self._prompt_ends)
 
-    def _between(self, first: Any, last: Any) -> float:
-        return first.elapsed_time(last) / 1e3 if self._on_gpu else last - first
+    def decodes(self) -> list[float]:
+        return self._per_layer(self._decode_ends)
+
+    def _per_layer(self, ends: Sequence[Any]) -> list[float]:
+        between = self._layers - 2
+        firsts = range(0, len(ends), self._layers)
+        return [_elapsed(ends[i], ends[i + between]) / between for i in firsts]
+
+
+def _elapsed(first: Any, last: Any) -> float:
+    return last - first if isinstance(first, float) else first.elapsed_time(last) / 1e3
 
 
 def _probe(
@@ -144,13 +158,11 @@ def _probe(
     hidden: int,
     layers: int,
     prompt: int,
-    timed: bool = False,
+    decodes: int = DECODES,
+    graphs: bool = True,
     **options: Any,
 ) -> _Probe:
-    """A LLaMA of this width through the engine: a prompt some times over, the last with tokens after it.
-
-    timed: the layers of its prompts, too, which no graph may hold then.
-    """
+    """A LLaMA of this width through the engine: a prompt some times over, the last with tokens after it."""
     from transformers import LlamaConfig
 
     from elsa_serve.offload.engine import OffloadEngine
@@ -161,24 +173,31 @@ def _probe(
         num_attention_heads=hidden // dim, num_key_value_heads=hidden // dim, max_position_embeddings=1 << 17,
     )  # fmt: skip
     passes = _Passes()
+    warm = WARM_UP_TOKENS + decodes if decodes else 0
     with tempfile.TemporaryDirectory(prefix="elsa-probe-") as folder:
         config.save_pretrained(folder)
         engine = OffloadEngine(
             folder, sink=passes, device=device, dtype=dtype, attention=attention, linear=linear, rates=rates,
-            context=prompt + WARM_UP_TOKENS + DECODES + 2, max_batch=1, resident_layers=layers, load_format="dummy",
-            prefix_caching=False, num_speculative_tokens=0, prefill_round_tokens=prompt, progress=False, **options,
+            context=prompt + warm + 2, max_batch=1, resident_layers=layers, load_format="dummy",
+            prefix_caching=False, num_speculative_tokens=0, prefill_round_tokens=prompt, progress=False,
+            graphs=graphs, **options,
         )  # fmt: skip
-        times = _LayerTimes(engine.decoder_layers, prompt, device.type == "cuda") if timed else None
+        times = _LayerTimes(engine.decoder_layers, prompt, device.type == "cuda") if not graphs else None
         try:
             # One to warm up; in the last, passes that warm decoding up, and those that are timed.
-            for seed, count in enumerate((2, *[1] * (PROMPTS - 1), 1 + WARM_UP_TOKENS + DECODES)):
+            for seed, count in enumerate((1 + min(1, decodes), *[1] * (PROMPTS - 1), 1 + warm)):
                 tokens = torch.randint(1024, (prompt,), generator=torch.Generator().manual_seed(seed)).tolist()
                 sampling = SamplingParams(max_tokens=count, temperature=0.0, ignore_eos=True)
-                if seed == 1:
-                    passes.steps.clear()
                 for _ in stream(engine, GenerationRequest(f"probe-{seed}", tokens, sampling)):
                     pass
         finally:
             engine.shutdown()
-    decode = [step.duration_s for step in passes.steps if not step.prompt_tokens and step.generated_tokens == 1]
-    return _Probe(engine.plan, statistics.median(decode[WARM_UP_TOKENS:]), times.median() if times else 0.0)
+    whole = [step.duration_s for step in passes.steps if not step.prompt_tokens and step.generated_tokens == 1]
+    decode_s = {"decode_s": statistics.median(whole[-decodes:])} if decodes else {}
+    if times is None:
+        return _Probe(engine.plan, **decode_s)
+    if decodes:
+        a_layer = times.decodes()[-decodes:]
+        decode_s["decode_layer_s"] = statistics.median(a_layer)
+        decode_s["decode_rest_s"] = statistics.median(s - layers * one for s, one in zip(whole[-decodes:], a_layer))
+    return _Probe(engine.plan, statistics.median(times.prompts()[1:]), **decode_s)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import math
+import statistics
 import weakref
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -218,7 +220,7 @@ def test_activations_are_what_a_layer_takes_besides() -> None:
     geometry = replace(Geometry.from_config(make_config("llama"), torch.float16), weights_bytes=2 * 10**9, layers=4)
     rates = Rates(flops=1e13, attention_flops=1e30, device_memory=1e30, device_attention=1e30, graph_layer_s=0.05,
                   chunk_s=9.0, pass_s=9.0, layer_s=0.03)  # fmt: skip
-    probe = probes._Probe(SimpleNamespace(geometry=geometry), decode_s=9.0, prompt_layer_s=0.2)
+    probe = probes._Probe(SimpleNamespace(geometry=geometry), prompt_layer_s=0.2)
     tokens = 1000  # through 10**9 / 4 parameters a layer
     nbytes = geometry.activation_bytes() * tokens
     assert probes._activations(probe, rates, tokens, on_gpu=True) == pytest.approx(nbytes / (0.2 - 0.05 - 0.05))
@@ -228,17 +230,39 @@ def test_activations_are_what_a_layer_takes_besides() -> None:
     assert probes._activations(probe, slow, tokens, on_gpu=True) == pytest.approx(nbytes / 0.01)
 
 
-def test_a_prompts_layers_are_timed_between_the_first_and_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By hand: four layers of 1 s, the first of 5 s, the last of 0.1; the first prompt is to warm up."""
+def test_layers_are_timed_between_the_first_and_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: four layers, the first of 5 s, the last of 0.1, those between of 1 s; prompts are told from decodes."""
     layers = [torch.nn.Identity() for _ in range(4)]
     clock = 0.0
     monkeypatch.setattr(probes, "time", SimpleNamespace(perf_counter=lambda: clock))
     times = probes._LayerTimes(layers, 8, on_gpu=False)
-    for tokens, slower in ((8, 10.0), (1, 50.0), (8, 1.0), (8, 3.0), (8, 2.0)):
+    for tokens, slower in ((8, 10.0), (1, 50.0), (8, 1.0), (16, 3.0), (8, 2.0)):
         for layer, seconds in zip(layers, (5.0, 1.0, 1.0, 0.1)):
             clock += slower * seconds
             layer(torch.zeros(1, tokens, 2))
-    assert times.median() == pytest.approx(2.0)
+    assert times.prompts() == pytest.approx([10.0, 1.0, 2.0])
+    assert times.decodes() == pytest.approx([50.0, 3.0])
+
+
+def test_a_probe_tells_its_layers_from_the_rest_of_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody reads decode passes of a prompt's probe, so none run; a pass is its layers and what is left."""
+    seen: list[list[float]] = []
+    decodes = probes._LayerTimes.decodes
+
+    def looking(times: probes._LayerTimes) -> list[float]:
+        seen.append(decodes(times))
+        return seen[-1]
+
+    monkeypatch.setattr(probes._LayerTimes, "decodes", looking)
+    arguments = (CPU, torch.float32, "elsa", "torch", assumed_rates(torch.float32), 64, 4, 32)
+    of_prompts = probes._probe(*arguments, decodes=0, graphs=False)
+    assert not seen
+    assert of_prompts.prompt_layer_s > 0
+    assert math.isnan(of_prompts.decode_s)
+    both = probes._probe(*arguments, decodes=5, graphs=False)
+    assert len(seen[0]) == 1 + probes.WARM_UP_TOKENS + 5
+    assert both.decode_layer_s == statistics.median(seen[0][-5:])
+    assert 0 < both.decode_rest_s < both.decode_s
 
 
 def test_a_probe_that_cannot_run_leaves_its_rates_assumed(
