@@ -10,10 +10,13 @@ Where the library cannot be built, which is announced, torch's CPU operations co
 from __future__ import annotations
 
 import ctypes
+import functools
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from elsa_kernels import State, attention
@@ -26,7 +29,7 @@ from elsa_kernels.registry import Operands
 from elsa_serve.offload.attention import AttentionOptions
 from elsa_serve.offload.host import HostBuffer
 from elsa_serve.offload.machine import usable_cores
-from elsa_serve.offload.streams import Event, HostFunctions, Streams
+from elsa_serve.offload.streams import Event, HostCall, HostFunctions, Streams
 from elsa_serve.offload.units import aligned
 from elsa_serve.offload.working import write_mapped
 from elsa_serve.stats import HostAttention
@@ -94,6 +97,85 @@ class Staging:
             buffer.close()
 
 
+@dataclass(frozen=True, slots=True)
+class Grows:
+    """Of a share whose last key is the newest token of a piece: which piece, and the position of the share's first key.
+    """
+
+    piece: int
+    first: int
+
+
+@dataclass(frozen=True, slots=True)
+class _RepeatedShare:
+    share: HostShare
+    mapped: torch.Tensor  # the queries as the device addresses them
+    grows: Grows | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """Jobs that start together. `items` is what the native library reads and writes."""
+
+    jobs: list[library.Job]
+    items: Any
+    functions: HostFunctions
+
+
+class RepeatedCalls:
+    """The host's shares in a pass that a CUDA graph repeats: later issues of the pass find the memory and the jobs of
+    the first, call by call in the same order. From one repetition to the next, shares with the newest tokens grow."""
+
+    def __init__(self, in_place: InPlace) -> None:
+        self._in_place = in_place
+        self.staging = in_place.new_staging()
+        self._shares: list[_RepeatedShare] = []
+        self._calls: list[_Call] = []
+        self._events: list[HostCall] = []
+        self._share = self._call = 0  # the next
+
+    def begin(self) -> None:
+        """Before each issue."""
+        self._share = self._call = 0
+        self._events.clear()
+
+    def next_share(self) -> _RepeatedShare | None:
+        """None in the first issue."""
+        if self._share == len(self._shares):
+            return None
+        self._share += 1
+        return self._shares[self._share - 1]
+
+    def add_share(self, share: _RepeatedShare) -> None:
+        self._shares.append(share)
+        self._share += 1
+
+    def next_call(self, prepare: Callable[[], _Call]) -> _Call:
+        if self._call == len(self._calls):
+            self._calls.append(prepare())
+        self._call += 1
+        return self._calls[self._call - 1]
+
+    def add_event(self, event: HostCall) -> None:
+        self._events.append(event)
+
+    def place(self, positions: Sequence[int]) -> None:
+        """The pieces' new tokens are at these positions. Nothing may be under way."""
+        for job, share in self._jobs():
+            if share.grows is not None:
+                job.problem.q_start = positions[share.grows.piece] - share.grows.first
+                job.problem.Nk = job.problem.q_start + 1
+
+    def end(self) -> None:
+        """Account for a repetition that is over. Raises what a job that failed raises."""
+        nbytes = sum(share.share.k[:, :, :1].nbytes * 2 * job.problem.Nk for job, share in self._jobs())
+        stall = sum(event.last_stall() for event in self._events)
+        self._in_place.repeated([call.items for call in self._calls], nbytes, stall)
+
+    def _jobs(self) -> Iterator[tuple[library.Job, _RepeatedShare]]:
+        return zip((job for call in self._calls for job in call.jobs), self._shares)
+
+
 class InPlace:
     """Computes host shares. One at a time, on the engine's thread; `threads` of the host work on them.
 
@@ -103,10 +185,11 @@ class InPlace:
 
     def __init__(self, streams: Streams, threads: int | None = None) -> None:
         self._streams = streams
-        self._staging = Staging(pin=streams.device.type == "cuda")
-        self._calls: deque[tuple[Event, list]] = deque()
+        self._staging = self.new_staging()
+        self._repeating: RepeatedCalls | None = None
+        self._calls: deque[tuple[Event, _Call]] = deque()
         self._bytes = self._count = 0
-        self._seconds = 0.0
+        self._seconds = self._stall = 0.0
         self.refusal = native.unavailable()
         self.threads = threads or worker_threads(streams.device)
         self._pool: Pool | None = None
@@ -119,61 +202,92 @@ class InPlace:
                 self.refusal,
             )
 
+    def new_staging(self) -> Staging:
+        return Staging(pin=self._streams.device.type == "cuda")
+
+    @contextmanager
+    def repeating(self, calls: RepeatedCalls) -> Iterator[None]:
+        """What is staged and launched inside belongs to a pass that is repeated. Raises NotImplementedError without the
+        native library, where Python attends."""
+        if self._pool is None:
+            raise NotImplementedError("torch's CPU operations attend only as Python calls them")
+        calls.begin()
+        self._repeating = calls
+        try:
+            yield
+        finally:
+            self._repeating = None
+
     def stage(
-        self, q: torch.Tensor, keys: torch.Tensor, q_start: int, options: AttentionOptions, sinks: torch.Tensor | None
+        self,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        q_start: int,
+        options: AttentionOptions,
+        sinks: torch.Tensor | None,
+        grows: Grows | None = None,
     ) -> HostShare:
-        """q [1, H, n, D] on the device, query i at position `q_start` + i of keys [2, Hkv, N, D] on the host."""
-        here, mapped = self._staging.take(q.shape, q.dtype)
+        """q [1, H, n, D] on the device, query i at position `q_start` + i of keys [2, Hkv, N, D] on the host. `grows`:
+        how N and `q_start` do where the pass is repeated."""
+        again = self._repeating.next_share() if self._repeating else None
+        if again is not None:
+            write_mapped(again.mapped, q)
+            return again.share
+        staging = self._repeating.staging if self._repeating else self._staging
+        here, mapped = staging.take(q.shape, q.dtype)
         write_mapped(mapped, q)
         rows = q.shape[:3]
-        pairs = [self._staging.take(shape, torch.float32) for shape in (rows, rows, q.shape)]
+        pairs = [staging.take(shape, torch.float32) for shape in (rows, rows, q.shape)]
         host_state, state = (State(*side) for side in zip(*pairs))
         if sinks is not None:
             sinks = sinks.float().cpu()
-        return HostShare(state, host_state, here, keys[None, 0], keys[None, 1], q_start, options, sinks)
+        share = HostShare(state, host_state, here, keys[None, 0], keys[None, 1], q_start, options, sinks)
+        if self._repeating:
+            self._repeating.add_share(_RepeatedShare(share, mapped, grows))
+        return share
 
     def launch(self, shares: Sequence[HostShare]) -> Event:
         """Compute the shares once compute's work so far is done. Compute must wait for the event."""
+        after = self._streams.record()
+        if self._repeating and self._pool is not None:
+            call = self._repeating.next_call(functools.partial(_prepare, self._pool, shares))
+            event = self._streams.call_host(call.functions, after, repeated=True)
+            self._repeating.add_event(event)
+            return event
         self._staging.reset()  # the next layer's rows come behind this layer's merge
         self._bytes += sum(share.k.nbytes + share.v.nbytes for share in shares)
         self._count += len(shares)
-        after = self._streams.record()
         if self._pool is None:
             after.synchronize()
             for share in shares:
                 _attend_in_torch(share)
             return after
         self._reap()
-        jobs, functions = self._prepare(self._pool, shares)
-        event = self._streams.call_host(functions, after)
-        self._calls.append((event, jobs))
+        call = _prepare(self._pool, shares)
+        event = self._streams.call_host(call.functions, after)
+        self._calls.append((event, call))
         return event
 
-    def _prepare(self, pool: Pool, shares: Sequence[HostShare]) -> tuple[list, HostFunctions]:
-        jobs = []
-        for share in shares:
-            operands = Operands(share.q, share.k, share.v, sinks=share.sinks)
-            o = share.options
-            problem = build_problem(
-                operands, causal=True, scale=o.scale, q_start=share.q_start, window=o.window, softcap=o.softcap,
-                precision=None, return_state=True,
-            )  # fmt: skip
-            jobs.append(library.Job(pool, problem, operands, share.host_state))
-        items = (library.Launch * len(jobs))(*(job.launch for job in jobs))
-        launches = library.Launches(items, len(jobs))
-        start, join = library.host_functions()
-        keep = (jobs, items, launches)
-        return [jobs, items], HostFunctions(start, join, ctypes.addressof(launches), keep)
+    def repeated(self, items: Sequence[Any], nbytes: int, stall: float) -> None:
+        """Account for calls that a graph made."""
+        self._bytes += nbytes
+        self._stall += stall
+        self._count += sum(len(call) for call in items)
+        self._over(items)
 
     def _reap(self, wait: bool = False) -> None:
         """Account for calls that are over and let go of them."""
-        failed = 0
+        over = []
         while self._calls and (wait or self._calls[0][0].query()):
-            event, (_, items) = self._calls.popleft()
+            event, call = self._calls.popleft()
             event.synchronize()
-            self._seconds += max(item.seconds for item in items)  # each from the one start of all to its own end
-            failed = failed or next((item.status for item in items if item.status), 0)
-        library.check_status(failed)
+            over.append(call.items)
+        self._over(over)
+
+    def _over(self, calls: Sequence[Any]) -> None:
+        # Each from the one start of all to its own end.
+        self._seconds += sum(max(item.seconds for item in items) for items in calls)
+        library.check_status(next((item.status for items in calls for item in items if item.status), 0))
 
     def end(self) -> None:
         """Block until nothing is under way. Raises MemoryError or RuntimeError for a job that failed in this pass."""
@@ -190,9 +304,9 @@ class InPlace:
     def drain(self) -> HostAttention | None:
         """What the host did since the last call; None for nothing."""
         count, nbytes, seconds = self._count, self._bytes, self._seconds
+        stall = self._streams.drain_host_stall() + self._stall
         self._count = self._bytes = 0
-        self._seconds = 0.0
-        stall = self._streams.drain_host_stall()
+        self._seconds = self._stall = 0.0
         return HostAttention(nbytes, seconds, stall, count) if count else None
 
     def close(self) -> None:
@@ -206,6 +320,22 @@ def worker_threads(device: torch.device) -> int:
     if device.type != "cuda":
         return torch.get_num_threads()
     return max(1, usable_cores() - SPARE_CORES)
+
+
+def _prepare(pool: Pool, shares: Sequence[HostShare]) -> _Call:
+    jobs = []
+    for share in shares:
+        operands = Operands(share.q, share.k, share.v, sinks=share.sinks)
+        o = share.options
+        problem = build_problem(
+            operands, causal=True, scale=o.scale, q_start=share.q_start, window=o.window, softcap=o.softcap,
+            precision=None, return_state=True,
+        )  # fmt: skip
+        jobs.append(library.Job(pool, problem, operands, share.host_state))
+    items = (library.Launch * len(jobs))(*(job.launch for job in jobs))
+    launches = library.Launches(items, len(jobs))
+    start, join = library.host_functions()
+    return _Call(jobs, items, HostFunctions(start, join, ctypes.addressof(launches), (jobs, items, launches)))
 
 
 def _attend_in_torch(share: HostShare) -> None:

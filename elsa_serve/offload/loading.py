@@ -67,7 +67,7 @@ class EngineOptions:
     attention: str = "elsa"
     linear: str = "torch"
     fused: bool | None = None  # layers' elementwise work in fewer kernels; None: on a GPU
-    graphs: bool | None = None  # decode from CUDA graphs, where all layers and KV lie on a GPU; None: there
+    graphs: bool | None = None  # may hold decode passes on a GPU (None: they may)
     prefill_round_tokens: int | None = None
     max_num_batched_tokens: int | None = None
     num_speculative_tokens: int | None = None
@@ -343,7 +343,7 @@ def _fuse(options: EngineOptions, weights: ModelWeights) -> Fused | None:
 
 
 def _may_be_graphs(options: EngineOptions) -> bool:
-    """Whether CUDA graphs may hold decode passes, where all layers are resident."""
+    """Whether CUDA graphs may hold decode passes."""
     return not options.serial and options.graphs is not False and options.attention in attentions.IN_GRAPHS
 
 

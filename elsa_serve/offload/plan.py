@@ -10,6 +10,7 @@ in the checkpoint's files.
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -36,6 +37,7 @@ CUBLAS_WORKSPACE = 32 << 20  # what torch gives cuBLAS on Hopper; less elsewhere
 MIB = 1 << 20
 ALIKE_ROWS = 16
 GRAPHS = 128 << 20  # CUDA graphs of decode passes, and cuBLAS's workspace on the stream that captures them
+GRAPHS_GAIN = 1.02  # they are for plans in which a token takes less by so much
 ALLOCATOR_SLACK = 10  # the caching allocator's fragmentation: one part in so many of the activations
 
 
@@ -67,7 +69,7 @@ class Plan:
     gpu_bytes: dict[str, int]  # by item, in the order of placing
     host_bytes: dict[str, int]
     rates: Rates
-    graphs: bool = False  # decode passes whose KV lies on the device are replayed from CUDA graphs
+    graphs: bool = False  # decode passes are replayed from CUDA graphs, as far as these can hold them
     in_place: bool = True  # KV off the device is attended by the host where it lies; else it comes to the device
     page_cache: int = 0  # bytes of host memory that this plan leaves to the system, which keeps pages of files there
     ttft_s: float = 0.0
@@ -168,8 +170,7 @@ def make_plan(
     """Place a model. Budgets in bytes; context in tokens, prompt and output together (None: the model's maximum).
     `disk`: layers may stay in the checkpoint's files where host memory does not hold them. `kv_disk`: bytes of KV that
     may lie on disk. `free_host`: of host memory that are free now, budget or not; what the plan leaves of them keeps
-    pages of files. `graphs`: CUDA graphs may hold decode passes, where all layers are resident. `linear`: whose linear
-    layers, torch's or elsa's. `in_place`: the attention has states to merge, so that the host may attend its KV.
+    pages of files. `graphs`: CUDA graphs may hold decode passes. `linear`: whose linear layers, torch's or elsa's. `in_place`: the attention has states to merge, so that the host may attend its KV.
 
     Raises BudgetError with numbers for what cannot fit, naming the largest context that would.
     """
@@ -198,7 +199,7 @@ def make_plan(
         disk,
         kv_disk,
         free_host,
-        graphs,
+        graphs and device_type == "cuda",
         linear,
         in_place,
     )
@@ -281,29 +282,41 @@ def _enlarged(request: _Request, plan: Plan) -> Plan:
 def _place_chunked(request: _Request, context: int, chunk: int) -> Plan:
     """The plan of the number of resident layers that decodes fastest; of equal ones, that which reads least from host
     memory."""
-    if request.resident is not None:
-        return _predict(_place_with(request, context, chunk, request.resident))
-    plans: list[Plan] = []
+    layers, token = request.geometry.layers, request.geometry.layers * request.geometry.kv_token_bytes()
+    counts = range(layers + 1) if request.resident is None else [request.resident]
+    plans: dict[bool, list[Plan]] = {False: [], True: []}  # without and with CUDA graphs
     refusal: BudgetError | None = None
-    for resident in range(request.geometry.layers + 1):
+    for resident, graphs in itertools.product(counts, plans if request.graphs else [False]):
+        slots = _slots(request, resident)
+        if graphs and request.resident is None and slots and (layers - resident) % slots:
+            continue  # every pass would begin in another slot, and take graphs of its own
         try:
-            plans.append(_predict(_place_with(request, context, chunk, resident)))
+            plans[graphs].append(_predict(_place_with(request, context, chunk, resident, graphs)))
         except BudgetError as error:
             refusal = refusal or error  # the first: of a plan with the fewest bytes on the device
-    if refusal is not None and not plans:
+    if refusal is not None and not any(plans.values()):
         raise refusal
-    token = request.geometry.layers * request.geometry.kv_token_bytes()
-    return min(plans, key=lambda plan: (plan.s_per_token, plan.streamed_bytes + plan.kv_host_tokens * token))
+    best = [
+        min(some, key=lambda plan: (plan.s_per_token, plan.streamed_bytes + plan.kv_host_tokens * token))
+        for some in plans.values()
+        if some
+    ]
+    return best[-1] if best[-1].s_per_token * GRAPHS_GAIN < best[0].s_per_token else best[0]
 
 
-def _place_with(request: _Request, context: int, chunk: int, resident: int) -> Plan:
+def _slots(request: _Request, resident: int) -> int:
+    if resident == request.geometry.layers:
+        return 0
+    return request.slots or _choose_slots(request.geometry, request.gpu_budget)
+
+
+def _place_with(request: _Request, context: int, chunk: int, resident: int, graphs: bool) -> Plan:
     """The plan with so many resident layers, without predictions. Raises BudgetError."""
     geometry = request.geometry
     items = _fixed_items(request, context, chunk)
-    graphs = request.graphs and request.device_type == "cuda" and resident == geometry.layers
     if graphs:
         items["CUDA graphs"] = GRAPHS
-    slots = (request.slots or _choose_slots(geometry, request.gpu_budget)) if resident < geometry.layers else 0
+    slots = _slots(request, resident)
     free = request.gpu_budget - sum(items.values()) - (slots + resident) * geometry.layer_bytes
     kv_gpu = wanted = geometry.kv_bytes(context) * request.batch
     working = 0

@@ -89,28 +89,73 @@ class WeightStream:
         """
         if index != self._position:
             raise RuntimeError(f"layer {index} asked for, but layer {self._position} is next: call rewind() first")
-        while len(self._run_ahead) >= self._max_run_ahead:
-            self._run_ahead.popleft().synchronize()
+        self._wait_run_ahead()
         resident = self._resident.get(index)
         self._bindings[index].bind(resident if resident is not None else self._arrived(index))
         try:
             yield self._layers[index]
         finally:
             self._bindings[index].unbind()
-            done = self._streams.record()
-            self._run_ahead.append(done)
-            self._position = (index + 1) % len(self._layers)
-            if resident is None:
-                self._release(done)
+            self._passed(index)
 
     @contextmanager
-    def resident(self, index: int) -> Iterator[nn.Module]:
-        """The same for a resident layer in a pass that is issued for a CUDA graph: in any order, without events."""
-        self._bindings[index].bind(self._resident[index])
+    def issued(self, index: int) -> Iterator[nn.Module]:
+        """The same in a pass that is issued for CUDA graphs: in any order, without events. A streamed layer is bound to
+        the slot that it has in the pass that comes next, whatever lies there now."""
+        resident = self._resident.get(index)
+        if resident is None:
+            order = self._passes * len(self._streamed) + self._streamed.index(index)
+            resident = self._parameters(order % len(self._slots), index)
+        self._bindings[index].bind(resident)
         try:
             yield self._layers[index]
         finally:
             self._bindings[index].unbind()
+
+    @property
+    def indices(self) -> range:
+        """Of the layers."""
+        return range(len(self._layers))
+
+    @property
+    def first_slot(self) -> int:
+        """The slot of a pass's first streamed layer: where it is the same, so are all layers'."""
+        return self._passes * len(self._streamed) % len(self._slots) if self._slots else 0
+
+    @property
+    def _passes(self) -> int:
+        """Since the ring began."""
+        return self._used // len(self._streamed)
+
+    def streamed(self, index: int) -> bool:
+        return index not in self._resident
+
+    @contextmanager
+    def replayed(self, index: int) -> Iterator[None]:
+        """Around a graph that computes the streamed layer `index`: it begins when the weights are there, and frees their
+        slot. In order; resident layers are left out."""
+        self._wait_run_ahead()
+        self._position = index
+        self._arrived(index)
+        try:
+            yield
+        finally:
+            self._passed(index)
+
+    def end_replay(self) -> None:
+        """All layers have been replayed."""
+        self._position = 0
+
+    def _wait_run_ahead(self) -> None:
+        while len(self._run_ahead) >= self._max_run_ahead:
+            self._run_ahead.popleft().synchronize()
+
+    def _passed(self, index: int) -> None:
+        done = self._streams.record()
+        self._run_ahead.append(done)
+        self._position = (index + 1) % len(self._layers)
+        if index not in self._resident:
+            self._release(done)
 
     def _arrived(self, index: int) -> Parameters:
         """Make compute wait for the layer's copy; the layer's parameters in its slot."""
@@ -121,6 +166,9 @@ class WeightStream:
         copy = self._copies[slot]
         if copy is not None:
             self._streams.wait(copy)
+        return self._parameters(slot, index)
+
+    def _parameters(self, slot: int, index: int) -> Parameters:
         key = slot, index
         if key not in self._views:
             nbytes = self._store.layers[index].numel()

@@ -18,7 +18,7 @@ from torch import nn
 
 from elsa_serve.offload.attention import AttentionOptions, ChunkAttention, attending
 from elsa_serve.offload.fused import FusedForward
-from elsa_serve.offload.graphs import DecodeGraphs
+from elsa_serve.offload.graphs import DecodeGraphs, PaddedRows
 from elsa_serve.offload.kv import RequestKV
 from elsa_serve.offload.ring import WeightStream
 from elsa_serve.offload.streams import Event, Streams
@@ -165,15 +165,15 @@ class PassRunner:
         graphs: bool = False,
         multiple: int = 1,
     ) -> None:
-        """`graphs`: decode passes are replayed from CUDA graphs, which takes all layers to be resident. `multiple`: of
-        which the rows of chunks of short parts are (`plan.row_multiple`)."""
+        """`graphs`: decode passes may be replayed from CUDA graphs. `multiple`: of which the rows of chunks of short
+        parts are (`plan.row_multiple`)."""
         self._model, self._layers = model, list(layers)
         self._weights, self._tiers, self._streams = weights, tiers, streams
         self._chunk_tokens, self._multiple = chunk_tokens, multiple
         # Called before each chunk of each layer: the engine's heartbeat, and its look at cancellations.
         self.poll: Callable[[], None] = lambda: None
         self._running: _Running | None = None
-        self.graphs = DecodeGraphs(self._issue, streams.device) if graphs else None
+        self.graphs = DecodeGraphs(self._issue, streams.device, weights, tiers, self._look) if graphs else None
         self._issuing: ChunkAttention | None = None  # of a pass that is issued for a graph
         for index, layer in enumerate(self._layers):
             layer.forward = _LayerForward(self, index, layer.forward)
@@ -206,6 +206,8 @@ class PassRunner:
         return results
 
     def _recover(self) -> None:
+        if self.graphs is not None:
+            self.graphs.abandon()
         self._weights.rewind()
         self._tiers.abandon()
 
@@ -222,9 +224,23 @@ class PassRunner:
         """Logits [parts, V] (float32, CPU) of a pass that is replayed from a graph; None where it is not."""
         if self.graphs is None or any(len(part.tokens) > 1 for part in plan.parts):
             return None
+        (chunk,) = plan.chunks[:1]
+        if len(plan.chunks) > 1:
+            return None
+        rows = PaddedRows(plan.token_ids, plan.positions, _ChunkAttention(self._tiers, chunk))
+        logits = self.graphs.logits(plan.parts, rows)
+        if logits is None:
+            return None
+        found = logits.float().cpu()
+        self.graphs.end()
+        self._weights.end_replay()
+        return found
+
+    def _look(self) -> None:
+        """Between the graphs of a pass."""
         self.poll()
-        logits = self.graphs.logits(plan.parts)
-        return None if logits is None else logits.float().cpu()
+        if self._running is not None and all(part.given_up() for part in self._running.plan.parts):
+            raise PassAbandoned
 
     def _issue(self, ids: torch.Tensor, positions: torch.Tensor, attend: ChunkAttention) -> torch.Tensor:
         """The forward of a graph: nothing in it waits for the device or looks at it."""
@@ -238,8 +254,9 @@ class PassRunner:
         self, index: int, inner: Callable[..., Any], hidden: torch.Tensor, kwargs: dict[str, Any]
     ) -> torch.Tensor:
         """Send hidden [1, T, hidden] through layer `index`, in place; the last one returns the wanted rows alone."""
-        if self._issuing is not None:
-            with self._weights.resident(index), attending(self._issuing):
+        if self._issuing is not None and self.graphs is not None:
+            self.graphs.cut(index)
+            with self._weights.issued(index), attending(self._issuing):
                 output = inner(hidden, **kwargs)
             return output[0] if isinstance(output, tuple) else output
         running = self._running

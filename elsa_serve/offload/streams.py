@@ -66,6 +66,14 @@ class HostFunctions:
     keep: object
 
 
+class HostCall(Event):
+    """Reached when the call's `join` has returned."""
+
+    def last_stall(self) -> float:
+        """Of a repeated call: seconds for which compute waited for it the last time."""
+        return 0.0
+
+
 class Lane(ABC):
     """An ordered queue of copies."""
 
@@ -106,11 +114,12 @@ class Streams(ABC):
         """Compute goes on after `event` only. For a Copy, the time compute was held by it is logged as its stall."""
 
     @abstractmethod
-    def call_host(self, functions: HostFunctions, after: Event) -> Event:
+    def call_host(self, functions: HostFunctions, after: Event, repeated: bool = False) -> HostCall:
         """Run two functions on the host once `after` has been reached; the event is reached when `join` returns.
 
         Calls run one after the other, beside compute and lanes (the serial twin: in the compute stream). Compute that
-        waits for the event has its wait logged.
+        waits for the event has its wait logged. `repeated`: a CUDA graph may hold the call, and run it many times; the
+        caller keeps what the functions use, and asks the event for each wait.
         """
 
     @abstractmethod
@@ -242,12 +251,36 @@ class _CudaCopy(Copy):
         return self._seconds or 0.0
 
 
-class _CudaHostCall(_CudaEvent):
+class _CudaHostCall(_CudaEvent, HostCall):
     """Behind a `join`. Holds what the functions use until it is reached."""
 
     def __init__(self, pool: _EventPool, stream: torch.cuda.Stream, functions: HostFunctions) -> None:
         super().__init__(pool, stream)
         self.functions = functions
+
+
+class _CudaRepeatedCall(HostCall):
+    """The same in a pass that a graph may hold, whose events none but the graph may look at. The two around compute's
+    wait are external ones, which a graph records each time that it runs."""
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self._reached = torch.cuda.Event()
+        self._reached.record(stream)
+        self._around = [torch.cuda.Event(enable_timing=True, external=True) for _ in range(2)]
+
+    def query(self) -> bool:
+        return False
+
+    def synchronize(self) -> None:
+        self._around[1].synchronize()
+
+    def hold(self, stream: torch.cuda.Stream) -> None:
+        self._around[0].record(stream)
+        stream.wait_event(self._reached)
+        self._around[1].record(stream)
+
+    def last_stall(self) -> float:
+        return self._around[0].elapsed_time(self._around[1]) / 1e3
 
 
 class _CudaLane(Lane):
@@ -304,11 +337,13 @@ class _CudaStreams(Streams):
     def _make_lane(self, name: str) -> Lane:
         return _CudaLane(self, None if self.serial else torch.cuda.Stream(self.device))
 
-    def call_host(self, functions: HostFunctions, after: Event) -> Event:
+    def call_host(self, functions: HostFunctions, after: Event, repeated: bool = False) -> HostCall:
         stream = self._host_stream or torch.cuda.current_stream(self.device)
         _wait_on(stream, after)
         for function in (functions.start, functions.join):
             driver.launch_host_function(stream.cuda_stream, function, functions.argument)
+        if repeated:
+            return _CudaRepeatedCall(stream)
         call = _CudaHostCall(self.pool, stream, functions)
         while self._host_calls and self._host_calls[0].query():
             self._host_calls.popleft()
@@ -346,6 +381,9 @@ class _CudaStreams(Streams):
 
     def wait(self, event: Event) -> None:
         stream = torch.cuda.current_stream(self.device)
+        if isinstance(event, _CudaRepeatedCall):
+            event.hold(stream)
+            return
         if not isinstance(event, _CudaCopy | _CudaHostCall) or self.serial:
             _wait_on(stream, event)
             return
@@ -438,7 +476,7 @@ def of_worker(error: BaseException) -> Exception:
     return found
 
 
-class _CpuHostCall(Event):
+class _CpuHostCall(HostCall):
     def __init__(self, functions: HostFunctions) -> None:
         self._functions: HostFunctions | None = functions
         ctypes.CFUNCTYPE(None, ctypes.c_void_p)(functions.start)(functions.argument)
@@ -499,7 +537,7 @@ class _CpuStreams(Streams):
     def _make_lane(self, name: str) -> Lane:
         return _CpuLane(name, self)
 
-    def call_host(self, functions: HostFunctions, after: Event) -> Event:
+    def call_host(self, functions: HostFunctions, after: Event, repeated: bool = False) -> HostCall:
         after.synchronize()
         call = _CpuHostCall(functions)
         if self.serial:

@@ -9,7 +9,8 @@ Each request takes one of three roads through a pass:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
@@ -18,7 +19,7 @@ from elsa_kernels import State, merged_output
 from elsa_kernels.elementwise import copy_heads
 
 from elsa_serve.offload.attention import Attend, AttendState, AttentionOptions
-from elsa_serve.offload.in_place import HostShare, InPlace
+from elsa_serve.offload.in_place import Grows, HostShare, InPlace, RepeatedCalls
 from elsa_serve.offload.kv import Extent, RequestKV, Span
 from elsa_serve.offload.streams import Streams
 from elsa_serve.offload.working import Visit, WorkingKV, write_mapped
@@ -103,6 +104,7 @@ class Tiers:
         self._attend, self._attend_state = attend, attend_state
         self._limit, self._alike = limit, alike
         self._roads: dict[int, Road] = {}
+        self._places: torch.Tensor | None = None  # of a repeated pass's new tokens in their extents: [pieces] int64
 
     def use(self, attend: Attend, attend_state: AttendState | None) -> None:
         """Other kernels from the next pass on."""
@@ -127,11 +129,43 @@ class Tiers:
         moved = [part.kv for part in parts if self._roads[id(part.kv)] == "over the device"]
         self._working.begin([Visit(kv, layer) for layer in range(layers) for kv in moved])
 
+    def repeatable(self, parts: Sequence[Rows]) -> bool:
+        """Whether a pass of these differs from the next one only in where the new tokens lie, and in how many tokens
+        the extents hold that the host attends: one new token each, in host memory, attended in place."""
+        return all(
+            len(part.tokens) == 1
+            and self.road(part.kv, 1) == "in place"
+            and {span.extent.tier for span in part.kv.spans_of(0, part.kv.length)} <= {"gpu", "host"}
+            and next(iter(part.kv.spans_of(part.kv.length, part.kv.length + 1))).extent.tier == "host"
+            for part in parts
+        )
+
+    def new_calls(self) -> RepeatedCalls:
+        assert self._in_place is not None
+        return RepeatedCalls(self._in_place)
+
+    @contextmanager
+    def repeating(self, calls: RepeatedCalls, places: torch.Tensor) -> Iterator[None]:
+        """Inside, `attend` issues a pass that is repeated with other `places`: where, in the extent that holds it, each
+        piece's new token goes. Raises NotImplementedError for what cannot be repeated."""
+        assert self._in_place is not None
+        with self._in_place.repeating(calls):
+            self._places = places
+            try:
+                yield
+            finally:
+                self._places = None
+
     def attend(self, layer: int, pieces: Sequence[Piece], options: AttentionOptions) -> list[torch.Tensor]:
         """Store the pieces' keys and values and attend; what each of the queries gets, in their shape."""
         parts = {i: piece for i, piece in enumerate(pieces) if piece.rows and self._in_parts(piece)}
-        for piece in parts.values():
-            _store(layer, piece)
+        if self._places is not None and (options.window is not None or options.sinks is not None):
+            raise NotImplementedError("sliding windows and sinks are in no CUDA graph where KV lies in host memory")
+        for i, piece in parts.items():
+            if self._places is None:
+                _store(layer, piece)
+            else:
+                _store_at(layer, piece, self._places[i : i + 1])
         here, there = (self._jobs(parts, options, on_device) for on_device in (True, False))
         sunk: set[int] = set()  # pieces whose sinks have joined: once in all, on the device where it sees any token
         sinks = [self._sinks(job, options, sunk) for job in (*here, *there)]
@@ -215,7 +249,10 @@ class Tiers:
         """Hand a job's queries to the host."""
         assert self._in_place is not None
         keys = job.extent.layers[layer][:, :, job.low : job.high]
-        return self._in_place.stage(_queries(job, pieces), keys, job.q_start, options, options.sinks)
+        grows = None
+        if job.q_start == job.high - job.low - 1:  # its last key is the row's own
+            grows = Grows(job.pieces[0], pieces[job.pieces[0]].first_row - job.q_start)
+        return self._in_place.stage(_queries(job, pieces), keys, job.q_start, options, options.sinks, grows)
 
     def _device_state(self, layer: int, job: _Job, pieces: dict[int, Piece], options: AttentionOptions) -> State:
         assert self._attend_state is not None
@@ -301,6 +338,13 @@ def _write_file(places: torch.Tensor, new: torch.Tensor) -> None:
         return
     for place, run in zip(places, new):
         place.copy_(run)
+
+
+def _store_at(layer: int, piece: Piece, place: torch.Tensor) -> None:
+    """Put a piece's one token into the extent that holds it, in host memory, at `place` [1] int64."""
+    (span,) = piece.kv.spans_of(piece.first, piece.last)
+    for part, new in zip(span.extent.mapped[layer], (piece.k, piece.v)):
+        part.index_copy_(1, place, new[0])
 
 
 def _store(layer: int, piece: Piece) -> None:
