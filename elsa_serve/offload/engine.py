@@ -288,8 +288,8 @@ class OffloadEngine:
             return not self._scheduler.idle()
 
     def _together(self, kv: RequestKV, new: int) -> int:
-        """How many of so many new tokens of a request are computed as cheaply as one. One whose KV lies on the device and
-        that is replayed from a graph is cheapest alone, and rounds otherwise: beside it no drafts are made that nobody
+        """How many of so many new tokens of a request are computed as cheaply as one. One that is replayed from a graph
+        with all its KV on the device is cheapest alone, and rounds otherwise: beside it no drafts are made that nobody
         asked for."""
         replayed = self.plan.graphs and not self.plan.streamed_layers and not kv.host_tokens(kv.length + new)
         if replayed and self._options.num_speculative_tokens is None:

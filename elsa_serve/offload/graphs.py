@@ -170,9 +170,7 @@ class DecodeGraphs:
         replay, logits = self._capturing(issue)
         return _Captured(replay, inputs, logits, attend)
 
-    def _capture_in_place(
-        self, parts: Sequence[Rows], spans: Sequence[Sequence[Span]], chunk: PaddedRows
-    ) -> _Captured:
+    def _capture_in_place(self, parts: Sequence[Rows], spans: Sequence[Sequence[Span]], chunk: PaddedRows) -> _Captured:
         """`chunk` tells how the rows are filled up: those behind the parts' are nobody's."""
         calls = self._tiers.new_calls()
         inputs = torch.stack((chunk.token_ids, chunk.positions)).to(self._device)

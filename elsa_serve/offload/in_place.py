@@ -99,8 +99,7 @@ class Staging:
 
 @dataclass(frozen=True, slots=True)
 class Grows:
-    """Of a share whose last key is the newest token of a piece: which piece, and the position of the share's first key.
-    """
+    """Of a share whose last key is a piece's newest token: which piece, and the position of the share's first key."""
 
     piece: int
     first: int
@@ -246,9 +245,8 @@ class InPlace:
             self._repeating.add_share(_RepeatedShare(share, mapped, grows))
         return share
 
-    def launch(self, shares: Sequence[HostShare]) -> Event:
-        """Compute the shares once compute's work so far is done. Compute must wait for the event."""
-        after = self._streams.record()
+    def launch(self, shares: Sequence[HostShare], after: Event) -> Event:
+        """Compute the shares once `after`, behind their staging, has been reached. Compute must wait for the event."""
         if self._repeating and self._pool is not None:
             call = self._repeating.next_call(functools.partial(_prepare, self._pool, shares))
             event = self._streams.call_host(call.functions, after, repeated=True)

@@ -170,7 +170,8 @@ def make_plan(
     """Place a model. Budgets in bytes; context in tokens, prompt and output together (None: the model's maximum).
     `disk`: layers may stay in the checkpoint's files where host memory does not hold them. `kv_disk`: bytes of KV that
     may lie on disk. `free_host`: of host memory that are free now, budget or not; what the plan leaves of them keeps
-    pages of files. `graphs`: CUDA graphs may hold decode passes. `linear`: whose linear layers, torch's or elsa's. `in_place`: the attention has states to merge, so that the host may attend its KV.
+    pages of files. `graphs`: CUDA graphs may hold decode passes. `linear`: whose linear layers, torch's or elsa's.
+    `in_place`: the attention has states to merge, so that the host may attend its KV.
 
     Raises BudgetError with numbers for what cannot fit, naming the largest context that would.
     """

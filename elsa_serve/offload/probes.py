@@ -58,7 +58,8 @@ def engine_rates(
 
     try:
         wide, halves = (
-            probe(hidden, WIDE, prompt, decodes=0, chunk_tokens=tokens, graphs=False) for tokens in (prompt, prompt // 2)
+            probe(hidden, WIDE, prompt, decodes=0, chunk_tokens=tokens, graphs=False)
+            for tokens in (prompt, prompt // 2)
         )
         deep = probe(hidden // 4, DEEP, short, graphs=False)
         graph_layer_s, graph_pass_s = deep.decode_layer_s, deep.decode_rest_s

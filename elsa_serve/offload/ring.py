@@ -132,8 +132,8 @@ class WeightStream:
 
     @contextmanager
     def replayed(self, index: int) -> Iterator[None]:
-        """Around a graph that computes the streamed layer `index`: it begins when the weights are there, and frees their
-        slot. In order; resident layers are left out."""
+        """Around a graph that computes the streamed layer `index`: it begins when the weights are there, and frees
+        their slot. In order; resident layers are left out."""
         self._wait_run_ahead()
         self._position = index
         self._arrived(index)

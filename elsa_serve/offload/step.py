@@ -222,18 +222,15 @@ class PassRunner:
 
     def _replayed(self, plan: StepPlan) -> torch.Tensor | None:
         """Logits [parts, V] (float32, CPU) of a pass that is replayed from a graph; None where it is not."""
-        if self.graphs is None or any(len(part.tokens) > 1 for part in plan.parts):
+        if self.graphs is None or len(plan.chunks) > 1 or any(len(part.tokens) > 1 for part in plan.parts):
             return None
-        (chunk,) = plan.chunks[:1]
-        if len(plan.chunks) > 1:
-            return None
-        rows = PaddedRows(plan.token_ids, plan.positions, _ChunkAttention(self._tiers, chunk))
+        rows = PaddedRows(plan.token_ids, plan.positions, _ChunkAttention(self._tiers, plan.chunks[0], every=True))
         logits = self.graphs.logits(plan.parts, rows)
         if logits is None:
             return None
         found = logits.float().cpu()
-        self.graphs.end()
         self._weights.end_replay()
+        self.graphs.end()
         return found
 
     def _look(self) -> None:
@@ -326,16 +323,17 @@ class _LayerForward:
 
 
 class _ChunkAttention:
-    """Stores a chunk's KV and attends request by request. Rows of requests given up are left as they come."""
+    """Stores a chunk's KV and attends request by request. Rows of requests given up are left as they come, unless
+    `every` request is to be attended, whatever becomes of it."""
 
-    def __init__(self, tiers: Tiers, chunk: Chunk) -> None:
-        self._tiers, self._chunk_of = tiers, chunk
+    def __init__(self, tiers: Tiers, chunk: Chunk, every: bool = False) -> None:
+        self._tiers, self._chunk_of, self._every = tiers, chunk, every
 
     def __call__(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: AttentionOptions
     ) -> torch.Tensor:
         """Queries of fewer than the chunk's tokens are of its only segment's last ones. Nobody's rows get zeros."""
-        segments = [segment for segment in self._chunk_of.segments if not segment.part.given_up()]
+        segments = [one for one in self._chunk_of.segments if self._every or not one.part.given_up()]
         pieces = [_piece(segment, q, k, v) for segment in segments]
         outs = [out.transpose(1, 2) for out in self._tiers.attend(layer, pieces, options)]
         if self._chunk_of.whole and outs:

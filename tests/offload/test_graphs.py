@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,15 @@ from typing import Any
 import pytest
 import torch
 from engine_models import (
-    FAMILIES, PLAIN, generate, make_engine, plan_as_for_a_cpu, prompt_of, request_of, save_checkpoint, tokens_of,
+    FAMILIES,
+    PLAIN,
+    generate,
+    make_engine,
+    plan_as_for_a_cpu,
+    prompt_of,
+    request_of,
+    save_checkpoint,
+    tokens_of,
 )  # fmt: skip
 
 from elsa_serve.offload import graphs, loading

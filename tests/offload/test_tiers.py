@@ -291,7 +291,7 @@ def test_the_time_of_shares_that_the_host_attends_together_counts_once(device: s
     with torch.inference_mode():
         shares = [in_place.stage(q, keys, keys.shape[2] - 1, PLAIN, None) for _ in range(8)]
         start = time.perf_counter()
-        in_place.launch(shares)
+        in_place.launch(shares, streams.record())
         in_place.end()
         taken = time.perf_counter() - start
     done = in_place.drain()
