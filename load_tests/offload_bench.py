@@ -265,6 +265,7 @@ def measure(
             "resident_layers": len(plan.resident_layers),
             "slots": plan.slots,
             "chunk_tokens": plan.chunk_tokens,
+            "graphs": plan.graphs,
             "kv_gpu_tokens": plan.kv_gpu_tokens,
             "kv_host_bytes": kv_on_host,
             "weights_host_bytes": streamed,

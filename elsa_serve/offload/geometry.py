@@ -31,6 +31,7 @@ class Geometry:
     weights_bytes: int  # all decoder layers
     outside_bytes: int  # embeddings, final norm, head
     dtype: torch.dtype
+    whole_context: bool = True  # every layer attends all tokens, without sinks
 
     @staticmethod
     def from_config(config: Any, dtype: torch.dtype) -> Geometry:
@@ -56,6 +57,7 @@ class Geometry:
             weights_bytes=sum(sizes),
             outside_bytes=outside,
             dtype=dtype,
+            whole_context=not _has_windows(text) and not any(hasattr(m, "sinks") for m in model.modules()),
         )
 
     @property
@@ -90,6 +92,11 @@ class Geometry:
         """One token's activations in one layer, each counted once: hidden states, q, k, v, the MLP's inner."""
         attention = (2 * self.heads + 2 * self.kv_heads) * self.head_dim
         return (self.hidden + attention + self.ffn) * self.dtype.itemsize
+
+
+def _has_windows(text_config: Any) -> bool:
+    kinds = getattr(text_config, "layer_types", None) or ["sliding_attention"]
+    return getattr(text_config, "sliding_window", None) is not None and "sliding_attention" in kinds
 
 
 def max_context(text_config: Any) -> int:

@@ -215,7 +215,8 @@ def in_graph(plan: Plan, shares: Sequence[Share]) -> bool:
     if all(tokens == share.past + share.new for tokens, share in zip(here, shares)):
         return not plan.streamed_layers and not any(share.shared_on_device for share in shares)
     in_memory = not plan.kv_disk_bytes or all(share.on_device is not None for share in shares)
-    return plan.in_place and in_memory and all(tokens <= share.past for tokens, share in zip(here, shares))
+    possible = plan.in_place and plan.geometry.whole_context and in_memory
+    return possible and all(tokens <= share.past for tokens, share in zip(here, shares))
 
 
 def device_seconds(geometry: Geometry, rates: Rates, shares: Sequence[Share], fused: bool = False) -> float:

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from engine_models import COMMON, FAMILIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from offload_models import make_config
-from transformers import LlamaConfig
+from transformers import AutoConfig, LlamaConfig
 
 from elsa_serve.errors import BudgetError
 from elsa_serve.offload.geometry import Geometry, max_context
@@ -65,6 +66,23 @@ def test_geometry_agrees_with_the_loaded_model(family: str, tmp_path: Path) -> N
     assert geometry.weights_bytes == weights.store.nbytes
     assert geometry.outside_bytes <= weights.device_nbytes <= geometry.outside_bytes + 1024  # buffers besides
     weights.close()
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "whole"),
+    [
+        ("llama", {}, True),
+        ("qwen3", {}, True),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 2}, False),
+        ("mistral", {}, False),
+        ("mistral", {"sliding_window": None}, True),
+        ("gemma2", {}, False),
+        ("gpt_oss", {"num_local_experts": 2, "layer_types": ["full_attention"] * 5}, False),  # sinks
+    ],
+)
+def test_windows_and_sinks_are_known(model: str, changes: dict[str, Any], whole: bool) -> None:
+    config = AutoConfig.for_model(model, **COMMON | FAMILIES.get(model, {}) | changes)
+    assert Geometry.from_config(config, torch.float32).whole_context == whole
 
 
 @pytest.mark.parametrize(

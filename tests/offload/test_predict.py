@@ -128,6 +128,8 @@ def test_a_pass_with_its_newest_tokens_in_host_memory_is_replayed() -> None:
     assert "issue by the host" in pass_time(made, [Share(100, 1, on_device=101), Share(total, 1, on_device=here)]).pipes
     both = [Share(total, 1, on_device=here // 2)] * 2
     assert "issue by the host" not in pass_time(made, both).pipes
+    windows = replace(made, geometry=replace(made.geometry, whole_context=False))
+    assert "issue by the host" in pass_time(windows, both).pipes
 
 
 def test_everything_on_the_device_is_bound_by_its_memory_or_by_the_host_that_issues() -> None:
