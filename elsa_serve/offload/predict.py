@@ -80,6 +80,7 @@ class _Work:
     mapped: float  # and in a mapped file, which it reads from disk as it attends
     in_place_flops: float
     device_s: float
+    beside_s: float  # of these, the device's attention while the host attends the same requests
     issue_s: float
     hops: int
 
@@ -256,7 +257,7 @@ def _work(plan: Plan, shares: Sequence[Share]) -> _Work:
     host_room = geometry.kv_tokens(plan.kv_host_bytes) if plan.kv_disk_bytes else sys.maxsize
     to_device, to_host, from_disk = float(streamed), 0.0, float(plan.disk_bytes)
     in_place, mapped, in_place_flops, to_disk = 0.0, 0.0, 0.0, 0.0
-    fetched, fetch_hidden_s, copies = 0.0, 0.0, 0
+    fetched, fetch_hidden_s, copies, beside_s = 0.0, 0.0, 0, 0.0
     fused = plan.device_type == "cuda"
     replayed = in_graph(plan, shares)
     if replayed and not plan.streamed_layers and plan.kv_pool_tokens >= sum(share.past + share.new for share in shares):
@@ -285,7 +286,8 @@ def _work(plan: Plan, shares: Sequence[Share]) -> _Work:
             in_place += max(0, on_host - share.shared) * token
             mapped += (total - on_device - on_host) * token
             in_place_flops += row_flops * share.new * (total - on_device)
-            device_s += _attention_seconds(geometry, rates, share, on_device, fused)
+            attention = _attention_seconds(geometry, rates, share, on_device, fused)
+            device_s, beside_s = device_s + attention, beside_s + (attention if fused else 0.0)
             hops = geometry.layers
         else:
             to_device += old * token
@@ -307,7 +309,7 @@ def _work(plan: Plan, shares: Sequence[Share]) -> _Work:
         device_s += rates.pass_s  # before a pass's first layer and behind its last the device waits for the host
     return _Work(
         to_device, to_host, to_disk, fetched, fetch_hidden_s, from_disk, in_place, mapped, in_place_flops, device_s,
-        issue, hops,
+        beside_s, issue, hops,
     )  # fmt: skip
 
 
@@ -324,9 +326,10 @@ def _time(work: _Work, rates: Rates, one_memory: bool) -> Prediction:
     copying, attending = work.to_device / rates.h2d, _attending(work, rates, 0.0)
     # A GPU is issued the next layers while it computes and the host attends: only without one all of that takes turns.
     own = work.device_s + (copying + work.issue_s if one_memory else 0.0) + work.hops * HOP_S
+    alone = own - work.beside_s  # in front of the host's attention and behind it
     for _ in range(ROUNDS if copying and attending else 0):
         # The part of either during which the other reads host memory, too.
-        whole = max(copying, own + attending)
+        whole = max(copying, alone + max(attending, work.beside_s))
         beside_copies, beside_attention = min(1.0, copying / whole), min(1.0, attending / whole)
         copying = work.to_device / _between(rates.h2d, rates.h2d_beside_cpu_attention, beside_attention)
         attending = _attending(work, rates, beside_copies)
@@ -335,7 +338,7 @@ def _time(work: _Work, rates: Rates, one_memory: bool) -> Prediction:
     chain, attending = HOST_ATTENTION if attending >= paging else DISK_ATTENTION, attending + paging
     pipes = {
         TO_DEVICE: copying,
-        chain: own + attending if attending else 0.0,
+        chain: alone + max(attending, work.beside_s) if attending else 0.0,
         DEVICE: own if one_memory else work.device_s,
         ISSUE: work.issue_s,
         FETCH: work.device_s + fetching if fetching > 0 else 0.0,

@@ -96,6 +96,20 @@ def test_pipes_that_share_the_hosts_memory_slow_each_other_down() -> None:
     assert slow.pipes["decode"]["issue by the host"] == pytest.approx(issue)  # type: ignore[index]
 
 
+def test_the_device_attends_its_own_tokens_while_the_host_attends() -> None:
+    """By hand: of the device's seconds only those in front of the host's attention, and behind it, add to that."""
+    share, hops = Share(30000, 1, on_device=20000), 40 * HOP_S
+    nbytes = 40 * GEOMETRY.kv_token_bytes()
+    for seconds_on_device in (0.02, 0.3):
+        rates = replace(RATES, device_attention=20000 * nbytes / seconds_on_device, cpu_attention_flops=1e15)
+        made = plan(gpu_budget=46 * GIB, resident_layers=40, rates=rates, graphs=False)
+        rest = device_seconds(GEOMETRY, replace(rates, device_attention=1e30), [Share(0, 1)]) + rates.pass_s
+        small = 40 * rates.graph_layer_s
+        expected = rest + small + hops + max(10001 * nbytes / rates.cpu_attention, seconds_on_device)
+        found = pass_time(made, [share])
+        assert found.pipes["attention on the host"] == pytest.approx(expected, rel=1e-3)
+
+
 def test_graphs_are_for_passes_that_wait_for_python() -> None:
     """Where the host attends little, a token takes Python longer to issue than it takes all others; where it attends
     much, or most weights are copied, graphs would take memory for nothing."""
@@ -179,13 +193,14 @@ def test_in_front_of_a_resident_layer_a_full_ring_waits(slots: int, expected: fl
     assert ring_seconds(replace(made, resident_layers=()), 3.0, 3.2) == 3.2
 
 
-# Of one H200 on 29 November 2026, 32K tokens in FP16: cap, resident layers, tokens on the device, what the host's
-# attention and the copies reached beside each other in the run itself, and its seconds a token.
+# Of H200s on 29 and 30 November 2026, 32K tokens in FP16: cap, resident layers, tokens on the device, what the host's
+# attention and the copies reached beside each other in the run itself, and its seconds a token. None waited for Python.
 RUNS = (
     (8, 5, 262, 74.8e9, 50.6e9, 0.4620),
     (24, 20, 8843, 80.4e9, 47.7e9, 0.2649),
     (24, 0, 17235, 95.5e9, 53.4e9, 0.4722),
-    (40, 30, 22070, 76.0e9, 47.5e9, 0.1399),
+    (40, 31, 21126, 99.6e9, 47.0e9, 0.1193),
+    (46, 40, 24343, 120.8e9, 54.5e9, 0.0724),  # nothing was copied
 )
 
 
@@ -194,7 +209,8 @@ def test_from_the_rates_that_a_run_reached_its_time_follows(
     cap: int, resident: int, tokens: int, attention: float, copies: float, taken: float
 ) -> None:
     reached = Rates(
-        h2d=54.5e9, cpu_attention=106e9, cpu_attention_beside_h2d=attention, h2d_beside_cpu_attention=copies,
+        h2d=54.5e9, cpu_attention=max(106e9, attention), cpu_attention_beside_h2d=attention,
+        h2d_beside_cpu_attention=copies,
         device_memory=3.9e12, cpu_attention_flops=1.2e12, cpu_attention_flops_beside_h2d=1.2e12,
     )  # fmt: skip
     made = plan(gpu_budget=cap * GIB, resident_layers=resident, rates=reached)

@@ -147,7 +147,8 @@ def test_tensors_of_inference_mode_can_be_copied(device: str) -> None:
     streams = make_streams(device)
     with torch.inference_mode():
         target = torch.zeros(4, device=device)
-    copy = streams.lane("up").submit([(target, host(4) * 0 + 3)], object="kv", direction="h2d")
+    zeroed = [streams.record()]  # compute may not have got there yet
+    copy = streams.lane("up").submit([(target, host(4) * 0 + 3)], object="kv", direction="h2d", after=zeroed)
     copy.synchronize()
     assert target.sum().item() == 12
     streams.close()
