@@ -208,16 +208,26 @@ def in_graph(plan: Plan, shares: Sequence[Share]) -> bool:
     it shared, or with the newest of each request's KV in host memory, attended in place."""
     if not plan.graphs or any(share.new != 1 or share.on_disk for share in shares):
         return False
+    here = _on_device(plan, shares)
+    if _all_here(here, shares):
+        return not plan.streamed_layers and not any(share.shared_on_device for share in shares)
+    in_memory = not plan.kv_disk_bytes or all(share.on_device is not None for share in shares)
+    possible = plan.in_place and plan.geometry.whole_context and in_memory
+    return possible and all(tokens <= share.past for tokens, share in zip(here, shares))
+
+
+def _on_device(plan: Plan, shares: Sequence[Share]) -> list[int]:
+    """Tokens of each whose KV lies on the device; where that is not known yet, those that come first fill it."""
     room, here = plan.kv_pool_tokens, []
     for share in shares:
         total = share.past + share.new
         here.append(min(total, max(0, room)) if share.on_device is None else share.on_device)
         room -= here[-1]
-    if all(tokens == share.past + share.new for tokens, share in zip(here, shares)):
-        return not plan.streamed_layers and not any(share.shared_on_device for share in shares)
-    in_memory = not plan.kv_disk_bytes or all(share.on_device is not None for share in shares)
-    possible = plan.in_place and plan.geometry.whole_context and in_memory
-    return possible and all(tokens <= share.past for tokens, share in zip(here, shares))
+    return here
+
+
+def _all_here(here: Sequence[int], shares: Sequence[Share]) -> bool:
+    return all(tokens == share.past + share.new for tokens, share in zip(here, shares))
 
 
 def device_seconds(geometry: Geometry, rates: Rates, shares: Sequence[Share], fused: bool = False) -> float:
@@ -253,26 +263,22 @@ def _work(plan: Plan, shares: Sequence[Share]) -> _Work:
     token = geometry.layers * geometry.kv_token_bytes()
     row_flops = 4.0 * geometry.layers * geometry.heads * geometry.head_dim
     streamed = plan.streamed_bytes
-    room = plan.kv_pool_tokens  # tokens of KV on the device, shared in order of arrival
+    here = _on_device(plan, shares)
     host_room = geometry.kv_tokens(plan.kv_host_bytes) if plan.kv_disk_bytes else sys.maxsize
     to_device, to_host, from_disk = float(streamed), 0.0, float(plan.disk_bytes)
     in_place, mapped, in_place_flops, to_disk = 0.0, 0.0, 0.0, 0.0
     fetched, fetch_hidden_s, copies, beside_s = 0.0, 0.0, 0, 0.0
     fused = plan.device_type == "cuda"
     replayed = in_graph(plan, shares)
-    if replayed and not plan.streamed_layers and plan.kv_pool_tokens >= sum(share.past + share.new for share in shares):
+    if replayed and _all_here(here, shares):
         rates = replace(rates, device_attention=rates.graph_attention)
     device_s = device_seconds(geometry, rates, [Share(0, share.new) for share in shares], fused)
     hops = 0
-    for share in shares:
+    for share, on_device in zip(shares, here):
         total = share.past + share.new
+        on_host = total - on_device - share.on_disk
         if share.on_device is None:
-            on_device = min(total, room)
             on_host = min(total - on_device, host_room)
-        else:
-            on_device = share.on_device
-            on_host = total - on_device - share.on_disk
-        room -= on_device
         host_room -= on_host
         old = max(0, share.past - on_device)  # of its past tokens, those in host memory and on disk
         new = max(0, total - max(on_device, share.past))  # of its new ones
