@@ -79,7 +79,7 @@ def _times(plan: Plan) -> list[str]:
     return [
         f"streaming ring: {ring}; prompts pass a layer in chunks of {plan.chunk_tokens} tokens",
         *_phase(plan, "prefill", f"first token after {plan.context} of prompt", plan.ttft_s),
-        *_phase(plan, "decode", "then a token", plan.s_per_token),
+        *_phase(plan, "decode", f"then a token{', from CUDA graphs' if plan.graphs else ''}", plan.s_per_token),
         f"rates {rates.source}: {rates.h2d / 1e9:.3g} GB/s to the {'GPU' if plan.device_type == 'cuda' else 'device'}, "
         f"CPU attention {rates.cpu_attention / 1e9:.3g} GB/s, both at once "
         f"{rates.h2d_beside_cpu_attention / 1e9:.3g} and {rates.cpu_attention_beside_h2d / 1e9:.3g} GB/s,",

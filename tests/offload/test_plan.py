@@ -68,6 +68,14 @@ def test_geometry_agrees_with_the_loaded_model(family: str, tmp_path: Path) -> N
     weights.close()
 
 
+def test_the_text_says_what_is_replayed_from_graphs() -> None:
+    for gib, replayed in ((8, False), (50, True), (100, True)):
+        made = make_plan(llama_13b(), gpu_budget=gib * GIB, host_budget=100 * GIB, context=32768)
+        assert made.graphs == replayed
+        assert ("then a token, from CUDA graphs: about" in render(made)) == replayed
+        assert ("CUDA graphs  " in render(made)) == replayed
+
+
 @pytest.mark.parametrize(
     ("model", "changes", "whole"),
     [
