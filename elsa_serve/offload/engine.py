@@ -219,6 +219,15 @@ class OffloadEngine:
             self.info = replace(self.info, attention=name)
             self._scheduler.forget_prefixes(self._identity())
 
+    def use_chunks(self, tokens: int) -> None:
+        """Send prompts through a layer in chunks of so many tokens from the next pass on, at most as many as planned.
+
+        For comparisons of chunks alone. Raises UsageError for more, or for none.
+        """
+        if not 0 < tokens <= self.plan.chunk_tokens:
+            raise UsageError(f"chunks of {tokens} tokens: memory is planned for 1 to {self.plan.chunk_tokens}")
+        self._loaded.runner.chunk_tokens = tokens
+
     def stats(self) -> EngineStats:
         prefill, decode, waiting = self._scheduler.counts()
         state, detail = self._state, self._detail

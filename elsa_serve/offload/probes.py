@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     from elsa_serve.offload.measure import Sizes
 
 WIDE = 4  # layers of the probe of a prompt's activations, of which those between the first and the last are timed
-PROMPTS = 3  # that a probe is timed over, and DECODES passes
+PROMPTS = 3  # that a probe is timed over, behind one to warm up, and DECODES passes
+# Of prompts in one chunk and in two, behind one of either to warm up: a device that slows down as it warms takes the
+# same of both.
+TURNS = (1, 2, 1, 2, 2, 1, 2, 1, 1, 2)
 DEEP = 10  # layers of the other probes; from graphs, which have no hooks, beside one of SHALLOW layers
 SHALLOW = 2
 SHORT = 64  # tokens of their prompts, on a CPU
@@ -57,10 +60,7 @@ def engine_rates(
         return _probe(device, dtype, attention, linear, rates, hidden, layers, prompt, **options)
 
     try:
-        wide, halves = (
-            probe(hidden, WIDE, prompt, decodes=0, chunk_tokens=tokens, graphs=False)
-            for tokens in (prompt, prompt // 2)
-        )
+        wide = probe(hidden, WIDE, prompt, decodes=0, halves=True, graphs=False)
         deep = probe(hidden // 4, DEEP, short, graphs=False)
         graph_layer_s, graph_pass_s = deep.decode_layer_s, deep.decode_rest_s
         if on_gpu:
@@ -78,7 +78,7 @@ def engine_rates(
         "pass_s": deep.decode_rest_s,
         "graph_layer_s": graph_layer_s - known,
         "graph_pass_s": graph_pass_s,
-        "chunk_s": halves.prompt_layer_s - wide.prompt_layer_s,
+        "chunk_s": wide.half_s,
     }
     found = {name: max(1e-6, seconds) for name, seconds in found.items()}
     return found | {"activations": _activations(wide, replace(rates, **found), prompt, on_gpu)}
@@ -97,6 +97,7 @@ def _activations(probe: _Probe, rates: Rates, prompt: int, on_gpu: bool) -> floa
 class _Probe:
     plan: Any
     prompt_layer_s: float = math.nan  # of a layer that a prompt passes whole; where graphs are, layers are not timed
+    half_s: float = math.nan  # what it takes more where the prompt passes in halves
     decode_s: float = math.nan  # of a pass of one token
     decode_layer_s: float = math.nan  # of a layer's issue in it
     decode_rest_s: float = math.nan  # of such a pass without its layers
@@ -160,10 +161,14 @@ def _probe(
     layers: int,
     prompt: int,
     decodes: int = DECODES,
+    halves: bool = False,
     graphs: bool = True,
     **options: Any,
 ) -> _Probe:
-    """A LLaMA of this width through the engine: a prompt some times over, the last with tokens after it."""
+    """A LLaMA of this width through the engine: a prompt some times over, the last with tokens after it.
+
+    `halves`: also in two chunks, taking turns.
+    """
     from transformers import LlamaConfig
 
     from elsa_serve.offload.engine import OffloadEngine
@@ -175,18 +180,21 @@ def _probe(
     )  # fmt: skip
     passes = _Passes()
     warm = WARM_UP_TOKENS + decodes if decodes else 0
+    turns = TURNS if halves else (1,) * (1 + PROMPTS)  # chunks of each prompt
     with tempfile.TemporaryDirectory(prefix="elsa-probe-") as folder:
         config.save_pretrained(folder)
         engine = OffloadEngine(
             folder, sink=passes, device=device, dtype=dtype, attention=attention, linear=linear, rates=rates,
             context=prompt + warm + 2, max_batch=1, resident_layers=layers, load_format="dummy",
             prefix_caching=False, num_speculative_tokens=0, prefill_round_tokens=prompt, progress=False,
-            graphs=graphs, **options,
+            graphs=graphs, chunk_tokens=prompt if halves else None, **options,
         )  # fmt: skip
         times = _LayerTimes(engine.decoder_layers, prompt, device.type == "cuda") if not graphs else None
         try:
             # One to warm up; in the last, passes that warm decoding up, and those that are timed.
-            for seed, count in enumerate((1 + min(1, decodes), *[1] * (PROMPTS - 1), 1 + warm)):
+            for seed, count in enumerate((1 + min(1, decodes), *[1] * (len(turns) - 2), 1 + warm)):
+                if halves:
+                    engine.use_chunks(prompt // turns[seed])
                 tokens = torch.randint(1024, (prompt,), generator=torch.Generator().manual_seed(seed)).tolist()
                 sampling = SamplingParams(max_tokens=count, temperature=0.0, ignore_eos=True)
                 for _ in stream(engine, GenerationRequest(f"probe-{seed}", tokens, sampling)):
@@ -201,4 +209,7 @@ def _probe(
         a_layer = times.decodes()[-decodes:]
         decode_s["decode_layer_s"] = statistics.median(a_layer)
         decode_s["decode_rest_s"] = statistics.median(s - layers * one for s, one in zip(whole[-decodes:], a_layer))
-    return _Probe(engine.plan, statistics.median(times.prompts()[1:]), **decode_s)
+    whole_s, half_s = ([s for s, n in zip(times.prompts(), turns) if n == chunks][1:] for chunks in (1, 2))
+    if halves:
+        decode_s["half_s"] = statistics.fmean(half_s) - statistics.fmean(whole_s)
+    return _Probe(engine.plan, statistics.median(whole_s), **decode_s)

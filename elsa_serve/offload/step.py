@@ -169,7 +169,7 @@ class PassRunner:
         parts are (`plan.row_multiple`)."""
         self._model, self._layers = model, list(layers)
         self._weights, self._tiers, self._streams = weights, tiers, streams
-        self._chunk_tokens, self._multiple = chunk_tokens, multiple
+        self.chunk_tokens, self._multiple = chunk_tokens, multiple
         # Called before each chunk of each layer: the engine's heartbeat, and its look at cancellations.
         self.poll: Callable[[], None] = lambda: None
         self._running: _Running | None = None
@@ -184,7 +184,7 @@ class PassRunner:
         Parts given up on the way are left out and keep their length. Raises PassAbandoned when none is left. After any
         exception the KV of all parts is as before the pass.
         """
-        plan = StepPlan.build(parts, self._chunk_tokens, self._multiple)
+        plan = StepPlan.build(parts, self.chunk_tokens, self._multiple)
         self._running = _Running(plan)
         try:
             with torch.inference_mode():

@@ -17,8 +17,9 @@ import pytest
 import torch
 from engine_models import make_config, make_engine
 
-from elsa_serve.errors import BudgetError
+from elsa_serve.errors import BudgetError, UsageError
 from elsa_serve.offload import device_rates, disk_rates, host_rates, loading, measure, probes, timing
+from elsa_serve.offload.engine import OffloadEngine
 from elsa_serve.offload.geometry import Geometry
 from elsa_serve.offload.machine import Heads, Rates, assumed_rates
 
@@ -259,10 +260,38 @@ def test_a_probe_tells_its_layers_from_the_rest_of_a_pass(monkeypatch: pytest.Mo
     assert not seen
     assert of_prompts.prompt_layer_s > 0
     assert math.isnan(of_prompts.decode_s)
+    assert math.isnan(of_prompts.half_s)
     both = probes._probe(*arguments, decodes=5, graphs=False)
     assert len(seen[0]) == 1 + probes.WARM_UP_TOKENS + 5
     assert both.decode_layer_s == statistics.median(seen[0][-5:])
     assert 0 < both.decode_rest_s < both.decode_s
+
+
+def test_chunks_are_no_larger_than_planned(make: Any) -> None:
+    engine = make()
+    for tokens in (0, engine.plan.chunk_tokens + 1):
+        with pytest.raises(UsageError, match=f"chunks of {tokens} tokens: memory is planned for 1 to"):
+            engine.use_chunks(tokens)
+
+
+def test_prompts_in_one_chunk_and_in_two_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: a device that slows down by 1 s a prompt, and half a second more for a prompt in two chunks."""
+    chunks: list[int] = []
+    use_chunks = OffloadEngine.use_chunks
+
+    def keeping(engine: OffloadEngine, tokens: int) -> None:
+        chunks.append(tokens)
+        use_chunks(engine, tokens)
+
+    monkeypatch.setattr(OffloadEngine, "use_chunks", keeping)
+    monkeypatch.setattr(
+        probes._LayerTimes, "prompts", lambda _: [i + (0.5 if n == 16 else 0.0) for i, n in enumerate(chunks)]
+    )
+    arguments = (CPU, torch.float32, "elsa", "torch", assumed_rates(torch.float32), 64, 4, 32)
+    found = probes._probe(*arguments, decodes=0, halves=True, graphs=False)
+    assert chunks == [32, 16, 32, 16, 16, 32, 16, 32, 32, 16]
+    assert found.prompt_layer_s == (5 + 7) / 2
+    assert found.half_s == pytest.approx(0.5)
 
 
 def test_a_probe_that_cannot_run_leaves_its_rates_assumed(
