@@ -196,3 +196,13 @@ class MetricsSink(Protocol):
 class NullSink:
     def record(self, *stats: Record) -> None:
         return None
+
+
+class Steps:
+    """Keeps the passes, for whoever measures an engine."""
+
+    def __init__(self) -> None:
+        self.passes: list[StepStats] = []
+
+    def record(self, *stats: Record) -> None:
+        self.passes += [one for one in stats if isinstance(one, StepStats)]

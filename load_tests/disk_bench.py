@@ -27,11 +27,10 @@ from elsa_serve.errors import ElsaError
 from elsa_serve.offload.engine import OffloadEngine
 from elsa_serve.offload.loading import DTYPES
 from elsa_serve.offload.weights import ModelWeights, load_model
-from elsa_serve.stats import StepStats
+from elsa_serve.stats import Steps, StepStats
 from load_tests.offload_bench import (
     MODEL,
     WARM_UP_TOKENS,
-    Steps,
     generate,
     host_peak,
     prompt_of,
@@ -123,7 +122,7 @@ def measure(args: argparse.Namespace, host_and_disk: str, folder: Path, first_to
         "gpu_cap": args.gpu_memory, "host_cap": host,
         "asked": {"host_memory": host, "kv_disk": kv_disk or None, "from": "disk"},
     }  # fmt: skip
-    steps = Steps([])
+    steps = Steps()
     try:
         engine = OffloadEngine(
             folder, sink=steps, device=args.device, dtype=args.dtype, gpu_memory=args.gpu_memory, host_memory=host,

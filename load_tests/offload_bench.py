@@ -26,7 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ from elsa_serve.offload.plan import HOST_PROCESS
 from elsa_serve.offload.split import CHOICES, split_linears
 from elsa_serve.offload.weights import ModelWeights, load_model
 from elsa_serve.protocol import GenerationRequest, SamplingParams, stream
-from elsa_serve.stats import Record, StepStats, Transfer
+from elsa_serve.stats import Steps, StepStats, Transfer
 from kernels.bench import results_file
 
 MODEL = Path(__file__).parent / "models" / "llama-13b.json"
@@ -64,16 +64,6 @@ PLANNED = ("graphs", "host_memory", "resident_layers", "slots", "chunk_tokens", 
 WARM_UP_TOKENS = 3
 CAPTURED_BY = 2  # decode passes of a request, of which the first is issued and the second captured in a graph
 READ_LAYERS = 8  # to find the host's bandwidth
-
-
-@dataclass(slots=True)
-class Steps:
-    """A metrics sink that keeps the passes."""
-
-    passes: list[StepStats]
-
-    def record(self, *stats: Record) -> None:
-        self.passes += [one for one in stats if isinstance(one, StepStats)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -232,7 +222,7 @@ def measure(
 ) -> dict[str, Any]:
     """One configuration's row. A refusal or a failure becomes the row's `error`."""
     row = base_row(args, run, weights)
-    steps = Steps([])
+    steps = Steps()
     bandwidth = read_bandwidth(weights)
     reset_host_peak()
     try:

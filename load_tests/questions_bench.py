@@ -22,7 +22,8 @@ import torch
 from elsa_serve.demo import Document, make_document
 from elsa_serve.offload.engine import OffloadEngine
 from elsa_serve.protocol import GenerationRequest, SamplingParams, stream
-from load_tests.offload_bench import Steps, record
+from elsa_serve.stats import Steps
+from load_tests.offload_bench import record
 
 MODEL = Path(__file__).parents[1] / "configs" / "demo_model"
 ANSWER_TOKENS = 48
@@ -58,7 +59,7 @@ class Side:
     """One engine, and what its answers took."""
 
     def __init__(self, args: argparse.Namespace, guesses: int | None) -> None:
-        self.steps = Steps([])
+        self.steps = Steps()
         self.engine = OffloadEngine(
             MODEL, sink=self.steps, device=args.device, dtype=args.dtype, context=args.context, max_batch=1,
             gpu_memory=args.gpu_memory, resident_layers=0, num_speculative_tokens=guesses, prefix_caching=False,

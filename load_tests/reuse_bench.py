@@ -35,10 +35,9 @@ from elsa_serve.offload.speculation import PromptLookup
 from elsa_serve.offload.units import parse_size
 from elsa_serve.offload.weights import ModelWeights
 from elsa_serve.protocol import Event, GenerationRequest, SamplingParams, TokenEvent
-from elsa_serve.stats import StepStats
+from elsa_serve.stats import Steps, StepStats
 from load_tests.offload_bench import (
     MODEL,
-    Steps,
     floor_seconds,
     median,
     prompt_of,
@@ -58,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     with tempfile.TemporaryDirectory() as folder, shared_weights(args, Path(folder)) as (directory, weights, load_s):
         bandwidth = read_bandwidth(weights)
-        steps = Steps([])
+        steps = Steps()
         start = time.perf_counter()
         engine = make_engine(args, directory, weights, steps)
         print(json.dumps({"load_s": load_s, "engine_s": time.perf_counter() - start}), flush=True)

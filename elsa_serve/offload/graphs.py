@@ -135,7 +135,7 @@ class DecodeGraphs:
             extents = [id(span.extent) for own in spans for span in own]
             shared = len(set(extents)) < len(extents)  # KV of several requests that is read once for all
             grown = any(len(own) > 1 for own in spans)
-            if shared or (grown and not self._in_spans) or any(map(self._weights.streamed, self._weights.indices)):
+            if shared or (grown and not self._in_spans) or not self._weights.all_resident:
                 return None
         elif not (self._in_place and self._tiers.repeatable(parts)):
             return None
@@ -180,7 +180,7 @@ class DecodeGraphs:
             with self._tiers.repeating(calls, inputs[1, : len(parts)] - first):
                 return self._forward(inputs[:1], inputs[1:], chunk.attention)[: len(parts)]
 
-        self._tiers.begin(parts, len(self._weights.indices))
+        self._tiers.begin(parts, 0)  # nothing is brought to the device, in no layer
         replay, logits = self._capturing(issue)
         self._tiers.end()
         return _Captured(replay, inputs, logits, first, calls)

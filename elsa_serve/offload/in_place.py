@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from elsa_kernels import State, attention
@@ -35,6 +35,7 @@ from elsa_serve.offload.working import write_mapped
 from elsa_serve.stats import HostAttention
 
 logger = logging.getLogger(__name__)
+Made = TypeVar("Made")
 
 FIRST_STAGING = 1 << 20  # bytes
 SPARE_CORES = 1  # beside a GPU: what its driver's threads and Python need of the host
@@ -106,7 +107,7 @@ class Grows:
 
 
 @dataclass(frozen=True, slots=True)
-class _RepeatedShare:
+class _Share:
     share: HostShare
     mapped: torch.Tensor  # the queries as the device addresses them
     grows: Grows | None
@@ -121,6 +122,20 @@ class _Call:
     functions: HostFunctions
 
 
+class _InOrder(Generic[Made]):
+    """What a first issue makes, and later ones find again in the same order."""
+
+    def __init__(self) -> None:
+        self.made: list[Made] = []
+        self.next = 0
+
+    def take(self, make: Callable[[], Made]) -> Made:
+        if self.next == len(self.made):
+            self.made.append(make())
+        self.next += 1
+        return self.made[self.next - 1]
+
+
 class RepeatedCalls:
     """The host's shares in a pass that a CUDA graph repeats: later issues of the pass find the memory and the jobs of
     the first, call by call in the same order. From one repetition to the next, shares with the newest tokens grow."""
@@ -128,35 +143,14 @@ class RepeatedCalls:
     def __init__(self, in_place: InPlace) -> None:
         self._in_place = in_place
         self.staging = in_place.new_staging()
-        self._shares: list[_RepeatedShare] = []
-        self._calls: list[_Call] = []
-        self._events: list[HostCall] = []
-        self._share = self._call = 0  # the next
+        self.shares: _InOrder[_Share] = _InOrder()
+        self.calls: _InOrder[_Call] = _InOrder()
+        self.events: list[HostCall] = []
 
     def begin(self) -> None:
         """Before each issue."""
-        self._share = self._call = 0
-        self._events.clear()
-
-    def next_share(self) -> _RepeatedShare | None:
-        """None in the first issue."""
-        if self._share == len(self._shares):
-            return None
-        self._share += 1
-        return self._shares[self._share - 1]
-
-    def add_share(self, share: _RepeatedShare) -> None:
-        self._shares.append(share)
-        self._share += 1
-
-    def next_call(self, prepare: Callable[[], _Call]) -> _Call:
-        if self._call == len(self._calls):
-            self._calls.append(prepare())
-        self._call += 1
-        return self._calls[self._call - 1]
-
-    def add_event(self, event: HostCall) -> None:
-        self._events.append(event)
+        self.shares.next = self.calls.next = 0
+        self.events.clear()
 
     def place(self, positions: Sequence[int]) -> None:
         """The pieces' new tokens are at these positions. Nothing may be under way."""
@@ -168,11 +162,11 @@ class RepeatedCalls:
     def end(self) -> None:
         """Account for a repetition that is over. Raises what a job that failed raises."""
         nbytes = sum(share.share.k[:, :, :1].nbytes * 2 * job.problem.Nk for job, share in self._jobs())
-        stall = sum(event.last_stall() for event in self._events)
-        self._in_place.repeated([call.items for call in self._calls], nbytes, stall)
+        stall = sum(event.last_stall() for event in self.events)
+        self._in_place.repeated([call.items for call in self.calls.made], nbytes, stall)
 
-    def _jobs(self) -> Iterator[tuple[library.Job, _RepeatedShare]]:
-        return zip((job for call in self._calls for job in call.jobs), self._shares)
+    def _jobs(self) -> Iterator[tuple[library.Job, _Share]]:
+        return zip((job for call in self.calls.made for job in call.jobs), self.shares.made)
 
 
 class InPlace:
@@ -228,29 +222,27 @@ class InPlace:
     ) -> HostShare:
         """q [1, H, n, D] on the device, query i at position `q_start` + i of keys [2, Hkv, N, D] on the host. `grows`:
         how N and `q_start` do where the pass is repeated."""
-        again = self._repeating.next_share() if self._repeating else None
-        if again is not None:
-            write_mapped(again.mapped, q)
-            return again.share
         staging = self._repeating.staging if self._repeating else self._staging
-        here, mapped = staging.take(q.shape, q.dtype)
-        write_mapped(mapped, q)
-        rows = q.shape[:3]
-        pairs = [staging.take(shape, torch.float32) for shape in (rows, rows, q.shape)]
-        host_state, state = (State(*side) for side in zip(*pairs))
-        if sinks is not None:
-            sinks = sinks.float().cpu()
-        share = HostShare(state, host_state, here, keys[None, 0], keys[None, 1], q_start, options, sinks)
-        if self._repeating:
-            self._repeating.add_share(_RepeatedShare(share, mapped, grows))
-        return share
+
+        def make() -> _Share:
+            here, mapped = staging.take(q.shape, q.dtype)
+            rows = q.shape[:3]
+            pairs = [staging.take(shape, torch.float32) for shape in (rows, rows, q.shape)]
+            host_state, state = (State(*side) for side in zip(*pairs))
+            on_host = sinks.float().cpu() if sinks is not None else None
+            share = HostShare(state, host_state, here, keys[None, 0], keys[None, 1], q_start, options, on_host)
+            return _Share(share, mapped, grows)
+
+        found = self._repeating.shares.take(make) if self._repeating else make()
+        write_mapped(found.mapped, q)
+        return found.share
 
     def launch(self, shares: Sequence[HostShare], after: Event) -> Event:
         """Compute the shares once `after`, behind their staging, has been reached. Compute must wait for the event."""
         if self._repeating and self._pool is not None:
-            call = self._repeating.next_call(functools.partial(_prepare, self._pool, shares))
+            call = self._repeating.calls.take(functools.partial(_prepare, self._pool, shares))
             event = self._streams.call_host(call.functions, after, repeated=True)
-            self._repeating.add_event(event)
+            self._repeating.events.append(event)
             return event
         self._staging.reset()  # the next layer's rows come behind this layer's merge
         self._bytes += sum(share.k.nbytes + share.v.nbytes for share in shares)

@@ -18,7 +18,7 @@ from elsa_serve.offload import attention as attentions
 from elsa_serve.offload.machine import Rates
 from elsa_serve.offload.predict import Share, device_seconds
 from elsa_serve.protocol import GenerationRequest, SamplingParams, stream
-from elsa_serve.stats import Record, StepStats
+from elsa_serve.stats import Steps
 
 if TYPE_CHECKING:
     from elsa_serve.offload.geometry import Geometry
@@ -103,14 +103,6 @@ class _Probe:
     decode_rest_s: float = math.nan  # of such a pass without its layers
 
 
-class _Passes:
-    def __init__(self) -> None:
-        self.steps: list[StepStats] = []
-
-    def record(self, *stats: Record) -> None:
-        self.steps += [one for one in stats if isinstance(one, StepStats)]
-
-
 class _LayerTimes:
     """Seconds from the first layer's end to that of the last but one, pass by pass, as one layer's.
 
@@ -178,13 +170,13 @@ def _probe(
         hidden_size=hidden, intermediate_size=hidden * 43 // 16, num_hidden_layers=layers, vocab_size=1024,
         num_attention_heads=hidden // dim, num_key_value_heads=hidden // dim, max_position_embeddings=1 << 17,
     )  # fmt: skip
-    passes = _Passes()
+    steps = Steps()
     warm = WARM_UP_TOKENS + decodes if decodes else 0
     turns = TURNS if halves else (1,) * (1 + PROMPTS)  # chunks of each prompt
     with tempfile.TemporaryDirectory(prefix="elsa-probe-") as folder:
         config.save_pretrained(folder)
         engine = OffloadEngine(
-            folder, sink=passes, device=device, dtype=dtype, attention=attention, linear=linear, rates=rates,
+            folder, sink=steps, device=device, dtype=dtype, attention=attention, linear=linear, rates=rates,
             context=prompt + warm + 2, max_batch=1, resident_layers=layers, load_format="dummy",
             prefix_caching=False, num_speculative_tokens=0, prefill_round_tokens=prompt, progress=False,
             graphs=graphs, chunk_tokens=prompt if halves else None, **options,
@@ -201,15 +193,18 @@ def _probe(
                     pass
         finally:
             engine.shutdown()
-    whole = [step.duration_s for step in passes.steps if not step.prompt_tokens and step.generated_tokens == 1]
-    decode_s = {"decode_s": statistics.median(whole[-decodes:])} if decodes else {}
-    if times is None:
-        return _Probe(engine.plan, **decode_s)
+    found = {}
     if decodes:
-        a_layer = times.decodes()[-decodes:]
-        decode_s["decode_layer_s"] = statistics.median(a_layer)
-        decode_s["decode_rest_s"] = statistics.median(s - layers * one for s, one in zip(whole[-decodes:], a_layer))
-    whole_s, half_s = ([s for s, n in zip(times.prompts(), turns) if n == chunks][1:] for chunks in (1, 2))
-    if halves:
-        decode_s["half_s"] = statistics.fmean(half_s) - statistics.fmean(whole_s)
-    return _Probe(engine.plan, statistics.median(whole_s), **decode_s)
+        passes = [one.duration_s for one in steps.passes if not one.prompt_tokens and one.generated_tokens == 1]
+        passes = passes[-decodes:]
+        found["decode_s"] = statistics.median(passes)
+    if times is not None:
+        whole_s, half_s = ([s for s, n in zip(times.prompts(), turns) if n == chunks][1:] for chunks in (1, 2))
+        found["prompt_layer_s"] = statistics.median(whole_s)
+        if halves:
+            found["half_s"] = statistics.fmean(half_s) - statistics.fmean(whole_s)
+        if decodes:
+            a_layer = times.decodes()[-decodes:]
+            found["decode_layer_s"] = statistics.median(a_layer)
+            found["decode_rest_s"] = statistics.median(s - layers * one for s, one in zip(passes, a_layer))
+    return _Probe(engine.plan, **found)

@@ -113,9 +113,8 @@ class WeightStream:
             self._bindings[index].unbind()
 
     @property
-    def indices(self) -> range:
-        """Of the layers."""
-        return range(len(self._layers))
+    def all_resident(self) -> bool:
+        return not self._streamed
 
     @property
     def first_slot(self) -> int:
@@ -142,10 +141,6 @@ class WeightStream:
         finally:
             self._passed(index)
 
-    def end_replay(self) -> None:
-        """All layers have been replayed."""
-        self._position = 0
-
     def _wait_run_ahead(self) -> None:
         while len(self._run_ahead) >= self._max_run_ahead:
             self._run_ahead.popleft().synchronize()
@@ -154,7 +149,7 @@ class WeightStream:
         done = self._streams.record()
         self._run_ahead.append(done)
         self._position = (index + 1) % len(self._layers)
-        if index not in self._resident:
+        if self.streamed(index):
             self._release(done)
 
     def _arrived(self, index: int) -> Parameters:
@@ -208,7 +203,8 @@ class WeightStream:
         self._submitted += 1
 
     def rewind(self) -> None:
-        """Begin again at layer 0 when a pass was cut short. What was prefetched for the rest of it is discarded."""
+        """Begin again at layer 0, behind the last layer that was replayed or when a pass was cut short. What was
+        prefetched for the rest of it is discarded."""
         if self._position == 0:
             return
         self._position = 0

@@ -229,7 +229,7 @@ class PassRunner:
         if logits is None:
             return None
         found = logits.float().cpu()
-        self._weights.end_replay()
+        self._weights.rewind()
         self.graphs.end()
         return found
 

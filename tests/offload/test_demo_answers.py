@@ -9,7 +9,7 @@ import pytest
 from elsa_serve.demo import make_document
 from elsa_serve.offload.engine import OffloadEngine
 from elsa_serve.protocol import GenerationRequest, SamplingParams, stream
-from elsa_serve.stats import StepStats
+from elsa_serve.stats import Steps
 
 NUMBERS = itertools.count()
 MODEL = Path(__file__).parents[2] / "configs" / "demo_model"
@@ -50,14 +50,6 @@ def test_every_placement_finds_the_fact(placement):
             assert document.answer in ask(engine, document)
     finally:
         engine.shutdown()
-
-
-class Steps:
-    def __init__(self):
-        self.passes = []
-
-    def record(self, *stats):
-        self.passes += [one for one in stats if isinstance(one, StepStats)]
 
 
 def test_every_feature_at_once_finds_every_fact():

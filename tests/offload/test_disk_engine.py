@@ -28,7 +28,7 @@ from elsa_serve.offload import disk_layers
 from elsa_serve.offload.disk import Bounce, DirectFile
 from elsa_serve.offload.engine import OffloadEngine
 from elsa_serve.protocol import TokenEvent, stream
-from elsa_serve.stats import Record, StepStats
+from elsa_serve.stats import Steps
 
 COUNT = 6
 # 5 layers of 120 KiB, of which host memory holds one beside the staging buffers and the KV that lies there.
@@ -37,14 +37,6 @@ ON_DISK: dict[str, Any] = {
     "prefix_caching": False,
 }  # fmt: skip
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-
-
-class Steps:
-    def __init__(self) -> None:
-        self.passes: list[StepStats] = []
-
-    def record(self, *stats: Record) -> None:
-        self.passes += [one for one in stats if isinstance(one, StepStats)]
 
 
 @pytest.fixture(autouse=True)

@@ -28,7 +28,7 @@ from elsa_serve.offload.engine import OffloadEngine
 from elsa_serve.offload.graphs import DecodeGraphs
 from elsa_serve.offload.in_place import RepeatedCalls
 from elsa_serve.protocol import Event, TokenEvent
-from elsa_serve.stats import Record, StepStats
+from elsa_serve.stats import Steps
 
 TOKENS = 40
 
@@ -184,16 +184,6 @@ def test_graphs_are_few(engines: tuple[OffloadEngine, OffloadEngine], monkeypatc
     assert len(replaying._loaded.runner.graphs._kept) == 2
 
 
-class Recorder:
-    """A metrics sink that keeps the passes."""
-
-    def __init__(self, passes: list[StepStats]) -> None:
-        self._passes = passes
-
-    def record(self, *stats: Record) -> None:
-        self._passes += [one for one in stats if isinstance(one, StepStats)]
-
-
 SPLIT = {"num_speculative_tokens": 0, "gpu_memory": "1800KiB", "resident_layers": 1, "prefix_caching": False}
 
 
@@ -230,11 +220,11 @@ def test_the_hosts_work_is_counted_in_replayed_passes(split_engines: tuple[Offlo
     with_graphs(replaying)
     found = []
     for engine in (plain, replaying):
-        passes: list[StepStats] = []
-        engine._sink, kept = Recorder(passes), engine._sink
+        steps = Steps()
+        engine._sink, kept = steps, engine._sink
         generate(engine, prompt_of(plain.plan.kv_gpu_tokens + 20), max_tokens=8)
         engine._sink = kept
-        found.append([(p.host_attention.bytes, p.host_attention.calls) for p in passes if p.host_attention])
+        found.append([(p.host_attention.bytes, p.host_attention.calls) for p in steps.passes if p.host_attention])
     assert len(found[0]) == 7
     assert found[0] == found[1]
 
@@ -276,7 +266,7 @@ def test_a_host_job_that_fails_in_a_replayed_pass_ends_its_request(
 
     def failing(calls: RepeatedCalls) -> None:
         if replays.replayed == 2:
-            calls._calls[1].items[0].status = 3
+            calls.calls.made[1].items[0].status = 3
         end(calls)
 
     monkeypatch.setattr(RepeatedCalls, "end", failing)

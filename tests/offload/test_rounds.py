@@ -22,7 +22,7 @@ from elsa_serve.offload.plan import ROUND_TOKENS, make_plan
 from elsa_serve.offload.rounds import pass_tokens
 from elsa_serve.offload.scheduler import PassTokens
 from elsa_serve.protocol import Event, TokenEvent
-from elsa_serve.stats import Record, StepStats
+from elsa_serve.stats import Steps
 
 LLAMA_13B = Path(__file__).parents[2] / "load_tests" / "models" / "llama-13b.json"
 
@@ -30,14 +30,6 @@ LLAMA_13B = Path(__file__).parents[2] / "load_tests" / "models" / "llama-13b.jso
 @functools.cache
 def geometry() -> Geometry:
     return Geometry.from_config(AutoConfig.from_pretrained(LLAMA_13B), torch.float16)
-
-
-class Steps:
-    def __init__(self) -> None:
-        self.passes: list[StepStats] = []
-
-    def record(self, *stats: Record) -> None:
-        self.passes += [one for one in stats if isinstance(one, StepStats)]
 
 
 # --- limits -------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from elsa_serve.offload.sampling import Sampler
 from elsa_serve.offload.scheduler import Sequence
 from elsa_serve.offload.speculation import PromptLookup
 from elsa_serve.protocol import GenerationRequest, SamplingParams
-from elsa_serve.stats import Record, StepStats
+from elsa_serve.stats import Steps
 
 
 def lookup(*tokens: int, longest: int = 8) -> PromptLookup:
@@ -113,14 +113,6 @@ def test_tokens_end_at_the_first_that_differs_at_the_end_of_text_and_at_the_last
 
 
 # --- the engine ---------------------------------------------------------------------------------------------------
-
-
-class Steps:
-    def __init__(self) -> None:
-        self.passes: list[StepStats] = []
-
-    def record(self, *stats: Record) -> None:
-        self.passes += [one for one in stats if isinstance(one, StepStats)]
 
 
 @pytest.fixture(scope="module", params=["KV on the device", "KV on the host"])
