@@ -260,12 +260,13 @@ class _CudaHostCall(_CudaEvent, HostCall):
 
 
 class _CudaRepeatedCall(HostCall):
-    """The same in a pass that a graph may hold, whose events none but the graph may look at. The two around compute's
-    wait are external ones, which a graph records each time that it runs."""
+    """The same in a pass that a graph may hold: compute's own stream starts the call, and joins it where compute waits,
+    so that what is issued between them runs beside the host. Of two branches a graph may run one after the other. The
+    events around the wait are external ones, which a graph records each time that it runs."""
 
-    def __init__(self, stream: torch.cuda.Stream) -> None:
-        self._reached = torch.cuda.Event()
-        self._reached.record(stream)
+    def __init__(self, stream: torch.cuda.Stream, functions: HostFunctions) -> None:
+        self._functions = functions
+        driver.launch_host_function(stream.cuda_stream, functions.start, functions.argument)
         self._around = [torch.cuda.Event(enable_timing=True, external=True) for _ in range(2)]
 
     def query(self) -> bool:
@@ -276,7 +277,7 @@ class _CudaRepeatedCall(HostCall):
 
     def hold(self, stream: torch.cuda.Stream) -> None:
         self._around[0].record(stream)
-        stream.wait_event(self._reached)
+        driver.launch_host_function(stream.cuda_stream, self._functions.join, self._functions.argument)
         self._around[1].record(stream)
 
     def last_stall(self) -> float:
@@ -338,12 +339,12 @@ class _CudaStreams(Streams):
         return _CudaLane(self, None if self.serial else torch.cuda.Stream(self.device))
 
     def call_host(self, functions: HostFunctions, after: Event, repeated: bool = False) -> HostCall:
+        if repeated:
+            return _CudaRepeatedCall(torch.cuda.current_stream(self.device), functions)
         stream = self._host_stream or torch.cuda.current_stream(self.device)
         _wait_on(stream, after)
         for function in (functions.start, functions.join):
             driver.launch_host_function(stream.cuda_stream, function, functions.argument)
-        if repeated:
-            return _CudaRepeatedCall(stream)
         call = _CudaHostCall(self.pool, stream, functions)
         while self._host_calls and self._host_calls[0].query():
             self._host_calls.popleft()

@@ -21,7 +21,7 @@ from elsa_kernels.elementwise import copy_heads
 from elsa_serve.offload.attention import Attend, AttendState, AttentionOptions
 from elsa_serve.offload.in_place import Grows, HostShare, InPlace, RepeatedCalls
 from elsa_serve.offload.kv import Extent, RequestKV, Span
-from elsa_serve.offload.streams import Event, Streams
+from elsa_serve.offload.streams import Streams
 from elsa_serve.offload.working import Visit, WorkingKV, write_mapped
 from elsa_serve.stats import HostAttention
 
@@ -170,13 +170,10 @@ class Tiers:
         sunk: set[int] = set()  # pieces whose sinks have joined: once in all, on the device where it sees any token
         sinks = [self._sinks(job, options, sunk) for job in (*here, *there)]
         shares = [self._stage(layer, job, parts, s) for job, s in zip(there, sinks[len(here) :])]
-        staged = self._streams.record() if shares else None
-        call = None if self._places is not None else self._launch(shares, staged)
+        call = self._in_place.launch(shares, self._streams.record()) if shares and self._in_place else None
         # While the host is at work: everything that is the device's alone.
         states = [self._device_state(layer, job, parts, s) for job, s in zip(here, sinks)]
         outs = {i: self._whole(layer, piece, options) for i, piece in enumerate(pieces) if i not in parts}
-        if self._places is not None:  # a graph runs side by side what does not depend on each other
-            call = self._launch(shares, staged)
         if call is not None:
             self._streams.wait(call)
         found: dict[int, list[State]] = {i: [] for i in parts}
@@ -185,9 +182,6 @@ class Tiers:
                 found[i].append(part)
         outs |= {i: merged_output(found[i], piece.q.dtype) for i, piece in parts.items()}
         return [outs[i] for i in range(len(pieces))]
-
-    def _launch(self, shares: Sequence[HostShare], staged: Event | None) -> Event | None:
-        return self._in_place.launch(shares, staged) if staged is not None and self._in_place is not None else None
 
     def _in_parts(self, piece: Piece) -> bool:
         """Whether the piece's attention is merged from states over spans: in place, and of few rows over several spans,
