@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,8 @@ from elsa_serve.errors import UsageError
 from elsa_serve.offload.machine import Heads
 from elsa_serve.offload.units import ALIGNMENT, aligned
 from elsa_serve.offload.weights import build_meta_model, find_decoder_layers, make_layout
+
+ROWS = 128  # query rows of a program of the device's attention; chunks begin at multiples of so many, where they may
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,3 +129,17 @@ def check_rope(text_config: Any, context: int) -> None:
                 f"results would depend on the batch. Pass --context {original} or less, or use rope_type "
                 "yarn or linear"
             )
+
+
+def whole_waves(tokens: int, heads: int, multiprocessors: int) -> int:
+    """A chunk of about so many tokens, a sixteenth more or less, whose attention leaves the fewest multiprocessors idle
+    at its end: that of 4,096 tokens of 40 heads takes 132 of them as long as that of 4,224 (1,280 and 1,320 programs,
+    ten waves), and products gain, too."""
+    about = tokens / ROWS
+
+    def full(rows: int) -> float:  # the share of the waves' programs that there are
+        waves = rows * heads / multiprocessors
+        return waves / math.ceil(waves)
+
+    near = range(math.ceil(about * 15 / 16), math.floor(about * 17 / 16) + 1)
+    return ROWS * max(near, key=lambda rows: (full(rows), -abs(rows - about))) if near else tokens

@@ -77,7 +77,7 @@ def rates_of_memory(
     attention = _CpuAttention(device, kv, nbytes, dtype, heads, threads)
     place = torch.empty(min((w.numel() for w in weights), default=0), dtype=torch.uint8, device=device)
     copied = [w[: place.numel()] for w in weights]
-    found = _shared_rates(place, copied, attention)
+    found: dict[str, Any] = _shared_rates(place, copied, attention)
     kept = asdict(rates)
     changes = [f"{name} {value / kept[name] - 1:+.0%}" for name, value in found.items() if _apart(value, kept[name])]
     if changes:

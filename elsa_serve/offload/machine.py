@@ -62,7 +62,8 @@ class Rates:
     copy_s: float = 3e-5  # seconds in which the host issues the copy of a chunk's keys and values in a layer
     graph_layer_s: float = 4e-5  # the same two of a decode pass from a CUDA graph: the device's own small kernels,
     graph_pass_s: float = 5e-4  # and what the host does before and after
-    chunk_s: float = 2.5e-4  # seconds of the device that one more chunk of a prompt costs in a layer
+    chunk_s: float = 1e-4  # seconds of the device that one more chunk of a prompt costs in a layer
+    multiprocessors: int = 132  # of the device
     source: str = "assumed, not measured"
 
 

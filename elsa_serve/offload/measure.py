@@ -25,7 +25,7 @@ from elsa_serve.offload.device import require_exact_matmul
 from elsa_serve.offload.machine import Heads, Rates, assumed_rates, gpu_facts, host_memory
 from elsa_serve.offload.units import format_size
 
-FORM = 14  # of the measurement: what an earlier form kept is measured again
+FORM = 15  # of the measurement: what an earlier form kept is measured again
 LARGE_DEVICE = 8 << 30  # bytes free from which the full sizes are measured
 HEADS = Heads()  # where no model is named
 
@@ -186,6 +186,8 @@ def measure_rates(
     }
     # The last: they leave the device's memory free. The probes' prompts are over before power limits the clock.
     brief, lasting = device_rates.compute_rates(device, dtype, attention, linear, heads, sizes)
+    if device.type == "cuda":
+        found["multiprocessors"] = gpu_facts(device).multiprocessors
     measured = replace(assumed_rates(dtype), **found | brief)
     layer = functools.partial(device_rates.layer_seconds, device, dtype, linear)
     share: dict[str, Any] = probes.engine_rates(device, dtype, attention, linear, sizes, measured, layer)

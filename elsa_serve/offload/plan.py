@@ -20,7 +20,7 @@ import torch
 from elsa_serve.errors import BudgetError
 from elsa_serve.offload.disk_layers import BUFFERS
 from elsa_serve.offload.file_lane import staging_bytes
-from elsa_serve.offload.geometry import Geometry
+from elsa_serve.offload.geometry import Geometry, whole_waves
 from elsa_serve.offload.machine import Rates, assumed_rates
 from elsa_serve.offload.predict import Share, pass_time
 from elsa_serve.offload.rounds import rounds_of
@@ -251,7 +251,7 @@ def _place(request: _Request, context: int) -> Plan:
     chunk = request.chunk_tokens or _choose_chunk(request.geometry, request.gpu_budget)
     while True:
         try:
-            return _place_chunked(request, context, min(chunk, context))
+            return _place_chunked(request, context, min(request.chunk_tokens or _in_waves(request, chunk), context))
         except BudgetError:
             if request.chunk_tokens or chunk <= MIN_CHUNK:
                 raise
@@ -259,17 +259,17 @@ def _place(request: _Request, context: int) -> Plan:
 
 
 def _enlarged(request: _Request, plan: Plan) -> Plan:
-    """The plan in the largest chunks that bring a prompt's first token sooner and decode as fast: each chunk of a
-    layer leaves a part of the device idle at the end of its kernels, and products on tensor cores, which run at the
-    power limit, take fewer joules. For float32 products without them no gain was seen (a layer of 32K tokens: 405 ms in
-    chunks of 4096 on an H200, 423 in one, after a phase at the power limit), and the room is better KV's."""
+    """The plan in the largest chunks that bring a prompt's first token sooner and decode as fast: products on tensor
+    cores, which run at the power limit, take fewer joules. For float32 products without them no gain was seen (a layer
+    of 32K tokens: 405 ms in chunks of 4096 on an H200, 423 in one, after a phase at the power limit), and the room is
+    better KV's."""
     if request.chunk_tokens or request.device_type != "cuda":
         return plan
     if request.geometry.dtype == torch.float32 and request.linear == "torch":
         return plan
     best, chunk = plan, plan.chunk_tokens
     while chunk < plan.round_tokens:
-        chunk = min(2 * chunk, plan.round_tokens)
+        chunk = min(_in_waves(request, 2 * chunk), plan.round_tokens)
         try:
             larger = _place_chunked(request, plan.context, chunk)
         except BudgetError:
@@ -448,11 +448,17 @@ def chunk_bytes(geometry: Geometry, chunk: int, context: int) -> int:
 
 
 def _choose_chunk(geometry: Geometry, gpu_budget: int) -> int:
-    """The largest power of two whose own activations stay a small part of the budget."""
+    """The largest power of two, or about that, whose own activations stay a small part of the budget."""
     chunk = SMALL_CHUNK
     while chunk > MIN_CHUNK and chunk_bytes(geometry, chunk, 0) > gpu_budget // CHUNK_SHARE:
         chunk //= 2
     return chunk
+
+
+def _in_waves(request: _Request, chunk: int) -> int:
+    if request.device_type != "cuda":
+        return chunk
+    return whole_waves(chunk, request.geometry.heads, request.rates.multiprocessors)
 
 
 def _choose_slots(geometry: Geometry, gpu_budget: int) -> int:

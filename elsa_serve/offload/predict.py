@@ -323,8 +323,7 @@ def _beside_fetch(plan: Plan, new: int) -> float:
     """Seconds for which the device computes while the KV of its next layer is brought to the working buffer: between
     the last chunk's attention in one layer and the first one's in the next."""
     parameters = plan.geometry.weights_bytes / plan.geometry.dtype.itemsize
-    chunk = new / -(-new // plan.chunk_tokens)  # they are of one size
-    return 2.0 * parameters * chunk / plan.rates.flops
+    return 2.0 * parameters * min(new, plan.chunk_tokens) / plan.rates.flops
 
 
 def _time(work: _Work, rates: Rates, one_memory: bool) -> Prediction:

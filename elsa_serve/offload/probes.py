@@ -15,13 +15,13 @@ import torch
 
 from elsa_serve.errors import ElsaError
 from elsa_serve.offload import attention as attentions
+from elsa_serve.offload.geometry import Geometry, whole_waves
 from elsa_serve.offload.machine import Rates
 from elsa_serve.offload.predict import Share, device_seconds
 from elsa_serve.protocol import GenerationRequest, SamplingParams, stream
 from elsa_serve.stats import Steps
 
 if TYPE_CHECKING:
-    from elsa_serve.offload.geometry import Geometry
     from elsa_serve.offload.measure import Sizes
 
 WIDE = 4  # layers of the probe of a prompt's activations, of which those between the first and the last are timed
@@ -55,6 +55,8 @@ def engine_rates(
     """
     hidden, prompt, on_gpu = sizes.probe_hidden, sizes.probe_prompt, device.type == "cuda"
     short = LONG if on_gpu else SHORT
+    if on_gpu:  # both halves as chunks are planned
+        prompt = 2 * whole_waves(prompt // 2, hidden // _head_dim(hidden), rates.multiprocessors)
 
     def probe(hidden: int, layers: int, prompt: int, attention: str = attention, **options: Any) -> _Probe:
         return _probe(device, dtype, attention, linear, rates, hidden, layers, prompt, **options)
@@ -91,6 +93,10 @@ def _activations(probe: _Probe, rates: Rates, prompt: int, on_gpu: bool) -> floa
     rest -= rates.graph_layer_s if on_gpu else rates.layer_s
     # Never less than a twentieth of the time: rates measured a moment apart may leave nothing of it.
     return geometry.activation_bytes() * prompt / max(rest, 0.05 * probe.prompt_layer_s)
+
+
+def _head_dim(hidden: int) -> int:
+    return min(128, max(8, hidden // 8))
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +171,7 @@ def _probe(
 
     from elsa_serve.offload.engine import OffloadEngine
 
-    dim = min(128, max(8, hidden // 8))
+    dim = _head_dim(hidden)
     config = LlamaConfig(
         hidden_size=hidden, intermediate_size=hidden * 43 // 16, num_hidden_layers=layers, vocab_size=1024,
         num_attention_heads=hidden // dim, num_key_value_heads=hidden // dim, max_position_embeddings=1 << 17,

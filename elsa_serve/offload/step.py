@@ -18,6 +18,7 @@ from torch import nn
 
 from elsa_serve.offload.attention import AttentionOptions, ChunkAttention, attending
 from elsa_serve.offload.fused import FusedForward
+from elsa_serve.offload.geometry import ROWS
 from elsa_serve.offload.graphs import DecodeGraphs, PaddedRows
 from elsa_serve.offload.kv import RequestKV
 from elsa_serve.offload.ring import WeightStream
@@ -27,7 +28,6 @@ from elsa_serve.offload.tiers import Piece, Tiers
 # Chunks that the host may issue ahead of the device: enough to keep it busy, few enough that a cancelled request stops
 # soon and that reported progress is real.
 RUN_AHEAD = 4
-TILE = 256  # chunks are of multiples of so many tokens, where they may be
 SHORT_TOKENS = 32  # parts up to this long share a chunk: the tokens of a decode pass, drafted ones included
 
 
@@ -122,19 +122,20 @@ class StepPlan:
 
         for part in ordered:
             total = len(part.tokens)
-            # Chunks of about one size: where the last is long, KV for the next layer comes while it is computed.
-            even = -(-total // -(-total // chunk_tokens))
-            most = min(chunk_tokens, -(-even // TILE) * TILE)
+            # All but the first are whole: of those the size is chosen, and while the last is computed, KV for the next
+            # layer comes.
+            rest = (total - 1) % chunk_tokens + 1
+            first = min(chunk_tokens, -(-rest // ROWS) * ROWS)
             short = total <= SHORT_TOKENS
-            if shared and not (short and row + min(total, most) - low <= chunk_tokens):
+            if shared and not (short and row + min(total, chunk_tokens) - low <= chunk_tokens):
                 cut(multiple)
             token_ids.append(torch.tensor(part.tokens, dtype=torch.int64))
             positions.append(part.kv.length + torch.arange(total))
-            for start in range(0, total, most):
-                size = min(most, total - start)
-                shared.append(Segment(part, row - low, row - low + size, start, start + size == total))
-                row += size
-                if not short or start + size < total:
+            start = 0
+            for end in (*range(first, total, chunk_tokens), total):
+                shared.append(Segment(part, row - low, row - low + end - start, start, end == total))
+                row, start = row + end - start, end
+                if not short or end < total:
                     cut()
             wanted += range(row - part.rows, row)
         if shared:

@@ -46,8 +46,9 @@ def measured() -> Rates:
 
 def test_every_rate_is_measured(measured: Rates) -> None:
     assumed = asdict(assumed_rates(torch.float32))
+    del assumed["multiprocessors"]  # a GPU's
     for name, value in asdict(measured).items():
-        assert value != assumed[name], name
+        assert value != assumed.get(name), name
         assert name == "source" or value > 0, name
     assert "cores" in measured.source
     assert len(measure.describe(measured)) == 7

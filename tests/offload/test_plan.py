@@ -16,7 +16,7 @@ from offload_models import make_config
 from transformers import AutoConfig, LlamaConfig
 
 from elsa_serve.errors import BudgetError
-from elsa_serve.offload.geometry import Geometry, max_context
+from elsa_serve.offload.geometry import Geometry, max_context, whole_waves
 from elsa_serve.offload.kv import KVPool, KVShape
 from elsa_serve.offload.machine import Rates
 from elsa_serve.offload.plan import Plan, make_plan
@@ -213,9 +213,24 @@ def test_chunks_shrink_with_the_budget_and_never_exceed_the_context() -> None:
     assert plan_13b(gpu_budget=24 * GIB, context=300).chunk_tokens == 300
 
 
+def test_chunks_fill_whole_waves_of_the_devices_attention() -> None:
+    """By hand: 40 heads × 33 tiles of 128 rows are ten programs for each of 132 multiprocessors."""
+    assert whole_waves(4096, 40, 132) == whole_waves(4096, 32, 132) == 33 * 128
+    assert [whole_waves(size, 40, 132) for size in (8192, 16384, 32768)] == [66 * 128, 132 * 128, 264 * 128]
+    assert whole_waves(4096, 32, 108) == 30 * 128  # 960 programs: of nine waves 8.9; 27 tiles, eight, are too few
+    assert whole_waves(4096, 14, 132) == 34 * 128  # 476 of 528
+    assert whole_waves(2048, 40, 132) == 16 * 128  # 640 of 660
+    assert whole_waves(64, 40, 132) == 64  # there is no other
+    memory = {"gpu_budget": 40 * GIB, "resident_layers": 0}
+    for device, chunk in (("cuda", 4224), ("cpu", 4096)):
+        made = plan_13b(**memory, rates=replace(RATES, chunk_s=0.0), device_type=device)
+        assert made.chunk_tokens == chunk
+    assert plan_13b(**memory, rates=replace(RATES, chunk_s=0.0, multiprocessors=128)).chunk_tokens == 4096
+
+
 def test_float32_products_without_tensor_cores_gain_nothing_from_larger_chunks() -> None:
     budget = {"geometry": llama_13b(torch.float32), "gpu_budget": 24 * GIB, "resident_layers": 0, "rates": None}
-    assert plan_13b(**budget).chunk_tokens == 4096
+    assert plan_13b(**budget).chunk_tokens == 4224
     assert plan_13b(**budget, linear="elsa").chunk_tokens == 32768
 
 

@@ -259,7 +259,7 @@ def test_chunks_cost_the_device_and_rounds_bring_kv_back() -> None:
     assert sum(share.new for share in shares) == 100_000
     assert shares[1].past == shares[0].new
     fetched = sum(max(0, share.past - made.kv_gpu_tokens) for share in shares) * TOKEN / 50e9
-    products = 2 * GEOMETRY.weights_bytes / 2 / 500e12 * 4096
+    products = 2 * GEOMETRY.weights_bytes / 2 / 500e12 * made.chunk_tokens
     rests = len(shares) * RATES.pass_s
     assert whole + fetched - len(shares) * products < made.ttft_s - rests < whole + fetched
     assert made.bottleneck["prefill"] == "KV brought to the device"  # type: ignore[index]

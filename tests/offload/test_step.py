@@ -43,6 +43,14 @@ def test_more_short_parts_than_a_chunk_holds_take_several() -> None:
     assert [c.low for c in StepPlan.build([Part(kv(), [1] * 7)], chunk_tokens=3).chunks] == [0, 3, 6]
 
 
+def test_what_is_left_of_a_prompt_goes_first_in_whole_tiles() -> None:
+    for total, starts in ((500, [0]), (640, [0, 128]), (1000, [0, 512]), (1024, [0, 512]), (1030, [0, 128, 640])):
+        chunks = StepPlan.build([Part(kv(), long(1, total))], chunk_tokens=512).chunks
+        assert [c.low for c in chunks] == [c.segments[0].start for c in chunks] == starts
+        assert [c.segments[0].final for c in chunks] == [False] * (len(starts) - 1) + [True]
+        assert chunks[-1].high == total
+
+
 def test_chunks_of_short_parts_are_filled_up_to_whole_tiles() -> None:
     parts = [Part(kv(), long(1)), Part(kv(7), [2, 3], rows=2), Part(kv(9), [4])]
     plan = StepPlan.build(parts, chunk_tokens=20, multiple=8)
