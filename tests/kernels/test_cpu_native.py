@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -220,14 +221,19 @@ def test_a_job_starts_and_ends_through_plain_c_functions() -> None:
         assert job.launch.status == 0
         assert job.done()
     assert same_bits(job.state, pool.attend(problem, operands))
+    job.state.W.fill_(float("nan"))
+    began = time.perf_counter()
+    assert 0 < job.run() < time.perf_counter() - began
+    assert same_bits(job.state, pool.attend(problem, operands))
 
 
 def test_a_job_under_way_is_not_started_twice_and_survives_its_owner() -> None:
     pool = library.Pool(1)
     q, k, v = qkv(torch.bfloat16, H=32, Hkv=8, Nq=4, Nk=8192, D=128)
     job = pool.submit(*describe(q, k, v))
-    with pytest.raises(RuntimeError, match="under way"):
-        job.submit()
+    for again in (job.submit, job.run):
+        with pytest.raises(RuntimeError, match="under way"):
+            again()
     job.wait()
     for _ in range(3):
         pool.submit(*describe(q, k, v))  # dropped at once: its tensors must outlive the work

@@ -101,7 +101,7 @@ def test_copies_beside_attention_are_told_from_those_in_its_pauses(monkeypatch: 
     monkeypatch.setattr(host_rates, "_copy_rate", lambda *_: 50e9)
     monkeypatch.setattr(host_rates, "_both_cpu", lambda *_: (50_000_000_000, 1.0, [0.4, 0.4]))
     turns = iter([torch.zeros(1)])
-    found = host_rates._round(torch.zeros(1, dtype=torch.uint8), turns, lambda: None, 20_000_000_000)
+    found = host_rates._round(torch.zeros(1, dtype=torch.uint8), turns, lambda: 0.0, 20_000_000_000)
     assert found == pytest.approx(
         {
             "cpu_attention": 40e9 / 0.4,
@@ -111,14 +111,15 @@ def test_copies_beside_attention_are_told_from_those_in_its_pauses(monkeypatch: 
         }
     )
     # Without copies there is nothing to be beside.
-    assert host_rates._round(torch.zeros(0, dtype=torch.uint8), None, lambda: None, 20) == {"cpu_attention": 100}
+    assert host_rates._round(torch.zeros(0, dtype=torch.uint8), None, lambda: 0.0, 20) == {"cpu_attention": 100}
 
 
 def test_arithmetic_is_measured_alone_and_beside_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     """By hand: two calls beside copies that took twice and four times as long as one alone."""
     heads = Heads(2, 2, 32)
     attention = host_rates._CpuAttention(CPU, torch.zeros(65536, dtype=torch.uint8), 65536, torch.float32, heads)
-    monkeypatch.setattr(host_rates, "seconds", lambda *_, **__: 0.1)
+    times = iter([9.0, 0.05, 0.15] * 2)  # the first does not count
+    monkeypatch.setattr(host_rates._CpuAttention, "call", lambda *_: lambda: next(times))
     monkeypatch.setattr(host_rates, "_copy_rate", lambda *_: 50e9)
     monkeypatch.setattr(host_rates, "_both_cpu", lambda *_: (1, 1.0, [0.2, 0.4]))
     flops = 4 * 2 * 32 * attention.tokens * 32

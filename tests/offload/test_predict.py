@@ -303,7 +303,8 @@ def test_what_requests_share_is_read_once() -> None:
     one, four, shared = (
         pass_time(made, shares).pipes["attention on the host"] for shares in (apart[:1], apart, together)
     )
-    assert four > 3 * one
+    hops = 40 * HOP_S  # once for all requests
+    assert four - hops > 3 * (one - hops)
     assert one < shared < 1.6 * one
     # On the device, too: by hand, four queries over 30,001 tokens of which three read none but their own.
     for count, read in ((0, 4 * 30001), (30000, 30001 + 3)):
