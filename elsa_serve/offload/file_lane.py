@@ -68,8 +68,7 @@ class FileLane:
     def _write(self, slot: torch.Tensor, copy: Copy, place: torch.Tensor, staged: torch.Tensor) -> None:
         try:
             copy.synchronize()
-            for run, values in zip(place[0], staged[0]):
-                self._file.write(run, values)
+            self._file.write(place[0], staged[0])
         finally:
             self._free.put(slot)
 

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from elsa_kernels.cpu import native
+from elsa_kernels.cpu.native import library
 
 from elsa_serve.errors import BudgetError
 from elsa_serve.offload.units import format_size
@@ -82,14 +84,22 @@ class FileBuffer:
         self.tensor = torch.frombuffer(memory, dtype=torch.uint8)[:nbytes]
 
     def write(self, place: torch.Tensor, values: torch.Tensor) -> None:
-        """Write values, contiguous bytes of host memory, to where `place` is, a view of as many bytes of the tensor,
-        which shows them then: without the fault a page that touching new ones costs. From any thread. Raises OSError.
+        """Write values [rows, n], bytes of host memory, to where `place` is, a view [rows, n] of the tensor, which
+        shows them then: without the fault a page that touching new ones costs. Rows are contiguous. From any thread.
+        Raises OSError.
         """
-        bytes_: Any = values.numpy()
-        left, at = memoryview(bytes_), place.data_ptr() - self.tensor.data_ptr()
-        while left:
-            written = os.pwrite(self._fd, left, at)
-            left, at = left[written:], at + written
+        at, stride = place.data_ptr() - self.tensor.data_ptr(), place.stride(0)
+        # Each return from a system call would wait for the GIL while another thread runs Python: in one test a rate of
+        # 1.9 GB/s became 0.3.
+        if native.unavailable() is None:
+            library.write_rows(self._fd, values, at, stride)
+            return
+        for row, one in enumerate(values):
+            bytes_: Any = one.numpy()
+            left, start = memoryview(bytes_), at + row * stride
+            while left:
+                written = os.pwrite(self._fd, left, start)
+                left, start = left[written:], start + written
 
     def close(self) -> None:
         """Give the disk's space back once no view of the tensor is left. Idempotent."""

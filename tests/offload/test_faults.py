@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from elsa_kernels.cpu.native import library
 from engine_models import PLAIN, generate, prompt_of, request_of, tokens_of
 
 from elsa_serve.offload import streams
@@ -153,6 +154,7 @@ def test_a_disk_that_fails_ends_the_request_whose_kv_it_was_to_hold(
         time.sleep(0.001)
     with monkeypatch.context() as failing:
         failing.setattr(os, "pwrite", fails)
+        failing.setattr(library, "write_rows", fails)
         second = Answer(engine, request_of(prompts[1], max_tokens=20))
         assert second.end() == "error"
         assert any(word in (second.error or "") for word in ("No space left", "killed"))

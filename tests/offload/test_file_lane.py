@@ -11,12 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from elsa_kernels.cpu import native
+from elsa_kernels.cpu.native import library
 
 from elsa_serve.offload import file_lane
 from elsa_serve.offload.file_lane import SLOTS, FileLane, staging_bytes
 from elsa_serve.offload.host import FileBuffer
 from elsa_serve.offload.streams import Streams, make_streams
 
+needs_native = pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 HEADS, TOKENS, D = 5, 175, 16  # of a place in the file; four of them make a block of float32
 NBYTES = 4 * 2 * HEADS * 4 * TOKENS * D
@@ -32,6 +35,12 @@ def streams(request: pytest.FixtureRequest, serial: bool) -> Iterator[Streams]:
     made = make_streams(request.param, serial=serial)
     yield made
     made.close()
+
+
+@pytest.fixture
+def by_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where no compiler is."""
+    monkeypatch.setattr(native, "unavailable", lambda: "no compiler")
 
 
 @pytest.fixture(params=[25_000, 5_000], ids=["two heads a slot", "half a head"])
@@ -69,6 +78,31 @@ def test_everything_arrives_where_it_belongs_and_nothing_else_changes(lane: File
     assert sum(one.bytes for one in streams.drain_transfers()) == NBYTES
 
 
+@pytest.mark.usefixtures("by_python")
+def test_python_writes_the_same(lane: FileLane, streams: Streams) -> None:
+    pairs = blocks(lane, streams)
+    submit(lane, streams, pairs)
+    assert lane.end() == []
+    assert all(torch.equal(place, values.cpu()) for place, values in pairs)
+    assert not lane._file.tensor[:52].any()
+
+
+@needs_native
+def test_rows_are_written_in_one_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each return to Python would wait for its turn while another thread computes there."""
+    file, calls = FileBuffer(300 * 70, tmp_path), []
+    write_rows = library.write_rows
+    monkeypatch.setattr(library, "write_rows", lambda *arguments: (calls.append(arguments), write_rows(*arguments)))
+    values = torch.randint(1, 256, (256, 128), dtype=torch.uint8)[:, :64]
+    file.write(file.tensor[100:].view(-1)[: 256 * 70].view(256, 70)[:, 6:], values)
+    places = file.tensor[100 : 100 + 256 * 70].view(256, 70)
+    assert torch.equal(places[:, 6:], values)
+    assert not any(part.any() for part in (places[:, :6], file.tensor[:100], file.tensor[100 + 256 * 70 :]))
+    assert len(calls) == 1
+    file.close()
+
+
+@pytest.mark.usefixtures("by_python")
 def test_writes_that_stop_short_go_on(lane: FileLane, streams: Streams, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda fd, data, at: whole(fd, data[:3_001], at))
@@ -76,6 +110,14 @@ def test_writes_that_stop_short_go_on(lane: FileLane, streams: Streams, monkeypa
     submit(lane, streams, pairs)
     assert lane.end() == []
     assert all(torch.equal(place, values.cpu()) for place, values in pairs)
+
+
+@needs_native
+def test_a_native_write_that_fails_says_why(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with (tmp_path / "file").open("rb") as read_only, pytest.raises(OSError, match="Bad file descriptor") as found:
+        library.write_rows(read_only.fileno(), torch.zeros(2, 3, dtype=torch.uint8), 0, 3)
+    assert found.value.errno == errno.EBADF
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), SystemExit("killed")])
@@ -88,6 +130,7 @@ def test_a_write_that_fails_is_told_and_the_next_ones_go_on(
     pairs = blocks(lane, streams)
     with monkeypatch.context() as full:
         full.setattr(os, "pwrite", fails)
+        full.setattr(library, "write_rows", fails)
         submit(lane, streams, pairs)
         found = lane.end()
     assert len(found) > SLOTS  # none of the page-locked memory is lost
@@ -98,6 +141,7 @@ def test_a_write_that_fails_is_told_and_the_next_ones_go_on(
     assert all(torch.equal(place, values.cpu()) for place, values in pairs)
 
 
+@pytest.mark.usefixtures("by_python")
 def test_what_waits_to_be_written_is_bounded(lane: FileLane, streams: Streams, monkeypatch: pytest.MonkeyPatch) -> None:
     """While no write comes to its end, as many bytes are taken as the page-locked memory holds."""
     whole, gate = os.pwrite, threading.Event()

@@ -24,7 +24,7 @@ FLAGS = ("-std=c++17", "-O3", "-fPIC", "-pthread")
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 # Each instruction set is a translation unit of its own, chosen at run time: the library holds code for all of them.
-UNITS: dict[str, tuple[str, ...]] = {"pool.cpp": (), "kernel_portable.cpp": ()}
+UNITS: dict[str, tuple[str, ...]] = {"pool.cpp": (), "rows.cpp": (), "kernel_portable.cpp": ()}
 if platform.machine() in ("x86_64", "AMD64"):
     UNITS |= {"kernel_avx2.cpp": AVX2, "kernel_avx512.cpp": AVX512}
 TIMEOUT_S = 300

@@ -101,6 +101,7 @@ def library() -> ctypes.CDLL:
         "elsa_join": (None, [pointer]),
         "elsa_job_done": (integer, [pointer]),
         "elsa_read": (ctypes.c_double, [pointer, pointer, ctypes.c_int64]),
+        "elsa_write_rows": (integer, [integer, pointer, *[ctypes.c_int64] * 5]),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(lib, name)
@@ -108,6 +109,15 @@ def library() -> ctypes.CDLL:
     if lib.elsa_problem_size() != ctypes.sizeof(NativeProblem):
         raise build.BuildFailed(f"{path} does not fit this version of elsa_kernels; delete it")
     return lib
+
+
+def write_rows(file: int, values: torch.Tensor, at: int, stride: int) -> None:
+    """Write values [rows, bytes] uint8 on the CPU, each row contiguous, to an open file: row i at byte `at` +
+    i · `stride`. Blocks without the GIL from the first row to the last. Raises OSError."""
+    rows, nbytes = values.shape
+    status = library().elsa_write_rows(file, values.data_ptr(), values.stride(0), at, stride, nbytes, rows)
+    if status:
+        raise OSError(status, os.strerror(status))
 
 
 def levels() -> tuple[str, ...]:
