@@ -25,7 +25,7 @@ from elsa_serve.offload.device import require_exact_matmul
 from elsa_serve.offload.machine import Heads, Rates, assumed_rates, gpu_facts, host_memory
 from elsa_serve.offload.units import format_size
 
-FORM = 15  # of the measurement: what an earlier form kept is measured again
+FORM = 16  # of the measurement: what an earlier form kept is measured again
 LARGE_DEVICE = 8 << 30  # bytes free from which the full sizes are measured
 HEADS = Heads()  # where no model is named
 

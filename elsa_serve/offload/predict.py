@@ -75,6 +75,7 @@ class _Work:
     to_device: float
     to_host: float
     to_disk: float
+    before_disk_s: float  # until the first layer has computed the first token of these
     fetched: float  # bytes of KV, of those to the device, for which a layer's first chunk waits
     fetch_hidden_s: float  # for which the device computes meanwhile
     from_disk: float  # bytes that are read ahead, beside everything else
@@ -268,7 +269,7 @@ def _work(plan: Plan, shares: Sequence[Share]) -> _Work:
     here = _on_device(plan, shares)
     host_room = geometry.kv_tokens(plan.kv_host_bytes) if plan.kv_disk_bytes else sys.maxsize
     to_device, to_host, from_disk = float(streamed), 0.0, float(plan.disk_bytes)
-    in_place, mapped, in_place_flops, to_disk = 0.0, 0.0, 0.0, 0.0
+    in_place, mapped, in_place_flops, to_disk, before_disk = 0.0, 0.0, 0.0, 0.0, 0.0
     fetched, fetch_hidden_s, copies, beside_s = 0.0, 0.0, 0, 0.0
     fused = plan.device_type == "cuda"
     replayed = in_graph(plan, shares)
@@ -288,7 +289,10 @@ def _work(plan: Plan, shares: Sequence[Share]) -> _Work:
             rates, weights_bytes=streamed, kv_bytes=old * token, flops_per_token=max(1.0, row_flops * old)
         )
         to_host += new * token
-        to_disk += min(share.new, total - on_device - on_host) * token
+        on_disk = min(share.new, total - on_device - on_host)
+        to_disk += on_disk * token
+        if on_disk:
+            before_disk = max(before_disk, 1 - on_disk / share.new)
         device_s -= _attention_seconds(geometry, rates, Share(0, share.new), share.new, fused)
         if plan.in_place and total > on_device and share.past and share.new <= limit:
             in_place += max(0, on_host - share.shared) * token
@@ -316,8 +320,8 @@ def _work(plan: Plan, shares: Sequence[Share]) -> _Work:
     elif fused:
         device_s += rates.pass_s  # before a pass's first layer and behind its last the device waits for the host
     return _Work(
-        to_device, to_host, to_disk, fetched, fetch_hidden_s, from_disk, in_place, mapped, in_place_flops, device_s,
-        beside_s, issue, hops,
+        to_device, to_host, to_disk, before_disk * device_s / geometry.layers, fetched, fetch_hidden_s, from_disk,
+        in_place, mapped, in_place_flops, device_s, beside_s, issue, hops,
     )  # fmt: skip
 
 
@@ -351,7 +355,7 @@ def _time(work: _Work, rates: Rates, one_memory: bool) -> Prediction:
         FETCH: work.device_s + fetching if fetching > 0 else 0.0,
         TO_HOST: work.to_host / rates.d2h,
         # Threads write it while a GPU computes, but use the cores that else do.
-        TO_DISK: (own if one_memory else 0.0) + work.to_disk / rates.disk_write if work.to_disk else 0.0,
+        TO_DISK: (own if one_memory else work.before_disk_s) + work.to_disk / rates.disk_write if work.to_disk else 0.0,
         DISK: (work.from_disk + work.mapped) / rates.disk,
     }
     found = {name: value for name, value in pipes.items() if value}

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from elsa_serve.offload.measure import Sizes
 
 WIDE = 4  # layers of the probe of a prompt's activations, of which those between the first and the last are timed
-PROMPTS = 3  # that a probe is timed over, behind one to warm up, and DECODES passes
+PROMPTS = 3  # that a probe is timed over, behind one to warm up, and DECODES passes, or ISSUED
 # Of prompts in one chunk and in two, behind one of either to warm up: a device that slows down as it warms takes the
 # same of both.
 TURNS = (1, 2, 1, 2, 2, 1, 2, 1, 1, 2)
@@ -34,6 +34,8 @@ SHALLOW = 2
 SHORT = 64  # tokens of their prompts, on a CPU
 LONG = 1024  # on a GPU: so many keys are attended by as many kernels as any larger number
 DECODES = 12
+# Where Python is timed: a second or more of it. A core of a shared host runs it 1.5 to 2 times slower for some tenths.
+ISSUED = 120
 WARM_UP_TOKENS = 3  # until a decode pass is replayed from its graph
 
 logger = logging.getLogger(__name__)
@@ -63,7 +65,7 @@ def engine_rates(
 
     try:
         wide = probe(hidden, WIDE, prompt, decodes=0, halves=True, graphs=False)
-        deep = probe(hidden // 4, DEEP, short, graphs=False)
+        deep = probe(hidden // 4, DEEP, short, decodes=ISSUED, graphs=False)
         graph_layer_s, graph_pass_s = deep.decode_layer_s, deep.decode_rest_s
         if on_gpu:
             # The small kernels are the same with any attention; what no graph holds would be timed with its issue.
