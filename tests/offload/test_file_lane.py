@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -165,6 +166,16 @@ def test_what_waits_to_be_written_is_bounded(lane: FileLane, streams: Streams, m
     thread.join(30)
     assert lane.end() == []
     assert all(torch.equal(place, values.cpu()) for place, values in pairs)
+
+
+def test_threads_take_turns_at_python_more_often_while_there_is_a_lane(tmp_path: Path) -> None:
+    streams, before = make_streams("cpu"), sys.getswitchinterval()
+    lane = FileLane(FileBuffer(NBYTES, tmp_path), streams)
+    assert sys.getswitchinterval() == pytest.approx(file_lane.SWITCH_S)
+    for _ in range(2):
+        lane.close()
+        assert sys.getswitchinterval() == before
+    streams.close()
 
 
 def test_a_small_file_takes_little_memory() -> None:
