@@ -76,6 +76,12 @@ def test_the_text_says_what_is_replayed_from_graphs() -> None:
         assert ("CUDA graphs  " in render(made)) == replayed
 
 
+def test_the_text_says_where_a_token_waits_for_python() -> None:
+    for graphs in (True, False):
+        text = render(plan_13b(gpu_budget=100 * GIB, graphs=graphs, rates=replace(RATES, layer_s=1.2e-3)))
+        assert ("set by issue by the host: Python, twice as fast or slow" in text) != graphs
+
+
 @pytest.mark.parametrize(
     ("model", "changes", "whole"),
     [
