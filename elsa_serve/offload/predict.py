@@ -300,7 +300,7 @@ def _work(plan: Plan, shares: Sequence[Share]) -> _Work:
             in_place_flops += row_flops * share.new * (total - on_device)
             attention = _attention_seconds(geometry, rates, share, on_device, fused)
             device_s, beside_s = device_s + attention, beside_s + (attention if fused else 0.0)
-            hops = geometry.layers
+            hops = geometry.layers if fused else 0
         else:
             to_device += old * token
             copies += (1 if old else 0) + (-(-new // plan.chunk_tokens) if new > FEW else 0)
@@ -311,7 +311,7 @@ def _work(plan: Plan, shares: Sequence[Share]) -> _Work:
     if plan.kv_disk_cached:
         from_disk, in_place, mapped = float(plan.disk_bytes), in_place + mapped, 0.0
     chunks = max(1, -(-sum(share.new for share in shares) // plan.chunk_tokens))
-    a_layer = chunks * rates.layer_s * (IN_PLACE_ISSUE if hops and fused else 1.0)
+    a_layer = chunks * rates.layer_s * (IN_PLACE_ISSUE if hops else 1.0)
     issue = geometry.layers * (a_layer + copies * rates.copy_s) + rates.pass_s
     if fused:
         device_s += small_seconds(geometry.layers, rates, chunks)
