@@ -37,7 +37,7 @@ from elsa_serve.offload.loading import DTYPES
 from elsa_serve.offload.units import parse_size
 from kernels.bench import results_file
 from load_tests import vllm_bench
-from load_tests.offload_bench import MODEL, PREFILLS, SLOW_S, host_peak, prompt_of, record, reset_host_peak
+from load_tests.offload_bench import MODEL, PREFILLS, host_peak, prompt_of, record, reset_host_peak
 
 Row = dict[str, Any]
 WARM_UP_TOKENS = 2048
@@ -209,7 +209,7 @@ def vllm(args: argparse.Namespace, folder: str, config: Row, peer: str, cap: int
     weights = config["num_hidden_layers"] * layer * DTYPES[args.dtype].itemsize
     options = argparse.Namespace(
         context=args.context, decode_tokens=args.decode_tokens, dtype=args.dtype, kv_cache_dtype="auto",
-        chunk_tokens=None, command="speed", one_gpu=False,
+        chunk_tokens=None, command="speed", one_gpu=False, prefills=PREFILLS,
     )  # fmt: skip
     changes = VLLM_OFFLOADS[peer](1.01 * weights / 2**30) | {
         "gpu_memory_utilization": cap / total,
@@ -227,10 +227,7 @@ def vllm(args: argparse.Namespace, folder: str, config: Row, peer: str, cap: int
         note()
         load_s = time.perf_counter() - start
         vllm_bench.generate(llm, [prompt_of(min(args.context, WARM_UP_TOKENS), config["vocab_size"])], 2)
-        prompt = prompt_of(args.context, config["vocab_size"])
-        times = [vllm_bench.timed(llm, prompt, options)]
-        while len(times) < PREFILLS and times[-1]["prefill_s"] < SLOW_S:
-            times.append(vllm_bench.timed(llm, prompt, options))
+        times = vllm_bench.timed(llm, prompt_of(args.context, config["vocab_size"]), options)
         medians = {key: statistics.median(one[key] for one in times) for key in times[0]}
         chunk = changes.get("max_num_batched_tokens", args.context)
         return {**medians, "chunk_tokens": chunk, "peak_gpu_bytes": torch.cuda.max_memory_reserved(), "load_s": load_s}

@@ -251,7 +251,7 @@ def _place(request: _Request, context: int) -> Plan:
     chunk = request.chunk_tokens or _choose_chunk(request.geometry, request.gpu_budget)
     while True:
         try:
-            return _place_chunked(request, context, min(request.chunk_tokens or _in_waves(request, chunk), context))
+            return _place_chunked(request, context, min(_in_waves(request, chunk), context))
         except BudgetError:
             if request.chunk_tokens or chunk <= MIN_CHUNK:
                 raise
@@ -456,7 +456,7 @@ def _choose_chunk(geometry: Geometry, gpu_budget: int) -> int:
 
 
 def _in_waves(request: _Request, chunk: int) -> int:
-    if request.device_type != "cuda":
+    if request.chunk_tokens or request.device_type != "cuda":
         return chunk
     return whole_waves(chunk, request.geometry.heads, request.rates.multiprocessors)
 

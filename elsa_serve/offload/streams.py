@@ -118,8 +118,9 @@ class Streams(ABC):
         """Run two functions on the host once `after` has been reached; the event is reached when `join` returns.
 
         Calls run one after the other, beside compute and lanes (the serial twin: in the compute stream). Compute that
-        waits for the event has its wait logged. `repeated`: a CUDA graph may hold the call, and run it many times; the
-        caller keeps what the functions use, and asks the event for each wait.
+        waits for the event has its wait logged. `repeated`: a CUDA graph may hold the call, and run it many times, from
+        compute's own stream, so compute's present end is `after`; the caller keeps what the functions use, and asks the
+        event for each wait.
         """
 
     @abstractmethod
