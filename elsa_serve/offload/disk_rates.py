@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import logging
 import os
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,26 +21,28 @@ from elsa_serve.offload.host import FileBuffer
 from elsa_serve.offload.machine import Rates
 from elsa_serve.offload.streams import make_streams
 
-MEASURED, MEASURED_S = 4 << 30, 1.5  # bytes read to measure a disk, or seconds: one that others use, too, has moods
+# Most bytes read to measure a disk, and seconds: one that others use, too, gives a third more or less from one second
+# to the next.
+MEASURED, MEASURED_S = 8 << 30, 3.0
 WRITTEN, RUN = 1 << 30, 1 << 20  # most bytes written to measure a disk, and of a head's tokens that go in one run
 HEADS = 16  # whose runs are handed over together
 
 logger = logging.getLogger(__name__)
 
 
-def read_rate(file: DirectFile, nbytes: int, seconds: float = MEASURED_S) -> float:
-    """Bytes per second of THREADS threads reading the first bytes of a file, or what they read of them in so many
-    seconds. Raises OSError."""
-    nbytes = min(nbytes, file.size)
-    starts = range(0, nbytes, PIECE)
+def read_rate(files: Sequence[DirectFile], nbytes: int = MEASURED, seconds: float = MEASURED_S) -> float:
+    """Bytes per second of THREADS threads reading the files one after the other: so many bytes of them, or what they
+    read in so many seconds. Raises OSError."""
+    every = ((file, start) for file in files for start in range(0, file.size, PIECE))
+    pieces = list(itertools.islice(every, max(1, nbytes // PIECE)))
     bounces = [Bounce() for _ in range(THREADS)]
 
     def share(index: int) -> int:
         read = 0
-        for start in starts[index::THREADS]:
+        for file, start in pieces[index::THREADS]:
             if read and time.perf_counter() > began + seconds:
                 break
-            read += file.read(start, min(PIECE, nbytes - start), bounces[index]).numel()
+            read += file.read(start, min(PIECE, file.size - start), bounces[index]).numel()
         return read
 
     with ThreadPoolExecutor(THREADS) as threads:
@@ -47,12 +52,15 @@ def read_rate(file: DirectFile, nbytes: int, seconds: float = MEASURED_S) -> flo
 
 
 def checkpoint_rate(directory: Path) -> float | None:
-    """Bytes per second at which a checkpoint's largest file is read; None, announced, where that cannot be measured."""
+    """Bytes per second at which a checkpoint's files are read, the largest first; None, announced, where that cannot be
+    measured."""
     try:
-        largest = max(directory.glob("*.safetensors"), key=lambda path: path.stat().st_size)
-        with DirectFile(largest) as file:
-            return read_rate(file, MEASURED)
-    except (OSError, ValueError) as error:
+        with contextlib.ExitStack() as opened:
+            paths = sorted(directory.glob("*.safetensors"), key=lambda path: path.stat().st_size, reverse=True)
+            if not paths:
+                raise FileNotFoundError("there is no *.safetensors in it")
+            return read_rate([opened.enter_context(DirectFile(path)) for path in paths])
+    except OSError as error:
         logger.warning("the disk of %s cannot be measured (%s)", directory, error)
         return None
 
@@ -68,7 +76,7 @@ def folder_rate(nbytes: int, folder: Path) -> float:
             file.flush()
             os.fsync(file.fileno())
             with DirectFile(Path(file.name)) as opened:
-                return read_rate(opened, opened.size)
+                return read_rate([opened])
     except OSError as error:
         logger.warning("the disk of %s cannot be measured (%s): its rate is assumed", folder, error)
         return Rates().disk

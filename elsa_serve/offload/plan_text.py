@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from elsa_serve.offload.plan import Plan
-from elsa_serve.offload.predict import ISSUE
+from elsa_serve.offload.predict import DISK, ISSUE
 from elsa_serve.offload.units import format_size
 
 WIDTH = 64  # columns of the picture
+# What a shared host gives one program differently from one minute to the next: of one kind of H200's, 0.043 to 0.095 s
+# a pass of the first, 1.2 to 1.8 GB/s of the other.
+LOOSE = {
+    ISSUE: "Python, twice as fast or slow from one minute to the next on a shared host",
+    DISK: "a disk that others use, too, gives a third more or less from one minute to the next",
+}
 
 
 def render(plan: Plan) -> str:
@@ -92,8 +98,7 @@ def _times(plan: Plan) -> list[str]:
 def _phase(plan: Plan, phase: str, what: str, seconds: float) -> list[str]:
     pipes = sorted((plan.pipes or {}).get(phase, {}).items(), key=lambda item: -item[1])
     slowest = (plan.bottleneck or {}).get(phase)
-    # One program, on one H200's host: 0.043 to 0.095 s a pass.
-    loose = ": Python, twice as fast or slow from one minute to the next on a shared host" if slowest == ISSUE else ""
+    loose = f": {LOOSE[slowest]}" if slowest in LOOSE else ""
     return [
         f"{what}: about {seconds:.3g} s, set by {slowest}{loose}",
         "  " + ", ".join(f"{name} {value:.3g} s" for name, value in pipes if value >= 0.01 * seconds),

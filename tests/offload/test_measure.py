@@ -19,6 +19,7 @@ from engine_models import make_config, make_engine
 
 from elsa_serve.errors import BudgetError, UsageError
 from elsa_serve.offload import device_rates, disk_rates, host_rates, loading, measure, probes, timing
+from elsa_serve.offload.disk import PIECE, DirectFile
 from elsa_serve.offload.engine import OffloadEngine
 from elsa_serve.offload.geometry import Geometry
 from elsa_serve.offload.machine import Heads, Rates, assumed_rates
@@ -385,6 +386,37 @@ def test_a_cache_that_cannot_be_written_is_announced(
     assert disk_rates.folder_rate(1 << 20, folder) == Rates().disk
     assert disk_rates.write_rate(folder, torch.device("cpu"), 1 << 20) == Rates().disk_write
     assert "its rate is assumed" in caplog.text
+
+
+def test_a_checkpoints_disk_is_measured_over_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One small file after the other, the largest first: one of them is over before a disk's rate shows."""
+    read: list[tuple[str, int, int]] = []
+
+    def counted(file: DirectFile, start: int, nbytes: int, bounce: Any) -> torch.Tensor:
+        read.append((file.path.name, start, nbytes))
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    monkeypatch.setattr(DirectFile, "read", counted)
+    assert disk_rates.checkpoint_rate(tmp_path) is None
+    assert "there is no *.safetensors in it" in caplog.text
+    for name, nbytes in {"a": 5, "b": PIECE + 7, "c": PIECE}.items():
+        with (tmp_path / f"{name}.safetensors").open("wb") as file:
+            file.truncate(nbytes)
+    (tmp_path / "config.json").write_text("{}")
+    rate = disk_rates.checkpoint_rate(tmp_path)
+    assert rate is not None
+    assert rate > 0
+    b = [("b.safetensors", 0, PIECE), ("b.safetensors", PIECE, 7)]
+    assert sorted(read) == sorted([*b, ("c.safetensors", 0, PIECE), ("a.safetensors", 0, 5)])
+    read.clear()
+    with DirectFile(tmp_path / "b.safetensors") as file:
+        assert disk_rates.read_rate([file], 2 * PIECE) > 0
+        assert sorted(read) == b
+        read.clear()
+        assert disk_rates.read_rate([file], PIECE) > 0
+        assert read == b[:1]
 
 
 def test_without_memory_to_measure_with_rates_are_assumed_and_not_kept(

@@ -82,6 +82,12 @@ def test_the_text_says_where_a_token_waits_for_python() -> None:
         assert ("set by issue by the host: Python, twice as fast or slow" in text) != graphs
 
 
+def test_the_text_says_where_a_token_waits_for_a_disk_that_others_use() -> None:
+    for gib, waits in ((10, True), (100, False)):
+        text = render(plan_13b(gpu_budget=12 * GIB, host_budget=gib * GIB, context=2048, disk=True))
+        assert ("set by disk: a disk that others use, too, gives a third more or less" in text) == waits
+
+
 @pytest.mark.parametrize(
     ("model", "changes", "whole"),
     [
