@@ -53,7 +53,7 @@ class Rows(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PaddedRows:
-    """A pass as it is issued without graphs: [rows] int64 on the CPU, those of the parts first, and their attention."""
+    """A pass as it is issued without graphs: [rows] int32 on the CPU, those of the parts first, and their attention."""
 
     token_ids: torch.Tensor
     positions: torch.Tensor
@@ -173,7 +173,7 @@ class DecodeGraphs:
     def _capture_in_place(self, parts: Sequence[Rows], spans: Sequence[Sequence[Span]], chunk: PaddedRows) -> _Captured:
         """`chunk` tells how the rows are filled up: those behind the parts' are nobody's."""
         calls = self._tiers.new_calls()
-        inputs = torch.stack((chunk.token_ids, chunk.positions)).to(self._device)
+        inputs = torch.stack((chunk.token_ids, chunk.positions)).to(self._device, torch.int64)
         first = torch.tensor([own[-1].first for own in spans], device=self._device)
 
         def issue() -> torch.Tensor:

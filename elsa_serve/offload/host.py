@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from elsa_kernels.cpu import native
 from elsa_kernels.cpu.native import library
 
 from elsa_serve.errors import BudgetError
-from elsa_serve.offload.units import format_size
+from elsa_serve.offload.units import aligned, format_size
+
+FIRST_STAGING = 1 << 20  # bytes
 
 
 class HostBuffer:
@@ -113,6 +116,48 @@ class FileBuffer:
 
     def __del__(self) -> None:
         self._close_file()
+
+
+class Staging:
+    """Host memory, page-locked or not, handed out piece by piece and all at once taken back."""
+
+    def __init__(self, pin: bool) -> None:
+        self._pin = pin
+        self._buffers: list[HostBuffer] = []  # the last one is handed out, the others hold older pieces
+        self._mapped = torch.empty(0, dtype=torch.uint8)
+        self._used = 0
+        self._grow(FIRST_STAGING)
+
+    def _grow(self, nbytes: int) -> None:
+        self._buffers.append(HostBuffer(nbytes, pin=self._pin))
+        self._mapped, self._used = self._buffers[-1].mapped(), 0
+
+    def take(self, shape: Sequence[int], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same new tensor twice: as the host and as the device address it."""
+        nbytes = dtype.itemsize
+        for size in shape:
+            nbytes *= size
+        if self._used + nbytes > self._buffers[-1].nbytes:
+            self._grow(max(nbytes, 2 * self._buffers[-1].nbytes))
+        piece = slice(self._used, self._used + nbytes)
+        self._used += aligned(nbytes)
+        host, mapped = self._buffers[-1].tensor[piece], self._mapped[piece]
+        return host.view(dtype).view(*shape), mapped.view(dtype).view(*shape)
+
+    def reset(self) -> None:
+        """Take back everything handed out. What the device still does with it must come before what follows."""
+        self._used = 0
+
+    def trim(self) -> None:
+        """Free what was outgrown. Nothing may be under way."""
+        for buffer in self._buffers[:-1]:
+            buffer.close()
+        del self._buffers[:-1]
+
+    def close(self) -> None:
+        self._mapped = torch.empty(0, dtype=torch.uint8)
+        for buffer in self._buffers:
+            buffer.close()
 
 
 class _DeviceView:

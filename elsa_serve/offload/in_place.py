@@ -27,17 +27,15 @@ from elsa_kernels.cpu.native.library import Pool
 from elsa_kernels.registry import Operands
 
 from elsa_serve.offload.attention import AttentionOptions
-from elsa_serve.offload.host import HostBuffer
+from elsa_serve.offload.host import Staging
 from elsa_serve.offload.machine import usable_cores
 from elsa_serve.offload.streams import Event, HostCall, HostFunctions, Streams
-from elsa_serve.offload.units import aligned
 from elsa_serve.offload.working import write_mapped
 from elsa_serve.stats import HostAttention
 
 logger = logging.getLogger(__name__)
 Made = TypeVar("Made")
 
-FIRST_STAGING = 1 << 20  # bytes
 SPARE_CORES = 1  # beside a GPU: what its driver's threads and Python need of the host
 
 
@@ -54,48 +52,6 @@ class HostShare:
     q_start: int
     options: AttentionOptions
     sinks: torch.Tensor | None
-
-
-class Staging:
-    """Page-locked memory for queries and states, handed out piece by piece and all at once taken back."""
-
-    def __init__(self, pin: bool) -> None:
-        self._pin = pin
-        self._buffers: list[HostBuffer] = []  # the last one is handed out, the others hold older pieces
-        self._mapped = torch.empty(0, dtype=torch.uint8)
-        self._used = 0
-        self._grow(FIRST_STAGING)
-
-    def _grow(self, nbytes: int) -> None:
-        self._buffers.append(HostBuffer(nbytes, pin=self._pin))
-        self._mapped, self._used = self._buffers[-1].mapped(), 0
-
-    def take(self, shape: Sequence[int], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same new tensor twice: as the host and as the device address it."""
-        nbytes = dtype.itemsize
-        for size in shape:
-            nbytes *= size
-        if self._used + nbytes > self._buffers[-1].nbytes:
-            self._grow(max(nbytes, 2 * self._buffers[-1].nbytes))
-        piece = slice(self._used, self._used + nbytes)
-        self._used += aligned(nbytes)
-        host, mapped = self._buffers[-1].tensor[piece], self._mapped[piece]
-        return host.view(dtype).view(*shape), mapped.view(dtype).view(*shape)
-
-    def reset(self) -> None:
-        """Take back everything handed out. What the device still does with it must come before what follows."""
-        self._used = 0
-
-    def trim(self) -> None:
-        """Free what was outgrown. Nothing may be under way."""
-        for buffer in self._buffers[:-1]:
-            buffer.close()
-        del self._buffers[:-1]
-
-    def close(self) -> None:
-        self._mapped = torch.empty(0, dtype=torch.uint8)
-        for buffer in self._buffers:
-            buffer.close()
 
 
 @dataclass(frozen=True, slots=True)

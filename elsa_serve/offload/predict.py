@@ -319,8 +319,9 @@ def _work(plan: Plan, shares: Sequence[Share]) -> _Work:
         device_s, issue = device_s + rates.graph_pass_s, 0.0
     elif fused:
         device_s += rates.pass_s  # before a pass's first layer and behind its last the device waits for the host
+    before_disk_s = rates.pass_s + before_disk * max(device_s, issue) / geometry.layers
     return _Work(
-        to_device, to_host, to_disk, before_disk * device_s / geometry.layers, fetched, fetch_hidden_s, from_disk,
+        to_device, to_host, to_disk, before_disk_s, fetched, fetch_hidden_s, from_disk,
         in_place, mapped, in_place_flops, device_s, beside_s, issue, hops,
     )  # fmt: skip
 

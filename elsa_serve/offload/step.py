@@ -8,6 +8,7 @@ prompt's length, and all tokens pass layer l before any passes layer l + 1.
 from __future__ import annotations
 
 import time
+from array import array
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from elsa_serve.offload.attention import AttentionOptions, ChunkAttention, atten
 from elsa_serve.offload.fused import FusedForward
 from elsa_serve.offload.geometry import ROWS
 from elsa_serve.offload.graphs import DecodeGraphs, PaddedRows
+from elsa_serve.offload.host import Staging
 from elsa_serve.offload.kv import RequestKV
 from elsa_serve.offload.ring import WeightStream
 from elsa_serve.offload.streams import Event, Streams
@@ -95,7 +97,7 @@ class StepPlan:
 
     parts: tuple[Part, ...]
     chunks: tuple[Chunk, ...]
-    token_ids: torch.Tensor  # [rows] int64, on the CPU, like the positions
+    token_ids: torch.Tensor  # [rows] int32, on the CPU, like the positions
     positions: torch.Tensor
     wanted: list[int]
 
@@ -104,7 +106,7 @@ class StepPlan:
         """Short parts (decode) come first and share chunks; each longer part is chunked by itself, in order. Chunks of
         short parts, and the wanted rows, are filled up to a multiple of so many."""
         ordered = sorted(parts, key=lambda part: len(part.tokens) > SHORT_TOKENS)
-        # Tensors at once: lists of a long prompt's tokens and positions take 10 ms, in which the device waits.
+        # No lists of a long prompt's tokens and positions: they take 10 ms, in which the device waits.
         token_ids: list[torch.Tensor] = []
         positions: list[torch.Tensor] = []
         chunks: list[Chunk] = []
@@ -116,7 +118,7 @@ class StepPlan:
             nonlocal low, row, shared
             filled = row + -(row - low) % unit
             for rows in (token_ids, positions):
-                rows.append(torch.zeros(filled - row, dtype=torch.int64))
+                rows.append(torch.zeros(filled - row, dtype=torch.int32))
             chunks.append(Chunk(low, filled, tuple(shared)))
             low, row, shared = filled, filled, []
 
@@ -129,8 +131,8 @@ class StepPlan:
             short = total <= SHORT_TOKENS
             if shared and not (short and row + min(total, chunk_tokens) - low <= chunk_tokens):
                 cut(multiple)
-            token_ids.append(torch.tensor(part.tokens, dtype=torch.int64))
-            positions.append(part.kv.length + torch.arange(total))
+            token_ids.append(torch.frombuffer(array("i", part.tokens), dtype=torch.int32))
+            positions.append(torch.arange(part.kv.length, part.kv.length + total, dtype=torch.int32))
             start = 0
             for end in (*range(first, total, chunk_tokens), total):
                 shared.append(Segment(part, row - low, row - low + end - start, start, end == total))
@@ -176,6 +178,7 @@ class PassRunner:
         self._running: _Running | None = None
         self.graphs = DecodeGraphs(self._issue, streams.device, weights, tiers, self._look) if graphs else None
         self._issuing: ChunkAttention | None = None  # of a pass that is issued for a graph
+        self._inputs = Staging(pin=streams.device.type == "cuda")
         for index, layer in enumerate(self._layers):
             layer.forward = _LayerForward(self, index, layer.forward)
 
@@ -214,8 +217,12 @@ class PassRunner:
 
     def _forward(self, plan: StepPlan) -> torch.Tensor:
         """Logits [wanted rows, V] on the device."""
-        device = self._streams.device
-        ids, positions = (rows[None].to(device) for rows in (plan.token_ids, plan.positions))
+        # The device reads them where they are: a copy would wait for the layer's weights that are on their way.
+        self._inputs.reset()
+        self._inputs.trim()
+        here, mapped = self._inputs.take((2, len(plan.token_ids)), torch.int32)
+        torch.stack((plan.token_ids, plan.positions), out=here)
+        ids, positions = mapped.to(torch.int64).split(1)
         return self._logits(ids, positions)[: sum(part.rows for part in plan.parts)]
 
     def _logits(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -304,13 +311,14 @@ class PassRunner:
                     part.on_progress(running.done[id(part)])
 
     def close(self) -> None:
-        """Give the layers their own forward back."""
+        """Give the layers their own forward back, and the memory of a pass's inputs."""
         for layer in self._layers:
             if isinstance(layer.forward, _LayerForward):
                 del layer.forward
         self._layers = []
         if self.graphs is not None:
             self.graphs.close()
+        self._inputs.close()
 
 
 class _LayerForward:

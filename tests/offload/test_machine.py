@@ -12,7 +12,7 @@ import torch
 
 from elsa_serve.errors import UsageError
 from elsa_serve.offload import machine
-from elsa_serve.offload.host import HostBuffer
+from elsa_serve.offload.host import FIRST_STAGING, HostBuffer, Staging
 from elsa_serve.offload.units import format_size, parse_size
 
 GIB = 2**30
@@ -134,3 +134,21 @@ def test_a_pinned_host_buffer_is_page_locked_until_closed() -> None:
     assert tensor.is_pinned()
     buffer.close()
     assert not tensor.is_pinned()
+
+
+def test_staging_grows_and_gives_back_what_it_outgrew() -> None:
+    staging = Staging(pin=False)
+    first, mapped = staging.take((2, 3), torch.int32)
+    first.fill_(7)
+    assert mapped.tolist() == [[7] * 3] * 2
+    second, _ = staging.take((1,), torch.int64)
+    assert second.data_ptr() % 64 == 0
+    assert second.data_ptr() >= first.data_ptr() + 24
+    large, _ = staging.take((FIRST_STAGING,), torch.int32)
+    large.fill_(1)
+    assert first.tolist() == [[7] * 3] * 2  # an older piece stays as it is
+    staging.reset()
+    staging.trim()
+    again, _ = staging.take((FIRST_STAGING,), torch.int32)
+    assert again.data_ptr() == large.data_ptr()
+    staging.close()
