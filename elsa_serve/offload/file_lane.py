@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import queue
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -44,10 +45,9 @@ class FileLane:
         for buffer in self._buffers:
             self._free.put(buffer.tensor)
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="elsa-kv-file")
-        self._switch_s = sys.getswitchinterval()
-        sys.setswitchinterval(min(self._switch_s, SWITCH_S))
         self._writes: list[Future[None]] = []
         self._closed = False
+        _turns.quicken()
 
     def submit(self, place: torch.Tensor, values: torch.Tensor, after: Sequence[Event]) -> list[Copy]:
         """Copy values on the device to a place in the file, both [2, Hkv, n, D] and contiguous per head, once every
@@ -87,10 +87,40 @@ class FileLane:
 
     def close(self) -> None:
         """Close the file, too. Idempotent."""
-        if not self._closed:
-            sys.setswitchinterval(self._switch_s)
-        self._closed = True
+        self._end_turns()
         self._threads.shutdown()
         for buffer in self._buffers:
             buffer.close()
         self._file.close()
+
+    def _end_turns(self) -> None:
+        if not self._closed:
+            self._closed = True
+            _turns.restore()
+
+    def __del__(self) -> None:
+        if not getattr(self, "_closed", True):
+            self._end_turns()
+
+
+class _Turns:
+    """Python's switch interval, which is the process's: short from the first lane's begin to the last one's end."""
+
+    def __init__(self) -> None:
+        self._lock, self._lanes, self._before = threading.Lock(), 0, 0.0
+
+    def quicken(self) -> None:
+        with self._lock:
+            if not self._lanes:
+                self._before = sys.getswitchinterval()
+                sys.setswitchinterval(min(self._before, SWITCH_S))
+            self._lanes += 1
+
+    def restore(self) -> None:
+        with self._lock:
+            self._lanes -= 1
+            if not self._lanes:
+                sys.setswitchinterval(self._before)
+
+
+_turns = _Turns()
