@@ -107,7 +107,8 @@ class _Turns:
     """Python's switch interval, which is the process's: short from the first lane's begin to the last one's end."""
 
     def __init__(self) -> None:
-        self._lock, self._lanes, self._before = threading.Lock(), 0, 0.0
+        # Reentrant: a lane may be collected, and end, while its thread is in here.
+        self._lock, self._lanes, self._before = threading.RLock(), 0, 0.0
 
     def quicken(self) -> None:
         with self._lock:
